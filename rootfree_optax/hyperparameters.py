@@ -1,0 +1,68 @@
+"""Hyperparameters: numbers, traced arrays or schedules, and what is checked of them.
+
+Only Python numbers are checked, at construction. A traced array has no value yet and a schedule has none before its
+step, so neither is ever looked at by Python: no branch of this library depends on a hyperparameter's value.
+"""
+
+import numbers
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+_MISSING_BATCH_SIZE = (
+    "batch_size is required: the second-order view scales the squared gradient by the number of terms that the loss "
+    "averages, and without it every other hyperparameter would depend on the batch size. Pass batch_size= when "
+    "constructing the transformation (a constant batch size), or batch_size= at each update, "
+    "tx.update(grads, state, params, batch_size=...)."
+)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, numbers.Real)
+
+
+def value_at(hyperparameter: optax.ScalarOrSchedule, count: jax.Array) -> ArrayLike:
+    """Returns a hyperparameter's value at step `count`: a schedule is called, anything else is its own value."""
+    value: ArrayLike = hyperparameter(count) if callable(hyperparameter) else hyperparameter
+    return value
+
+
+def require_at_least(name: str, value: Any, minimum: float) -> None:
+    """Raises a ValueError if `value` is a Python number below `minimum` (or NaN); arrays and schedules pass."""
+    if _is_number(value) and not value >= minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+
+
+def require_positive(name: str, value: Any) -> None:
+    """Raises a ValueError if `value` is a Python number that is not positive; arrays and schedules pass."""
+    if _is_number(value) and not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}.")
+
+
+def require_fraction(name: str, value: Any) -> None:
+    """Raises a ValueError if `value` is a Python number outside [0, 1); arrays and schedules pass."""
+    if _is_number(value) and not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}.")
+
+
+def require_floating_dtype(name: str, dtype: Any) -> None:
+    """Raises a ValueError if `dtype` is neither None nor a real floating-point dtype."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} must be a real floating-point dtype or None, got {jnp.dtype(dtype).name}.")
+
+
+def resolve_batch_size(at_update: ArrayLike | None, at_construction: ArrayLike | None) -> ArrayLike:
+    """Returns the batch size of this step; the one given to `update` wins.
+
+    Raises:
+      ValueError: if neither is given, or if the one given to `update` is a Python number that is not positive.
+    """
+    if at_update is not None:
+        require_positive("batch_size", at_update)
+        return at_update
+    if at_construction is None:
+        raise ValueError(_MISSING_BATCH_SIZE)
+    return at_construction

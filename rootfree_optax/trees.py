@@ -1,0 +1,62 @@
+"""Trees at the edge: what a transformation demands of parameters and gradients, and mapping over them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def require_inexact(params: Any) -> None:
+    """Raises a TypeError that names the first parameter that is neither real nor complex floating point."""
+    for path, leaf in _named_leaves(params).items():
+        if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(
+                f"parameters must be floating point, got {leaf.dtype} at {path!r}. Keep it out of the optimizer with "
+                "optax.masked or optax.partition."
+            )
+
+
+def require_like(tree: Any, reference: Any, *, name: str, sample_axis: bool = False) -> None:
+    """Raises a ValueError that names the first leaf in which `tree` differs from `reference` in path or shape.
+
+    A None in `tree` stands for a parameter without a gradient and matches anything.
+
+    Args:
+      tree: gradients, or another tree that must be like the parameters.
+      reference: a tree of arrays of the parameters' shapes.
+      name: what `tree` is called in the message.
+      sample_axis: whether each leaf may have one more, leading axis.
+    """
+    leaves, expected = _named_leaves(tree), _named_leaves(reference)
+    if difference := leaves.keys() ^ expected.keys():
+        path = min(difference)
+        fault = "is no parameter" if path in leaves else "is missing"
+        raise ValueError(f"{name} must be a tree like the parameters given to init, but {path!r} {fault}.")
+    for path, leaf in leaves.items():
+        if leaf is None or expected[path] is None:
+            continue
+        shape, wanted = jnp.shape(leaf), jnp.shape(expected[path])
+        if shape != wanted and not (sample_axis and shape[1:] == wanted and shape):
+            raise ValueError(f"{name} must have the parameters' shapes, got {shape} at {path!r} instead of {wanted}.")
+
+
+def map_gradients(function: Callable[..., Any], gradients: Any, *rest: Any) -> Any:
+    """Maps `function(gradient, *others)` over trees; a gradient of None gives None."""
+    return jax.tree.map(
+        lambda g, *others: None if g is None else function(g, *others), gradients, *rest, is_leaf=_is_none
+    )
+
+
+def map_accumulators(function: Callable[..., Any], accumulators: Any, gradients: Any) -> Any:
+    """Maps `function(accumulator, gradient)` over trees; a gradient of None leaves the accumulator as it was."""
+    return jax.tree.map(lambda g, a: a if g is None else function(a, g), gradients, accumulators, is_leaf=_is_none)
