@@ -49,12 +49,12 @@ def round_dithered(array: jax.Array, dtype: DTypeLike, count: jax.Array) -> jax.
     """Rounds to a narrower dtype so that the error averages to zero over consecutive steps.
 
     Rounding to nearest stalls a slow moving average in half precision: bfloat16 resolves relative changes of 2⁻⁸,
-    and 1 − decay is often less. Adding an offset of up to half a unit in the last place before rounding makes the
-    rounded value right on average. The offsets are a fixed equidistributed sequence of the step count, the same for
-    all entries: nothing is random, and equal steps give equal bits.
+    and 1 − decay is often less. Rounding down after adding an offset between zero and one unit in the last place is
+    right on average. The offsets are a fixed equidistributed sequence of the step count, the same for all entries:
+    nothing is random, and equal steps give equal bits.
 
     Args:
-      array: non-negative real array, any shape.
+      array: real array, any shape.
       dtype: a real floating-point dtype. Nothing is added where it is no narrower than `array`'s.
       count: the step's number, a scalar integer.
 
@@ -64,10 +64,13 @@ def round_dithered(array: jax.Array, dtype: DTypeLike, count: jax.Array) -> jax.
     if jnp.finfo(dtype).bits >= jnp.finfo(array.dtype).bits:
         return array.astype(dtype)
     phase = count.astype(jnp.uint32) * jnp.uint32(_GOLDEN_STRIDE)
-    offset = phase.astype(array.dtype) * 2.0**-32 - 0.5
-    _, exponent = jnp.frexp(array)
-    unit = jnp.ldexp(jnp.asarray(jnp.finfo(dtype).eps, array.dtype), exponent - 1)
-    return jnp.where(array > 0, array + offset * unit, array).astype(dtype)
+    digits = jnp.finfo(dtype).nmant + 1
+    # Only as many bits as the sum below holds exactly: rounded up to one, the offset would move even a zero.
+    bits = min(32, jnp.finfo(array.dtype).nmant + 1 - digits)
+    offset = (phase >> (32 - bits)).astype(array.dtype) * 2.0**-bits
+    mantissa, exponent = jnp.frexp(array)
+    rounded = jnp.floor(jnp.ldexp(mantissa, digits) + offset)
+    return jnp.ldexp(rounded, exponent - digits).astype(dtype)
 
 
 def moving_average(average: jax.Array, value: jax.Array, decay: ArrayLike) -> jax.Array:
