@@ -1,9 +1,9 @@
-"""Whole optimizers: one `optax.chain` each."""
+"""Whole diagonal optimizers: one `optax.chain` each."""
 
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax.chaining import MaskOrFn, add_decayed_weights, heavy_ball, scale_by_learning_rate
+from rootfree_optax.chaining import MaskOrFn, descent
 from rootfree_optax.diagonal import scale_by_rf_adam, scale_by_rf_rms
 
 
@@ -70,9 +70,7 @@ def rf_rmsprop(
             initial_scale=initial_scale,
             accumulator_dtype=accumulator_dtype,
         ),
-        optax.identity() if weight_decay is None else add_decayed_weights(weight_decay, mask),
-        optax.identity() if momentum is None else heavy_ball(momentum, accumulator_dtype=accumulator_dtype),
-        scale_by_learning_rate(learning_rate),
+        *descent(learning_rate, weight_decay, mask, momentum, accumulator_dtype),
     )
 
 
@@ -142,6 +140,5 @@ def rf_adamw(
             mu_dtype=mu_dtype,
             accumulator_dtype=accumulator_dtype,
         ),
-        optax.identity() if weight_decay is None else add_decayed_weights(weight_decay, mask),
-        scale_by_learning_rate(learning_rate),
+        *descent(learning_rate, weight_decay, mask),
     )

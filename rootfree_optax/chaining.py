@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax import hyperparameters as hyper
 from rootfree_optax import trees
-from rootfree_optax.diagonal_update import compute_dtype, dtype_like, upcast
+from rootfree_optax.precision import accumulation_dtype, dtype_like, finite_or_zero, upcast
 
 MaskOrFn = Any | Callable[[optax.Params], Any] | None
 
@@ -23,7 +23,7 @@ MaskOrFn = Any | Callable[[optax.Params], Any] | None
 def _accumulate(array: jax.Array, factor: ArrayLike, other: jax.Array) -> jax.Array:
     """Returns array + factor·other, of the first array's dtype."""
     wide = upcast(array)
-    return (wide + jnp.asarray(factor, compute_dtype(array)) * other.astype(wide.dtype)).astype(array.dtype)
+    return (wide + jnp.asarray(factor, accumulation_dtype(array.dtype)) * other.astype(wide.dtype)).astype(array.dtype)
 
 
 class AddDecayedWeightsState(NamedTuple):
@@ -88,6 +88,8 @@ def heavy_ball(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds up past updates, v ← momentum·v + update, as `optax.trace`, whatever the dtypes.
 
+    A non-finite update shows in v for one step; v then restarts from zero.
+
     Args:
       momentum: α₁, in [0, 1). A number or a traced scalar.
       accumulator_dtype: floating-point dtype of v; by default each parameter's own.
@@ -118,7 +120,7 @@ def heavy_ball(
         updates: optax.Updates, state: HeavyBallState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, HeavyBallState]:
         del params, extra_args
-        updates = trees.map_gradients(lambda u, v: _accumulate(u, momentum, v), updates, state.momentum)
+        updates = trees.map_gradients(lambda u, v: _accumulate(u, momentum, finite_or_zero(v)), updates, state.momentum)
         keep_dtype = lambda v, u: u.astype(v.dtype)
         return updates, HeavyBallState(trees.map_accumulators(keep_dtype, state.momentum, updates))
 
@@ -133,3 +135,21 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
     """
     schedule = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
     return optax.scale_by_learning_rate(schedule)
+
+
+def descent(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule | None,
+    mask: MaskOrFn = None,
+    momentum: ArrayLike | None = None,
+    accumulator_dtype: DTypeLike | None = None,
+) -> tuple[optax.GradientTransformation, ...]:
+    """Returns the links that make steps of directions: v ← momentum·v + direction + κθ, and −learning_rate·v.
+
+    Weight decay and momentum of None are left out, and keep no state.
+    """
+    return (
+        optax.identity() if weight_decay is None else add_decayed_weights(weight_decay, mask),
+        optax.identity() if momentum is None else heavy_ball(momentum, accumulator_dtype=accumulator_dtype),
+        scale_by_learning_rate(learning_rate),
+    )

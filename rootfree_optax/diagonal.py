@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from rootfree_optax import diagonal_update as update_rule
 from rootfree_optax import hyperparameters as hyper
 from rootfree_optax import trees
+from rootfree_optax.precision import dtype_like, real_dtype
 
 
 class ScaleByRfRmsState(NamedTuple):
@@ -123,8 +124,8 @@ def scale_by_rf_adam(
 
         m ← b1·m + (1 − b1)·g        s ← b2·s + (1 − b2)·B·g²        direction = m / (s + λ)
 
-    See `scale_by_rf_rms` for B, the arithmetic, complex and non-finite gradients. A non-finite gradient leaves its
-    entries of m as they were, too.
+    See `scale_by_rf_rms` for B, the arithmetic, complex and non-finite gradients. A non-finite gradient shows in m for
+    one step; m then restarts from zero.
 
     Args:
       b1: decay of m, in [0, 1). A number or a traced scalar.
@@ -205,7 +206,7 @@ def _require_valid(*, damping: Any, batch_size: Any, initial_scale: Any, **decay
 
 def _initial_nu(params: optax.Params, initial_scale: ArrayLike, dtype: DTypeLike | None) -> Any:
     def initial(param: jax.Array) -> jax.Array:
-        nu_dtype = update_rule.real_dtype(param.dtype) if dtype is None else dtype
+        nu_dtype = real_dtype(param.dtype) if dtype is None else dtype
         return jnp.full_like(param, initial_scale, nu_dtype)
 
     return jax.tree.map(initial, params)
@@ -213,7 +214,7 @@ def _initial_nu(params: optax.Params, initial_scale: ArrayLike, dtype: DTypeLike
 
 def _initial_mu(params: optax.Params, dtype: DTypeLike | None) -> Any:
     def initial(param: jax.Array) -> jax.Array:
-        return jnp.zeros_like(param, update_rule.dtype_like(param, dtype))
+        return jnp.zeros_like(param, dtype_like(param, dtype))
 
     return jax.tree.map(initial, params)
 

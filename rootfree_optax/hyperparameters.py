@@ -5,12 +5,15 @@ step, so neither is ever looked at by Python: no branch of this library depends 
 """
 
 import numbers
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+
+UpdateEvery = int | jax.Array | Callable[[jax.Array], jax.Array]
 
 _MISSING_BATCH_SIZE = (
     "batch_size is required: the second-order view scales the squared gradient by the number of terms that the loss "
@@ -28,6 +31,23 @@ def value_at(hyperparameter: optax.ScalarOrSchedule, count: jax.Array) -> ArrayL
     """Returns a hyperparameter's value at step `count`: a schedule is called, anything else is its own value."""
     value: ArrayLike = hyperparameter(count) if callable(hyperparameter) else hyperparameter
     return value
+
+
+def is_zero(value: Any) -> bool:
+    """Returns whether `value` is a Python number equal to zero, which turns a feature off at construction."""
+    return _is_number(value) and value == 0
+
+
+def is_due(update_every: UpdateEvery, count: jax.Array) -> jax.Array | bool:
+    """Returns whether the factors are refreshed at step `count`; True itself where that is always so.
+
+    An int array comes from `optax.inject_hyperparams`, and so does a bool array, from a callable's value.
+    """
+    if isinstance(update_every, int):
+        return True if update_every == 1 else count % update_every == 0
+    due = update_every(count) if callable(update_every) else update_every
+    due = jnp.asarray(due)
+    return due if due.dtype == jnp.bool_ else count % due.astype(count.dtype) == 0
 
 
 def require_at_least(name: str, value: Any, minimum: float) -> None:

@@ -1,0 +1,39 @@
+"""Rounding to half precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rootfree_optax.precision import round_dithered
+
+
+@given(
+    value=st.floats(2.0**-10, 2.0**10, width=32),
+    sign=st.sampled_from([-1, 1]),
+    dtype=st.sampled_from([jnp.bfloat16, jnp.float16]),
+)
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_dithered_rounding_is_right_on_average(value, sign, dtype):
+    value *= sign
+    counts = jnp.arange(64, dtype=jnp.int32)
+    rounded = np.asarray(jax.vmap(lambda c: round_dithered(jnp.float32(value), dtype, c))(counts))
+    unit = 2.0 ** np.floor(np.log2(abs(value))) * float(jnp.finfo(dtype).eps)
+    assert np.abs(rounded.astype(np.float64) - value).max() <= unit * (1 + 1e-3)
+    assert abs(rounded.astype(np.float64).mean() - value) <= 0.05 * unit
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_dithered_rounding_leaves_representable_values_alone(dtype):
+    """Whatever the offset: the counts with the largest and the smallest are among the first hundred thousand."""
+    counts = jnp.arange(100_000, dtype=jnp.int32)
+    values = jnp.array([0.0, 1.0, -1.0, 1.9921875, 2.0**-12], dtype)
+    rounded = jax.vmap(lambda c: round_dithered(values.astype(jnp.float32), dtype, c))(counts)
+    np.testing.assert_array_equal(rounded, jnp.broadcast_to(values, rounded.shape))
+
+
+def test_no_dither_where_the_dtype_is_not_narrower():
+    value = jnp.float32(1 / 3)
+    assert all(round_dithered(value, jnp.float32, c) == value for c in jnp.arange(5))
