@@ -1,0 +1,97 @@
+"""What a structure is: a set of d×d matrices closed under linear combination and product, with a projection onto it.
+
+A `Structure` is static data (sizes only). A matrix in it is its `Parts`: a tuple of arrays that hold its numbers and
+nothing else. Linear combinations are linear combinations of the parts (`jax.tree.map`); everything else that the
+refresh and the application of a preconditioner need is an operation below, for one matrix. Stacks are `jax.vmap`ped.
+Every operation is out of place, accumulates in `precision.accumulation_dtype`, and returns that dtype too.
+"""
+
+import abc
+import dataclasses
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+Parts: TypeAlias = tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Floating-point operations, a multiply-add counting as two, of a structure's operations."""
+
+    apply: int
+    project_outer: int
+    matmul: int
+    project_inner: int
+
+
+class Structure(abc.ABC):
+    """A set of d×d matrices closed under linear combination and product. Hashable; equal where the sets are.
+
+    Throughout, `axis` counts from zero, a `tensor` has length d along it and is cast to the dtype of the parts, and
+    the parts given to one operation have one dtype.
+    """
+
+    @property
+    @abc.abstractmethod
+    def dim(self) -> int:
+        """The number of rows, d, at least one."""
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """The name, for tables."""
+
+    @property
+    @abc.abstractmethod
+    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the parts."""
+
+    @abc.abstractmethod
+    def identity(self, dtype: DTypeLike) -> Parts:
+        """Returns the parts of I, of `dtype`."""
+
+    @abc.abstractmethod
+    def to_dense(self, parts: Parts) -> jax.Array:
+        """Returns the matrix, [d, d], in the parts' dtype. For readers and tests: no step of an optimizer calls it."""
+
+    @abc.abstractmethod
+    def matmul(self, left: Parts, right: Parts, *, precision: jax.lax.PrecisionLike = None) -> Parts:
+        """Returns the parts of L R."""
+
+    @abc.abstractmethod
+    def apply(
+        self, parts: Parts, tensor: jax.Array, axis: int, *, precision: jax.lax.PrecisionLike = None
+    ) -> jax.Array:
+        """Returns `tensor` multiplied along `axis`, of length d, by K: out[…, i, …] = Σⱼ K[i, j] tensor[…, j, …]."""
+
+    @abc.abstractmethod
+    def apply_transposed(
+        self, parts: Parts, tensor: jax.Array, axis: int, *, precision: jax.lax.PrecisionLike = None
+    ) -> jax.Array:
+        """Returns `tensor` multiplied along `axis`, of length d, by Kᵀ."""
+
+    @abc.abstractmethod
+    def project_outer(self, tensor: jax.Array, axis: int, *, precision: jax.lax.PrecisionLike = None) -> Parts:
+        """Returns the parts of Π̂(X Xᵀ), X [d, …] being the unfolding of `tensor` along `axis`."""
+
+    @abc.abstractmethod
+    def project_inner(self, parts: Parts, *, precision: jax.lax.PrecisionLike = None) -> Parts:
+        """Returns the parts of Π̂(Kᵀ K)."""
+
+    @abc.abstractmethod
+    def squared_norm(self, parts: Parts) -> jax.Array:
+        """Returns ‖K‖²_F = Tr(KᵀK), a scalar."""
+
+    @abc.abstractmethod
+    def flops(self, columns: int) -> Flops:
+        """Returns what the operations cost, on a tensor of d × `columns` entries."""
+
+    def zeros(self, dtype: DTypeLike) -> Parts:
+        """Returns the parts of the zero matrix, of `dtype`."""
+        return tuple(jnp.zeros(shape, dtype) for shape in self.part_shapes)
+
+    def __repr__(self) -> str:
+        return f"{self.name}({self.dim})"
