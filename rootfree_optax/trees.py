@@ -11,19 +11,41 @@ def _is_none(leaf: Any) -> bool:
     return leaf is None
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Returns the leaves by key path, as in 'layer/kernel'; None counts as a leaf."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def require_inexact(params: Any) -> None:
     """Raises a TypeError that names the first parameter that is neither real nor complex floating point."""
-    for path, leaf in _named_leaves(params).items():
+    for path, leaf in named_leaves(params).items():
         if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise TypeError(
                 f"parameters must be floating point, got {leaf.dtype} at {path!r}. Keep it out of the optimizer with "
                 "optax.masked or optax.partition."
             )
+
+
+def real_shapes(params: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Returns the parameters' key paths and shapes.
+
+    Raises:
+      TypeError: that names the first parameter that is not real floating point.
+      ValueError: that names the first key path that two parameters share, as {'a/b': x, 'a': {'b': y}} do.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"parameters must be real floating point, got {leaf.dtype} at {path!r}. Give it to another optimizer "
+                "with optax.partition."
+            )
+        if path in shapes:
+            raise ValueError(f"parameters must have distinct key paths, but two of them have {path!r}.")
+        shapes[path] = jnp.shape(leaf)
+    return tuple(shapes.items())
 
 
 def require_like(tree: Any, reference: Any, *, name: str, sample_axis: bool = False) -> None:
@@ -37,7 +59,7 @@ def require_like(tree: Any, reference: Any, *, name: str, sample_axis: bool = Fa
       name: what `tree` is called in the message.
       sample_axis: whether each leaf may have one more, leading axis.
     """
-    leaves, expected = _named_leaves(tree), _named_leaves(reference)
+    leaves, expected = named_leaves(tree), named_leaves(reference)
     if difference := leaves.keys() ^ expected.keys():
         path = min(difference)
         fault = "is no parameter" if path in leaves else "is missing"

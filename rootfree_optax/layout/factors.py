@@ -1,0 +1,42 @@
+"""Reading the factors out of an optimizer's state."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from rootfree_optax.layout.stack import Stack
+
+
+def _has_factors(node: Any) -> bool:
+    return hasattr(node, "factors")
+
+
+def find_factors(state: Any, stacks: Sequence[Stack]) -> tuple[Any, ...]:
+    """Returns the factors of the given stacks from anywhere in a state.
+
+    Args:
+      state: the state of a Kronecker transformation, or any tree that holds one, such as a whole optimizer's state.
+      stacks: the stacks of the plan.
+
+    Raises:
+      ValueError: if the state holds no factors of these stacks.
+    """
+    expected = [
+        (stack.count, *shape) for stack in stacks for structure in stack.structures for shape in structure.part_shapes
+    ]
+    nodes = [node for node in jax.tree.leaves(state, is_leaf=_has_factors) if _has_factors(node)]
+    found = [[part.shape for part in jax.tree.leaves(node.factors)] for node in nodes]
+    for node, shapes in zip(nodes, found, strict=True):
+        if shapes == expected:
+            return tuple(node.factors)
+    raise ValueError(
+        "the state must hold factors that were made with this layout for these parameters: arrays of the shapes "
+        f"{expected}, got {found or 'none'}."
+    )
+
+
+def dense_factors(factors: Any, stack: Stack, position: int) -> tuple[jax.Array, ...]:
+    """Returns the dense matrix [dₙ, dₙ] of each axis of the block at `position` of a stack."""
+    block = jax.tree.map(lambda part: part[position], factors)
+    return tuple(structure.to_dense(parts) for structure, parts in zip(stack.structures, block, strict=True))

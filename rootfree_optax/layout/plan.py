@@ -1,0 +1,192 @@
+"""A plan: how the parameters of one model become stacks of blocks, as plain static data."""
+
+import dataclasses
+import functools
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rootfree_optax import trees
+from rootfree_optax.layout import table
+from rootfree_optax.layout.axes import Shape
+from rootfree_optax.layout.factors import dense_factors, find_factors
+from rootfree_optax.layout.rules import DTypeRule
+from rootfree_optax.layout.stack import Placement, Stack, stack, unstack
+from rootfree_optax.layout.unit import Unit
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One block: the tensor that has a factor for each of its axes.
+
+    Args:
+      name: the key path, with the block's index if there are several: 'dense/kernel[0, 1]' for a block along the
+        axes, 'layers/kernel[3]' for a layer, 'layers/kernel[3; 0, 1]' for a block of a layer.
+      parameter: the key path alone.
+      layer: the index along the layer axes.
+      index: the index along the axes, counted in blocks.
+      stack: which stack holds it.
+      position: where in that stack.
+    """
+
+    name: str
+    parameter: str
+    layer: Shape
+    index: Shape
+    stack: int
+    position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a tree of parameters becomes stacks of blocks. `Layout.plan` makes it; it is static, hashable, and small.
+
+    Args:
+      units: the parameters and groups.
+      stacks: the stacks.
+      placements: for each unit, where in the stacks its blocks stand.
+    """
+
+    units: tuple[Unit, ...]
+    stacks: tuple[Stack, ...]
+    placements: tuple[tuple[Placement, ...], ...]
+
+    def pack(self, tree: Any, name: str = "gradients") -> tuple[jax.Array, ...]:
+        """Returns the blocks of a tree like the parameters, one array [count, *shape] for each stack.
+
+        The dtype of a stack is the widest among its members'. A parameter without a gradient (None) becomes NaN.
+
+        Args:
+          tree: arrays of the parameters' shapes.
+          name: what the tree is called in an error.
+
+        Raises:
+          ValueError: for a tree unlike the parameters, or a group of which some parameters have a gradient and others
+            have none. It names the key path.
+        """
+        leaves = trees.named_leaves(tree)
+        self._require_like_parameters(leaves, name)
+        pieces: list[jax.Array | None] = []
+        for unit in self.units:
+            arrays = [leaves[path] for path in unit.paths]
+            if missing := [path for path, array in zip(unit.paths, arrays, strict=True) if array is None]:
+                if len(missing) < len(arrays):
+                    raise ValueError(
+                        f"{name} must have an array for all parameters of the group {unit.name!r} or for none, got "
+                        f"None at {missing[0]!r}. Take it out of the group, or pass zeros."
+                    )
+                pieces += [None] * len(unit.stacks)
+            else:
+                pieces += unit.to_blocks(arrays)
+        return stack(pieces, [place for places in self.placements for place in places], self.stacks)
+
+    def unpack(self, stacks: Sequence[jax.Array], like: Any) -> Any:
+        """Returns the tree whose blocks are given: the inverse of `pack`.
+
+        Args:
+          stacks: [count, *shape] for each stack.
+          like: the tree that was packed. Each array gets the dtype of its leaf; None stays None.
+
+        Raises:
+          ValueError: for stacks or a tree unlike the plan's.
+        """
+        shapes = [array.shape for array in stacks]
+        expected = [(target.count, *target.shape) for target in self.stacks]
+        if shapes != expected:
+            raise ValueError(f"stacks must have the shapes {expected}, got {shapes}.")
+        leaves = trees.named_leaves(like)
+        self._require_like_parameters(leaves, "the tree to unpack like")
+        arrays: dict[str, jax.Array] = {}
+        for unit, places in zip(self.units, self.placements, strict=True):
+            if any(leaves[path] is not None for path in unit.paths):
+                arrays |= zip(unit.paths, unit.from_blocks(unstack(stacks, places)), strict=True)
+        results = [None if leaf is None else arrays[path].astype(leaf.dtype) for path, leaf in leaves.items()]
+        return jax.tree.unflatten(jax.tree.structure(like, is_leaf=lambda leaf: leaf is None), results)
+
+    def _require_like_parameters(self, leaves: dict[str, Any], name: str) -> None:
+        parameters = self._parameters
+        relevant = {path: leaf for path, leaf in leaves.items() if leaf is not None or path in parameters}
+        trees.require_like(relevant, parameters, name=name)
+
+    @functools.cached_property
+    def _parameters(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {
+            path: jax.ShapeDtypeStruct(shape, jnp.float32)
+            for unit in self.units
+            for path, shape in zip(unit.paths, unit.shapes, strict=True)
+        }
+
+    @functools.cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks: by parameter, then shape, then layer, then index along the axes."""
+        return tuple(
+            Block(unit.name + _suffix(unit, layer, index), unit.name, layer, index, place.stack, place.start + offset)
+            for unit, places in zip(self.units, self.placements, strict=True)
+            for place, indices in zip(places, unit.block_indices(), strict=True)
+            for offset, (layer, index) in enumerate(indices)
+        )
+
+    def factors(self, state: Any) -> dict[str, tuple[jax.Array, ...]]:
+        """Returns the factors of every block as dense matrices, one [dₙ, dₙ] per axis, by the block's name.
+
+        Args:
+          state: the state of a Kronecker transformation that was initialised on the plan's parameters with its layout,
+            or of a whole optimizer that contains it.
+
+        Returns:
+          {name: (K₁, …, K_N)}; a parameter of one block goes by its key path, see `Block` for the others.
+
+        Raises:
+          ValueError: if the state holds no factors of this plan's shapes.
+        """
+        found = find_factors(state, self.stacks)
+        return {
+            block.name: dense_factors(found[block.stack], self.stacks[block.stack], block.position)
+            for block in self.blocks
+        }
+
+    def state_bytes(self, preconditioner_dtype: DTypeRule = None, *, riemannian_momentum: bool = True) -> int:
+        """Returns the bytes of all factors.
+
+        Args:
+          preconditioner_dtype: of the factors, as `scale_by_sirf_shampoo` takes it; None counts as float32.
+          riemannian_momentum: whether each factor has a momentum, of its size and dtype.
+        """
+        momentum = riemannian_momentum
+        return sum(target.state_bytes(preconditioner_dtype, riemannian_momentum=momentum) for target in self.stacks)
+
+    def table(
+        self,
+        preconditioner_dtype: DTypeRule = None,
+        *,
+        riemannian_momentum: bool = True,
+        width: int | None = None,
+    ) -> str:
+        """Returns a table of each parameter's blocks, structures, bytes of state and floating-point operations.
+
+        Parameters that differ only by numbers in their key paths share a line, with an asterisk for the number.
+
+        Args:
+          preconditioner_dtype: of the factors, as `scale_by_sirf_shampoo` takes it; None counts as float32.
+          riemannian_momentum: whether each factor has a momentum.
+          width: of the page, in characters; None takes the terminal's. Long key paths are shortened to keep to it.
+        """
+        state_bytes = functools.partial(
+            Stack.state_bytes, dtype=preconditioner_dtype, riemannian_momentum=riemannian_momentum
+        )
+        width = shutil.get_terminal_size().columns if width is None else width
+        return table.render(self.units, self.stacks, state_bytes=state_bytes, width=width)
+
+    def __str__(self) -> str:
+        """Returns the table for float32 factors with Riemannian momentum."""
+        return self.table()
+
+
+def _suffix(unit: Unit, layer: Shape, index: Shape) -> str:
+    """Returns a block's index as its name shows it, nothing for the only block of a parameter."""
+    cut = any(cut.piece < cut.length for cut in unit.cuts)
+    indices = [", ".join(map(str, part)) for part, shown in ((layer, bool(layer)), (index, cut)) if shown]
+    return f"[{'; '.join(indices)}]" if indices else ""

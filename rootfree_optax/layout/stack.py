@@ -1,0 +1,130 @@
+"""Stacks: all blocks of one shape and one structure, over the whole tree, as one array."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from rootfree_optax.layout.axes import Shape
+from rootfree_optax.layout.rules import DTypeRule, dtypes_of
+from rootfree_optax.structures.base import Flops, Structure
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Blocks of one shape and one structure, held in one array [count, *shape].
+
+    Args:
+      shape: of a block, (d₁, …, d_N).
+      structures: of the factors, one per axis.
+      count: the number of blocks.
+    """
+
+    shape: Shape
+    structures: tuple[Structure, ...]
+    count: int
+
+    def state_bytes(self, dtype: DTypeRule = None, *, riemannian_momentum: bool = True) -> int:
+        """Returns the bytes of the factors of all blocks.
+
+        Args:
+          dtype: of the factors: one, or one per axis, or a mapping from the number of axes to either; None is float32.
+          riemannian_momentum: whether each factor has a momentum, of its size and dtype.
+        """
+        dtypes = dtypes_of(dtype, len(self.shape))
+        sizes = [sum(map(math.prod, structure.part_shapes)) for structure in self.structures]
+        bytes_each = [size * dtype.itemsize for size, dtype in zip(sizes, dtypes, strict=True)]
+        return self.count * sum(bytes_each) * (2 if riemannian_momentum else 1)
+
+    @property
+    def apply_flops(self) -> int:
+        """Floating-point operations of a direction: Kᵀ and K are applied along each axis."""
+        return self.count * sum(2 * flops.apply for flops in self._flops)
+
+    @property
+    def refresh_flops(self) -> int:
+        """Floating-point operations of a refresh: Kᵀ is applied, XXᵀ and KᵀK are projected, K is multiplied by m."""
+        return self.count * sum(f.apply + f.project_outer + f.project_inner + f.matmul for f in self._flops)
+
+    @property
+    def _flops(self) -> list[Flops]:
+        size = math.prod(self.shape)
+        pairs = zip(self.structures, self.shape, strict=True)
+        return [structure.flops(columns=size // length) for structure, length in pairs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where blocks stand: in which stack, from which position on, and how many."""
+
+    stack: int
+    start: int
+    count: int
+
+
+def place(parts: Sequence[Stack]) -> tuple[tuple[Stack, ...], tuple[Placement, ...]]:
+    """Concatenates small stacks, in order, into one per shape and structure.
+
+    Returns:
+      The stacks, in the order in which they first occur, and the place in them of each part.
+    """
+    counts: dict[tuple[Shape, tuple[Structure, ...]], int] = {}
+    starts = []
+    for part in parts:
+        kind = (part.shape, part.structures)
+        starts.append(counts.get(kind, 0))
+        counts[kind] = starts[-1] + part.count
+    index = {kind: i for i, kind in enumerate(counts)}
+    placements = [
+        Placement(index[part.shape, part.structures], start, part.count)
+        for part, start in zip(parts, starts, strict=True)
+    ]
+    return tuple(Stack(*kind, count) for kind, count in counts.items()), tuple(placements)
+
+
+def widest(dtypes: Iterable[DTypeLike]) -> jnp.dtype:
+    """Returns a dtype that holds numbers of all given real floating-point dtypes; float32 for none."""
+    distinct = {jnp.dtype(dtype) for dtype in dtypes}
+    if len(distinct) == 1:
+        return distinct.pop()
+    return jnp.dtype(jnp.float64 if jnp.dtype(jnp.float64) in distinct else jnp.float32)
+
+
+def stack(
+    pieces: Sequence[jax.Array | None], placements: Sequence[Placement], stacks: Sequence[Stack]
+) -> tuple[jax.Array, ...]:
+    """Concatenates arrays of blocks, in the order of their placements.
+
+    Args:
+      pieces: [n, *block] for each placement; None stands for blocks without values, which become NaN.
+      placements: their places, as `place` returned them.
+      stacks: what to fill.
+
+    Returns:
+      [count, *shape] for each stack, of the widest dtype among its pieces.
+    """
+    members: list[list[tuple[jax.Array | None, int]]] = [[] for _ in stacks]
+    for piece, placement in zip(pieces, placements, strict=True):
+        members[placement.stack].append((piece, placement.count))
+    arrays = []
+    for target, parts in zip(stacks, members, strict=True):
+        dtype = widest(piece.dtype for piece, _ in parts if piece is not None)
+        filled = [
+            jnp.full((count, *target.shape), jnp.nan, dtype) if piece is None else piece.astype(dtype)
+            for piece, count in parts
+        ]
+        arrays.append(filled[0] if len(filled) == 1 else jax.lax.concatenate(filled, 0))
+    return tuple(arrays)
+
+
+def unstack(arrays: Sequence[jax.Array], placements: Iterable[Placement]) -> tuple[jax.Array, ...]:
+    """Returns the blocks at the given places: the inverse of `stack`."""
+    return tuple(_rows(arrays[place.stack], place.start, place.start + place.count) for place in placements)
+
+
+def _rows(array: jax.Array, start: int, stop: int) -> jax.Array:
+    # A slice of everything would still be an operation of the program.
+    return array if (start, stop) == (0, array.shape[0]) else jax.lax.slice_in_dim(array, start, stop)

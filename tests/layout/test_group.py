@@ -1,0 +1,156 @@
+"""Group rules find their members, join them layer by layer, and can be undone."""
+
+import math
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import strategies as st
+
+from rootfree_optax.layout import Group, Layout, as_matrix, flatten, weight_and_bias
+from rootfree_optax.layout.group import assign, join_members, joined_shape, split_members
+
+
+def struct(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def arrays_like(shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def names(params: object, *rules: Group, stacked: object = None) -> list[str]:
+    return [unit.name for unit in Layout(group=rules, stacked=stacked).plan(params).units]
+
+
+LENGTHS = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
+CASES = st.one_of(
+    st.tuples(LENGTHS, LENGTHS).map(lambda ends: (weight_and_bias(), ((*ends[0], *ends[1]), ends[1]))),
+    LENGTHS.map(lambda shape: (flatten("."), (shape,))),
+    st.tuples(LENGTHS, LENGTHS).map(lambda ends: (as_matrix(".", len(ends[0])), ((*ends[0], *ends[1]),))),
+)
+
+
+@hypothesis.given(CASES, st.lists(st.integers(1, 3), max_size=2).map(tuple))
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=15)
+def test_split_undoes_join_in_every_layer(case: tuple, layers: tuple[int, ...]) -> None:
+    rule, shapes = case
+    assert rule.condition is None or rule.condition(*shapes)
+    stacked = tuple((*layers, *shape) for shape in shapes)
+    arrays = arrays_like(stacked)
+    tensor = join_members(arrays, rule, len(layers))
+    paths = map(str, range(len(shapes)))
+    assert tensor.shape == joined_shape(rule, dict(zip(paths, stacked, strict=True)), [len(layers)] * len(shapes))
+    assert tensor.size == sum(map(math.prod, stacked))
+    for array, back in zip(arrays, split_members(tensor, rule, stacked, len(layers)), strict=True):
+        np.testing.assert_array_equal(array, back)
+
+
+def test_the_bias_is_the_last_row() -> None:
+    kernel, bias = arrays_like(((3, 2, 4), (4,)))
+    tensor = join_members([kernel, bias], weight_and_bias(), 0)
+    np.testing.assert_array_equal(tensor, np.concatenate([np.reshape(kernel, (6, 4)), np.reshape(bias, (1, 4))]))
+
+
+def test_rows_of_a_matrix() -> None:
+    (kernel,) = arrays_like(((5, 2, 3),))
+    np.testing.assert_array_equal(join_members([kernel], as_matrix("query", 1), 0), np.reshape(kernel, (5, 6)))
+    np.testing.assert_array_equal(join_members([kernel], as_matrix("out", 2), 0), np.reshape(kernel, (10, 3)))
+
+
+def test_members_share_a_parent_and_each_is_taken_once() -> None:
+    params = {
+        "dense": {"kernel": struct(3, 4), "bias": struct(4), "scale": struct(4)},
+        "no_bias": {"kernel": struct(3, 4)},
+        "wrong_bias": {"kernel": struct(3, 4), "bias": struct(3)},
+        "norm": {"scale": struct(4), "bias": struct(4)},
+        "kernel": struct(2, 2),
+        "bias": struct(2),
+        "my_kernel": struct(2, 2),
+        "my_bias": struct(2),
+    }
+    found = names(params, weight_and_bias(), weight_and_bias("scale", "bias"), as_matrix("dense", 1))
+    assert found == [
+        "kernel+bias",
+        "dense/kernel+bias",
+        "dense/scale",
+        "my_bias",
+        "my_kernel",
+        "no_bias/kernel",
+        "norm/bias",
+        "norm/scale",
+        "wrong_bias/bias",
+        "wrong_bias/kernel",
+    ]
+
+
+def test_the_first_rule_that_applies_wins_and_patterns_select() -> None:
+    params = {"a": {"kernel": struct(3, 4), "bias": struct(4)}, "b": {"kernel": struct(3, 4), "bias": struct(4)}}
+    plan = Layout(group=(flatten("a/kernel"), weight_and_bias(pattern="^[ab]/"))).plan(params)
+    assert [(unit.name, unit.axes.lengths) for unit in plan.units] == [
+        ("a/bias", (4,)),
+        ("a/kernel", (12,)),
+        ("b/kernel+bias", (4, 4)),
+    ]
+
+
+def test_variables_of_nnx_are_named_without_their_box() -> None:
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    plan = Layout(group=(weight_and_bias(),)).plan(nnx.state(model, nnx.Param))
+    assert [(unit.name, unit.axes.shape) for unit in plan.units] == [("kernel+bias", (3, 3))]
+
+
+def test_layers_are_joined_one_by_one() -> None:
+    params = {"layers": {"kernel": struct(5, 3, 4), "bias": struct(5, 4)}, "head": {"kernel": struct(4, 2)}}
+    plan = Layout(group=(weight_and_bias(),), stacked={"^layers/": 1}).plan(params)
+    assert [(unit.name, unit.axes.shape) for unit in plan.units] == [
+        ("head/kernel", (4, 2)),
+        ("layers/kernel+bias", (5, 4, 4)),
+    ]
+    kernel, bias = arrays_like(((5, 3, 4), (5, 4)))
+    packed = plan.pack({"layers": {"kernel": kernel, "bias": bias}, "head": {"kernel": jnp.ones((4, 2))}})
+    np.testing.assert_array_equal(packed[1], np.concatenate([kernel, np.expand_dims(bias, 1)], axis=1))
+
+
+def test_members_with_different_layer_axes_are_an_error() -> None:
+    params = {"kernel": struct(5, 3, 4), "bias": struct(4)}
+    with pytest.raises(ValueError, match=r"one group must have the same layer axes.*'kernel': \(5, 3, 4\)"):
+        names(params, Group(("kernel", "bias"), jnp.add, lambda x, *_: (x, x)), stacked={"kernel": 1})
+
+
+def test_a_rule_that_cannot_be_undone_is_an_error() -> None:
+    rule = Group(("a", "b"), lambda a, b: jnp.concatenate([a, b]), lambda x, *_: (x[:3], x[3:]))
+    assert names({"a": struct(3), "b": struct(2)}, rule) == ["a+b"]
+    with pytest.raises(ValueError, match=r"split must undo join, but join makes \(6,\) of {'p/a': \(2,\), 'p/b'"):
+        names({"p": {"a": struct(2), "b": struct(4)}}, rule)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Group("kernel", jnp.add, jnp.split), "tuple of names, got the string 'kernel'"),
+        (lambda: Group(("a", "a"), jnp.add, jnp.split), r"must differ, got \('a', 'a'\)"),
+        (lambda: flatten("("), r"pattern must be a regular expression, got '\('"),
+        (lambda: as_matrix("q", 0), "rows must be at least 1, got 0"),
+    ],
+)
+def test_bad_rules_are_refused_at_construction(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_ready_made_rules_are_equal_when_their_arguments_are() -> None:
+    assert as_matrix("q", 1) == as_matrix("q", 1) != as_matrix("q", 2)
+    assert len({weight_and_bias(), weight_and_bias(), flatten("a"), flatten("a"), flatten("b")}) == 3
+
+
+def test_assignments_partition_the_parameters() -> None:
+    shapes = dict.fromkeys(("a/kernel", "b/kernel", "b/other", "c"), (2, 2))
+    rules = (Group(("kernel", "other"), jnp.add, jnp.split), flatten("kernel|c"))
+    found = assign(rules, shapes)
+    assert [assignment.paths for assignment in found] == [("a/kernel",), ("b/kernel", "b/other"), ("c",)]
+    assert [assignment.rule for assignment in found] == [rules[1], rules[0], rules[1]]

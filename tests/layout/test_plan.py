@@ -1,0 +1,236 @@
+"""A plan partitions a tree into stacks of blocks, gives the tree back, and depends on paths and shapes alone."""
+
+import functools
+import itertools
+import math
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import strategies as st
+
+import rootfree_optax as rf
+from rootfree_optax.layout import Layout, Plan, as_matrix, flatten, weight_and_bias
+from rootfree_optax.structures import dense, diagonal
+
+SHAPES = st.lists(st.integers(1, 6), max_size=3).map(tuple)
+SIZES = st.none() | st.integers(1, 7)
+
+
+def struct(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def numbered(structs: object) -> object:
+    """Returns arrays of the given shapes in which every number of the tree occurs once."""
+    count = itertools.count(1)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(np.reshape([next(count) for _ in range(leaf.size)], leaf.shape), leaf.dtype), structs
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def there_and_back(plan: Plan, tree: object) -> tuple:
+    packed = plan.pack(tree)
+    return packed, plan.unpack(packed, tree)
+
+
+@hypothesis.given(st.lists(SHAPES, min_size=1, max_size=4), SIZES, SIZES, st.sampled_from([None, "dense", "diagonal"]))
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=20)
+def test_every_entry_is_in_one_block_and_comes_back(shapes: list, block: int, merge: int, structure: str) -> None:
+    layout = Layout(structure, block_size=block, merge_dims=merge)
+    tree = numbered([struct(*shape) for shape in shapes])
+    plan = layout.plan(tree)
+    packed, back = there_and_back(plan, tree)
+    assert [array.shape for array in packed] == [(stack.count, *stack.shape) for stack in plan.stacks]
+    entries = np.sort(np.concatenate([np.ravel(array) for array in packed]))
+    np.testing.assert_array_equal(entries, np.arange(1, entries.size + 1))
+    assert sum(map(math.prod, shapes)) == entries.size
+    jax.tree.map(np.testing.assert_array_equal, tree, back)
+    assert all(
+        s.dim == length for stack in plan.stacks for s, length in zip(stack.structures, stack.shape, strict=True)
+    )
+
+
+@hypothesis.given(st.integers(0, 2), SIZES, st.booleans(), st.sampled_from([(), (1,), (3,), (2, 2)]))
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=12)
+def test_groups_and_layers_come_back(rank: int, block: int, merge: bool, layers: tuple) -> None:
+    groups = (weight_and_bias(), flatten("embedding"), as_matrix("query", 1))
+    layout = Layout(group=groups, block_size=block, merge_dims=4 if merge else None, stacked={"^layers": len(layers)})
+    layer = {"kernel": (5, 3), "bias": (3,), "query": (2, 3, 2), "scale": (1, 4)[:rank]}
+    tree = numbered(
+        {"layers": {name: struct(*layers, *shape) for name, shape in layer.items()}, "embedding": struct(3, 2)}
+    )
+    plan = layout.plan(tree)
+    packed, back = there_and_back(plan, tree)
+    entries = np.sort(np.concatenate([np.ravel(array) for array in packed]))
+    np.testing.assert_array_equal(entries, np.arange(1, entries.size + 1))
+    jax.tree.map(np.testing.assert_array_equal, tree, back)
+
+
+def test_a_block_is_where_its_name_says() -> None:
+    tree = numbered({"a": {"kernel": struct(7, 1, 4)}, "b": struct(3, 2, 5, 4), "c": struct(2, 5), "d": struct()})
+    plan = Layout(block_size=3, stacked={"b": 2, "c": 1}).plan(tree)
+    packed = plan.pack(tree)
+    blocks = {block.name: packed[block.stack][block.position] for block in plan.blocks}
+    assert len(blocks) == len(plan.blocks) == sum(stack.count for stack in plan.stacks)
+    kernel, layers = np.squeeze(tree["a"]["kernel"]), np.asarray(tree["b"])
+    for i, j in itertools.product(range(3), range(2)):
+        np.testing.assert_array_equal(blocks.pop(f"a/kernel[{i}, {j}]"), kernel[3 * i : 3 * i + 3, 3 * j : 3 * j + 3])
+    for k, m, i, j in itertools.product(range(3), range(2), range(2), range(2)):
+        expected = layers[k, m, 3 * i : 3 * i + 3, 3 * j : 3 * j + 3]
+        np.testing.assert_array_equal(blocks.pop(f"b[{k}, {m}; {i}, {j}]"), expected)
+    np.testing.assert_array_equal(blocks.pop("c[1]"), tree["c"][1])
+    np.testing.assert_array_equal(blocks.pop("c[0]"), tree["c"][0])
+    np.testing.assert_array_equal(blocks.pop("d"), np.reshape(tree["d"], 1))
+    assert not blocks
+
+
+def test_long_axes_are_cut_unless_diagonal() -> None:
+    structure = lambda path, shape: ("diagonal", "dense") if path == "a" else None
+    plan = Layout(structure, block_size=4).plan({"a": struct(9, 8), "b": struct(9)})
+    kinds = [(stack.shape, stack.structures, stack.count) for stack in plan.stacks]
+    assert kinds == [((9, 4), (diagonal(9), dense(4)), 2), ((9,), (diagonal(9),), 1)]
+
+
+def test_one_stack_for_all_blocks_of_a_kind() -> None:
+    tree = {f"layer_{i}": {"in": struct(4, 8), "out": struct(8, 4), "bias": struct(8)} for i in range(5)}
+    plan = Layout(block_size=4).plan(tree)
+    assert [(stack.shape, stack.count) for stack in plan.stacks] == [((8,), 5), ((4, 4), 20)]
+    positions = [(block.stack, block.position) for block in plan.blocks]
+    assert sorted(positions) == [(0, i) for i in range(5)] + [(1, i) for i in range(20)]
+
+
+def test_the_plan_depends_on_paths_and_shapes_alone_and_is_made_once() -> None:
+    layout = Layout(block_size=4)
+    tree = {"a": struct(9, 8), "b": [struct(3), None]}
+    plan = layout.plan(tree)
+    assert layout.plan({"a": jnp.ones((9, 8), jnp.bfloat16), "b": [jnp.ones(3), optax.MaskedNode()]}) is plan
+    traced = []
+    jax.eval_shape(lambda tree: traced.append(layout.plan(tree)), tree)
+    assert traced[0] is plan
+    assert Layout(block_size=4).plan(tree) is plan
+    assert layout.plan({"a": struct(9, 8), "c": [struct(3)]}) != plan
+    assert {plan: 1}[layout.plan(tree)] == 1
+    assert jax.tree.leaves(plan) == [plan]
+
+
+def test_a_plan_of_nothing() -> None:
+    plan = Layout().plan({"a": None, "b": optax.MaskedNode()})
+    assert (plan.stacks, plan.blocks, plan.pack({"a": None, "b": optax.MaskedNode()})) == ((), (), ())
+    assert plan.unpack((), {"a": None, "b": optax.MaskedNode()}) == {"a": None, "b": optax.MaskedNode()}
+    assert plan.state_bytes() == 0
+
+
+def test_stacks_are_as_wide_as_their_widest_member_and_leaves_get_their_dtype_back() -> None:
+    tree = {
+        "a": jnp.ones((2, 2), jnp.bfloat16),
+        "b": jnp.ones((2, 2), jnp.float16),
+        "c": jnp.ones(3, jnp.bfloat16),
+        "dense": {"kernel": jnp.ones((4, 3), jnp.bfloat16), "bias": jnp.ones(3)},
+    }
+    plan = Layout(group=(weight_and_bias(),)).plan(tree)
+    packed = plan.pack(tree)
+    assert [array.dtype for array in packed] == [jnp.float32, jnp.bfloat16, jnp.float32]
+    back = plan.unpack([array.astype(jnp.float32) for array in packed], tree)
+    assert [leaf.dtype for leaf in jax.tree.leaves(back)] == [leaf.dtype for leaf in jax.tree.leaves(tree)]
+    # What is left of a cut shares its stack with another parameter, which makes it wider than the other blocks.
+    mixed = numbered({"a": struct(5, 3, dtype="bfloat16"), "b": struct(2, 3)})
+    plan = Layout(block_size=3).plan(mixed)
+    assert [array.dtype for array in plan.pack(mixed)] == [jnp.bfloat16, jnp.float32]
+    jax.tree.map(np.testing.assert_array_equal, plan.unpack(plan.pack(mixed), mixed), mixed)
+
+
+def test_a_parameter_without_a_gradient_is_nan_and_stays_none() -> None:
+    params = {"a": struct(2, 2), "b": struct(2, 2), "dense": {"kernel": struct(3, 2), "bias": struct(2)}}
+    plan = Layout(group=(weight_and_bias(),)).plan(params)
+    gradients = {"a": None, "b": jnp.ones((2, 2)), "dense": {"kernel": None, "bias": None}}
+    squares, joined = plan.pack(gradients)
+    np.testing.assert_array_equal(np.isnan(squares).all((1, 2)), [True, False])
+    assert np.isnan(joined).all()
+    back = plan.unpack((squares, joined), gradients)
+    assert back["a"] is back["dense"]["kernel"] is back["dense"]["bias"] is None
+    np.testing.assert_array_equal(back["b"], np.ones((2, 2)))
+    gradients["dense"]["bias"] = jnp.ones(2)
+    with pytest.raises(ValueError, match=r"gradients must .* group 'dense/kernel\+bias' .* None at 'dense/kernel'"):
+        plan.pack(gradients)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"a": {"x": jnp.ones(2)}}, "curvature must be a tree like the parameters.*'b' is missing"),
+        ({"a": {"x": jnp.ones(2)}, "b": jnp.ones(3), "c": jnp.ones(1)}, "'c' is no parameter"),
+        ({"a": {"x": jnp.ones(4)}, "b": jnp.ones(3)}, r"got \(4,\) at 'a/x' instead of \(2,\)"),
+    ],
+)
+def test_trees_unlike_the_parameters_are_an_error(tree: object, message: str) -> None:
+    plan = Layout().plan({"a": {"x": struct(2)}, "b": struct(3), "c": None})
+    with pytest.raises(ValueError, match=message):
+        plan.pack(tree, name="curvature")
+    with pytest.raises(ValueError, match=message.removeprefix("curvature")):
+        plan.unpack((jnp.ones((1, 2)), jnp.ones((1, 3))), tree)
+
+
+def test_stacks_unlike_the_plan_are_an_error() -> None:
+    plan = Layout().plan(struct(2))
+    with pytest.raises(ValueError, match=r"the shapes \[\(1, 2\)\], got \[\(2, 2\)\]"):
+        plan.unpack((jnp.ones((2, 2)),), jnp.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        ({"a": {"x": struct(2, dtype="int32")}}, TypeError, "real floating point, got int32 at 'a/x'"),
+        ({"a": struct(2, dtype="complex64")}, TypeError, "real floating point, got complex64 at 'a'"),
+        ({"a": struct(2, 0)}, ValueError, r"must have entries, got the shape \(2, 0\) at 'a'"),
+        ({"a/b": struct(2), "a": {"b": struct(2)}}, ValueError, "distinct key paths, but two of them have 'a/b'"),
+    ],
+)
+def test_parameters_that_cannot_be_planned(params: object, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        Layout().plan(params)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16, {2: (jnp.bfloat16, None)}])
+def test_bytes_are_those_of_the_real_state(momentum: float, dtype: object) -> None:
+    layout = Layout({1: "triltoeplitz", 2: ("hierarchical2_3", "dense"), 3: "block2diagonal"}, block_size=7)
+    params = {"a": struct(9, 12), "b": struct(5), "c": struct(2, 3, 8)}
+    transformation = rf.scale_by_sirf_shampoo(
+        layout=layout, riemannian_momentum=momentum, preconditioner_dtype=dtype, batch_size=1
+    )
+    state = jax.eval_shape(transformation.init, params)
+    real = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.factors, state.momenta)))
+    assert layout.plan(params).state_bytes(dtype, riemannian_momentum=momentum > 0) == real > 0
+
+
+def transformer(layers: int, width: int = 256) -> dict:
+    block = {
+        "attention": {"qkv": struct(width, 3 * width), "proj": struct(width, width)},
+        "mlp": {
+            "fc": {"kernel": struct(width, 4 * width), "bias": struct(4 * width)},
+            "out": {"kernel": struct(4 * width, width), "bias": struct(width)},
+        },
+        "ln1": {"scale": struct(width), "bias": struct(width)},
+        "ln2": {"scale": struct(width), "bias": struct(width)},
+    }
+    ends = {"embedding": struct(2048, width), "positions": struct(256, width), "ln": struct(width)}
+    return {f"layer_{i}": block for i in range(layers)} | ends
+
+
+def lines(function: object, *arguments: object) -> int:
+    return jax.jit(function).lower(*arguments).as_text().count("\n")
+
+
+def test_packing_and_unpacking_cost_few_operations_per_parameter() -> None:
+    params = transformer(24)
+    plan = Layout(block_size=256).plan(params)
+    assert len(plan.stacks) == 3
+    # A reshape or a slice each way for most, a transposition more where columns are cut: fewer than four, where slicing
+    # the 442 blocks apart would by itself take as many.
+    found = lines(lambda tree: plan.unpack(plan.pack(tree), tree), params)
+    assert found < 4 * len(jax.tree.leaves(params))

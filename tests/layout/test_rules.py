@@ -1,0 +1,160 @@
+"""Which structure and how many layer axes a rule gives, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rootfree_optax.layout import Layout, flatten
+from rootfree_optax.layout.rules import FrozenMapping
+from rootfree_optax.structures import block_diagonal
+
+PARAMS = {
+    "conv": jax.ShapeDtypeStruct((3, 3, 5, 8), jnp.float32),
+    "matrix": jax.ShapeDtypeStruct((1, 6, 9), jnp.float32),
+    "scalar": jax.ShapeDtypeStruct((), jnp.float32),
+    "vector": jax.ShapeDtypeStruct((7,), jnp.float32),
+}
+
+
+def structures(params: object = PARAMS, **arguments: object) -> dict[str, str]:
+    """Returns each parameter's structures, as one string."""
+    plan = Layout(**arguments).plan(params)
+    return {unit.name: " ".join(s.name for s in unit.stacks[0].structures) for unit in plan.units}
+
+
+def test_by_default_tensors_are_dense_up_to_a_bound_and_vectors_diagonal() -> None:
+    expected = {"conv": "dense dense dense dense", "matrix": "dense dense", "scalar": "diagonal", "vector": "diagonal"}
+    assert structures() == expected
+    assert structures(max_dense_dim=8) == expected | {"matrix": "dense diagonal"}
+    assert structures(max_dense_dim=2)["conv"] == "diagonal diagonal diagonal diagonal"
+
+
+def test_the_bound_is_on_the_length_of_blocks() -> None:
+    assert structures(max_dense_dim=5, block_size=5)["matrix"] == "dense dense"
+    assert structures(max_dense_dim=5, block_size=6)["matrix"] == "diagonal diagonal"
+
+
+def test_a_tensor_that_merges_to_one_axis_is_still_dense() -> None:
+    assert structures(merge_dims=54)["matrix"] == "dense"
+    assert structures(merge_dims=54, group=(flatten("matrix"),))["matrix"] == "diagonal"
+
+
+def test_a_name_is_for_every_axis() -> None:
+    assert structures(structure="triltoeplitz")["conv"] == " ".join(["triltoeplitz"] * 4)
+    assert structures(structure="dense")["vector"] == "dense"
+
+
+def test_a_tuple_names_each_axis() -> None:
+    matrix = {"matrix": PARAMS["matrix"]}
+    assert structures(matrix, structure=("dense", "diagonal")) == {"matrix": "dense diagonal"}
+    assert structures(matrix, structure=("diagonal", block_diagonal(2))) == {"matrix": "diagonal block2diagonal"}
+
+
+def test_a_mapping_goes_by_the_number_of_axes() -> None:
+    found = structures(structure={1: "dense", 2: ["diagonal", "dense"], 4: block_diagonal(3)})
+    assert found == {
+        "conv": "dense dense block3diagonal block3diagonal",
+        "matrix": "diagonal dense",
+        "scalar": found["scalar"],
+        "vector": "dense",
+    }
+    assert structures(structure={1: "diagonal", 2: "diagonal", 3: "dense"}, merge_dims=9)["conv"] == "dense dense dense"
+
+
+def test_a_callable_decides_per_parameter_or_leaves_it_to_the_default() -> None:
+    seen = {}
+
+    def rule(path: str, shape: tuple[int, ...]) -> object:
+        seen[path] = shape
+        return {"matrix": ("diagonal", "dense"), "vector": block_diagonal(3)}.get(path)
+
+    found = structures(structure=rule, merge_dims=9)
+    assert found["matrix"] == "diagonal dense"
+    assert found["vector"] == "block3diagonal"
+    assert found["conv"] == "dense dense dense"
+    assert seen == {"conv": (9, 5, 8), "matrix": (6, 9), "scalar": (1,), "vector": (7,)}
+
+
+def test_explicit_dense_may_exceed_the_bound() -> None:
+    assert structures(structure="dense", max_dense_dim=1)["matrix"] == "dense dense"
+
+
+@pytest.mark.parametrize(
+    ("structure", "message"),
+    [
+        (("dense", "dense"), r"for each axis of 'conv', which has 4 axes \(3, 3, 5, 8\); got \('dense', 'dense'\)"),
+        ({1: "dense", 2: "dense"}, r"an entry for 'conv', of 4 axes \(3, 3, 5, 8\); it has \[1, 2\]"),
+        (lambda path, shape: "dance", r"unknown structure 'dance'.*It was given for 'conv'"),
+        (lambda path, shape: ("dense",) * 4, r"for each axis of 'matrix', which has 2 axes \(6, 9\)"),
+    ],
+)
+def test_a_rule_that_does_not_fit_a_parameter_names_its_path(structure: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        structures(structure=structure)
+
+
+def layers(stacked: object, params: object = PARAMS) -> dict[str, int]:
+    return {unit.name: unit.axes.layers for unit in Layout(stacked=stacked).plan(params).units}
+
+
+def test_layer_axes() -> None:
+    tensors = {"a": {"x": PARAMS["conv"]}, "b": {"x": PARAMS["conv"]}}
+    assert layers(None, tensors) == {"a/x": 0, "b/x": 0}
+    assert layers(2, tensors) == {"a/x": 2, "b/x": 2}
+    assert layers({"a/": 1, "x": 3}, tensors) == {"a/x": 1, "b/x": 3}
+    assert layers({"^x": 1}, tensors) == {"a/x": 0, "b/x": 0}
+    assert layers(lambda path, shape: len(shape) if path == "b/x" else 0, tensors) == {"a/x": 0, "b/x": 4}
+
+
+@pytest.mark.parametrize(
+    ("stacked", "message"),
+    [
+        (1, r"'scalar', of shape \(\), between 0 and 0 layer axes, got 1"),
+        ({"vec": 2}, r"'vector', of shape \(7,\), between 0 and 1 layer axes, got 2"),
+        (lambda path, shape: -1, r"'conv', of shape \(3, 3, 5, 8\), between 0 and 4 layer axes, got -1"),
+    ],
+)
+def test_more_layer_axes_than_axes_are_an_error(stacked: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        layers(stacked)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"max_dense_dim": 0}, ValueError, "max_dense_dim must be at least 1, got 0"),
+        ({"max_dense_dim": None}, TypeError, "max_dense_dim must be an integer, got None"),
+        ({"block_size": 0}, ValueError, "block_size must be at least 1, got 0"),
+        ({"block_size": 2.0}, TypeError, r"block_size must be an integer, got 2\.0"),
+        ({"merge_dims": -1}, ValueError, "merge_dims must be at least 1, got -1"),
+        ({"structure": "dance"}, ValueError, "unknown structure 'dance'"),
+        ({"structure": ("dense", "dance")}, ValueError, "unknown structure 'dance'"),
+        ({"structure": {2: "dance"}}, ValueError, "unknown structure 'dance'.*given for parameters of 2 axes"),
+        ({"structure": {2: ("dense",)}}, ValueError, r"name 2 structures for parameters of 2 axes, got \('dense',\)"),
+        ({"structure": {"matrix": "dense"}}, ValueError, "got the key 'matrix'"),
+        ({"structure": 3}, TypeError, "structure must be None, a name, a tuple, a mapping or a callable, got 3"),
+        ({"stacked": {"(": 1}}, ValueError, r"got the key '\('"),
+        ({"stacked": "layers"}, TypeError, "stacked must be None, an integer, a mapping or a callable, got 'layers'"),
+        ({"stacked": -1}, ValueError, "stacked must be at least 0, got -1"),
+        ({"group": flatten("x")}, TypeError, "group must be a tuple of Group rules, got Group"),
+        ({"group": ("kernel",)}, TypeError, r"group must be a tuple of Group rules, got \('kernel',\)"),
+    ],
+)
+def test_bad_arguments_are_refused_at_construction(arguments: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        Layout(**arguments)
+
+
+def test_layouts_are_hashable_values() -> None:
+    make = lambda: Layout(structure={2: ["dense", "diagonal"]}, stacked={"a": 1, "b": 2}, group=[flatten("x")])
+    assert make() == make()
+    assert hash(make()) == hash(make())
+    assert make() != Layout(structure={2: ["dense", "diagonal"]}, stacked={"b": 2, "a": 1}, group=[flatten("x")])
+    assert "structure={2: ('dense', 'diagonal')}" in repr(make())
+
+
+def test_a_frozen_mapping_is_a_copy() -> None:
+    original = {1: "a"}
+    frozen = FrozenMapping(original)
+    original[1] = "b"
+    assert dict(frozen) == {1: "a"}
