@@ -1,19 +1,41 @@
 """Optax gradient transformations for adaptive methods without the square root.
 
-Root-free diagonal methods after Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order
-Perspective (ICML 2024, https://arxiv.org/abs/2402.03496).
+Root-free diagonal methods, root-free Shampoo and inverse-free structured Shampoo, after Lin et al., Can We Remove the
+Square-Root in Adaptive Gradient Methods? A Second-Order Perspective (ICML 2024, https://arxiv.org/abs/2402.03496).
 """
 
 from rootfree_optax.alias import rf_adamw, rf_rmsprop
+from rootfree_optax.alias_kronecker import rf_shampoo, sirf_shampoo
 from rootfree_optax.diagonal import ScaleByRfAdamState, ScaleByRfRmsState, scale_by_rf_adam, scale_by_rf_rms
+from rootfree_optax.intervals import growing_interval
+from rootfree_optax.kronecker import (
+    ScaleByRfShampooState,
+    ScaleBySirfShampooState,
+    scale_by_rf_shampoo,
+    scale_by_sirf_shampoo,
+)
+from rootfree_optax.layout import Group, Layout, Plan, as_matrix, flatten, weight_and_bias
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Group",
+    "Layout",
+    "Plan",
     "ScaleByRfAdamState",
     "ScaleByRfRmsState",
+    "ScaleByRfShampooState",
+    "ScaleBySirfShampooState",
+    "as_matrix",
+    "flatten",
+    "growing_interval",
     "rf_adamw",
     "rf_rmsprop",
+    "rf_shampoo",
     "scale_by_rf_adam",
     "scale_by_rf_rms",
+    "scale_by_rf_shampoo",
+    "scale_by_sirf_shampoo",
+    "sirf_shampoo",
+    "weight_and_bias",
 ]

@@ -1,0 +1,118 @@
+"""The mathematics of root-free Shampoo with inverses, for ONE block: no trees, no flags, no schedules.
+
+A factor S is symmetric positive definite: a matrix [d, d], or a vector [d] that holds a diagonal one. L below is its
+lower Cholesky factor, elementwise the square root for a diagonal, and every inverse is a triangular solve with L.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+from jax.typing import ArrayLike
+
+from rootfree_optax.factor_update import all_finite
+from rootfree_optax.precision import upcast
+from rootfree_optax.structures import Parts, Structure
+
+
+def cholesky(s: jax.Array) -> jax.Array:
+    """Returns L with L Lᵀ = S."""
+    return jnp.sqrt(s) if s.ndim == 1 else jnp.linalg.cholesky(s)
+
+
+def solve(lower: jax.Array, tensor: jax.Array, axis: int, *, transposed: bool = False) -> jax.Array:
+    """Returns `tensor` multiplied along `axis` by L⁻¹, or by L⁻ᵀ."""
+    unfolded = jnp.moveaxis(tensor, axis, 0)
+    if lower.ndim == 1:
+        solution = unfolded / lower.reshape(-1, *(1,) * (tensor.ndim - 1))
+    else:
+        columns = unfolded.reshape(lower.shape[0], -1)
+        solution = solve_triangular(lower, columns, lower=True, trans="T" if transposed else "N")
+    return jnp.moveaxis(solution.reshape(unfolded.shape), 0, axis)
+
+
+def inverse_trace(lower: jax.Array) -> jax.Array:
+    """Returns Tr(S⁻¹) = ‖L⁻¹‖²_F."""
+    if lower.ndim == 1:
+        return jnp.sum(1 / jnp.square(lower))
+    return jnp.sum(jnp.square(solve(lower, jnp.eye(lower.shape[0], dtype=lower.dtype), 0)))
+
+
+def curvature_along(
+    gradient: jax.Array, n: int, lowers: Sequence[jax.Array], *, damping: ArrayLike, precision: jax.lax.PrecisionLike
+) -> jax.Array:
+    """Returns Hₙ = ( G₍ₙ₎ (⊗_{j≠n} Sⱼ⁻¹) G₍ₙ₎ᵀ + λ·Π_{j≠n} Tr(Sⱼ⁻¹)·I ) / Π_{j≠n} dⱼ, of Sₙ's shape.
+
+    Args:
+      gradient: √B·G, [d₁, …, d_N] or [samples, d₁, …, d_N], already divided by the root of the number of samples.
+      n: the axis, from zero, samples not counted.
+      lowers: L of each S.
+      damping: λ ≥ 0.
+      precision: of the product.
+    """
+    first_axis = gradient.ndim - len(lowers)
+    others = [j for j in range(len(lowers)) if j != n]
+    whitened = gradient
+    for j in others:
+        whitened = solve(lowers[j], whitened, first_axis + j)
+    unfolded = jnp.moveaxis(whitened, first_axis + n, 0).reshape(lowers[n].shape[0], -1)
+    isotropic = jnp.asarray(damping, gradient.dtype) * math.prod(inverse_trace(lowers[j]) for j in others)
+    other_dims = math.prod(lowers[j].shape[0] for j in others)
+    if lowers[n].ndim == 1:
+        return (jnp.sum(jnp.square(unfolded), axis=1) + isotropic) / other_dims
+    outer = jnp.matmul(unfolded, unfolded.T, precision=precision)
+    return (outer + isotropic * jnp.eye(len(outer), dtype=outer.dtype)) / other_dims
+
+
+def refresh(
+    gradient: jax.Array,
+    factors: tuple[Parts, ...],
+    *,
+    structures: Sequence[Structure],
+    preconditioner_lr: ArrayLike,
+    damping: ArrayLike,
+    batch_size: ArrayLike,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[tuple[Parts, ...]]:
+    """Refreshes a block's factors, Sₙ ← (1 − β₂) Sₙ + β₂ Hₙ, all from the old ones; unless they come out non-finite.
+
+    Args:
+      gradient: G, [d₁, …, d_N] or [samples, d₁, …, d_N].
+      factors: the parts of each Sₙ, in float32 or float64.
+      structures: the structure of each factor, dense or diagonal.
+      preconditioner_lr: β₂, in [0, 1].
+      damping: λ ≥ 0.
+      batch_size: B > 0.
+      precision: of the products.
+
+    Returns:
+      The new factors, as the one entry of a tuple.
+    """
+    matrices = [part for (part,) in factors]
+    dtype = matrices[0].dtype
+    samples = math.prod(gradient.shape[: gradient.ndim - len(structures)])
+    scaled = upcast(gradient).astype(dtype) * jnp.sqrt(jnp.asarray(batch_size, dtype) / samples)
+    lowers = [cholesky(s) for s in matrices]
+    new = tuple(
+        (
+            jnp.asarray(1 - preconditioner_lr, dtype) * s
+            + jnp.asarray(preconditioner_lr, dtype)
+            * curvature_along(scaled, n, lowers, damping=damping, precision=precision),
+        )
+        for n, s in enumerate(matrices)
+    )
+    keep = all_finite(new)
+    return (jax.tree.map(functools.partial(jnp.where, keep), new, factors),)
+
+
+def precondition(gradient: jax.Array, factors: tuple[Parts, ...], *, structures: Sequence[Structure]) -> jax.Array:
+    """Returns G multiplied along every axis n by Sₙ⁻¹, in the factors' dtype."""
+    del structures
+    direction = gradient.astype(factors[0][0].dtype)
+    for axis, (s,) in enumerate(factors):
+        lower = cholesky(s)
+        direction = solve(lower, solve(lower, direction, axis), axis, transposed=True)
+    return direction
