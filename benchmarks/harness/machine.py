@@ -1,0 +1,45 @@
+"""Describes where and with what a benchmark ran. Figures of different machines do not compare."""
+
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "optax", "rootfree-optax")
+
+
+def describe() -> dict[str, Any]:
+    """Returns processor, cores, accelerator, versions, date and load, all of them ready for JSON."""
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
+    }
+
+
+def summary(machine: dict[str, Any]) -> str:
+    """Returns a description of `describe` in one line."""
+    versions = ", ".join(f"{package} {machine[package]}" for package in PACKAGES)
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['devices']} × {machine['device']}, {versions}, "
+        f"Python {machine['python']}, {machine['date']}, load {machine['load_average']} at the start"
+    )
+
+
+def _processor() -> str:
+    information = pathlib.Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,66 @@
+"""Prints records as a table and writes them as JSON."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column of a table: the record's key, the heading, and how a value becomes text.
+
+    Attributes:
+      key: which entry of a record.
+      heading: may hold a line break.
+      spec: a format specification, applied to value·factor; the empty string prints text as it is.
+      factor: the unit's factor, 1e3 to show seconds as milliseconds.
+    """
+
+    key: str
+    heading: str
+    spec: str = ""
+    factor: float = 1.0
+
+    def show(self, record: dict[str, Any]) -> str:
+        """Returns the text of this column for one record; a missing value is a dash."""
+        value = record.get(self.key)
+        if value is None:
+            return "–"
+        return format(value * self.factor, self.spec) if self.spec else str(value)
+
+
+def table(title: str, caption: str, columns: Sequence[Column], records: Sequence[dict[str, Any]]) -> Table:
+    """Returns a table with one row per record: text to the left, numbers to the right."""
+    result = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    result.box, result.show_edge, result.pad_edge = box.SIMPLE_HEAD, False, False
+    for column in columns:
+        result.add_column(column.heading, justify="right" if column.spec else "left", no_wrap=True)
+    for record in records:
+        result.add_row(*(column.show(record) for column in columns))
+    return result
+
+
+def write_json(
+    path: pathlib.Path, *, machine: dict[str, Any], settings: dict[str, Any], records: Sequence[dict[str, Any]]
+) -> None:
+    """Writes what was measured, how and where, to six digits; folders are made as needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rounded = [{key: _six_digits(value) for key, value in record.items()} for record in records]
+    content = {"machine": machine, "settings": settings, "records": rounded}
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _six_digits(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def show(console: Console, *args: Any, **kwargs: Any) -> None:
+    """Prints the table that `table` makes of the same arguments, with an empty line before it."""
+    console.print()
+    console.print(table(*args, **kwargs))
