@@ -1,0 +1,146 @@
+"""Images for the examples: scikit-learn's handwritten digits, or CIFAR-10/100 read from a folder.
+
+Everything is kept in memory, as float32 of shape [n, height, width, channels] with mean zero and variance one.
+"""
+
+import pathlib
+import pickle
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sklearn.datasets import load_digits
+
+SPLIT_SEED = 0
+CIFAR_SHAPE = (3, 32, 32)
+CIFAR_PIXELS = 3 * 32 * 32
+
+
+Arrays = tuple[np.ndarray, np.ndarray]  # images and labels
+
+
+class Split(NamedTuple):
+    """Images, float32[n, height, width, channels], and their labels, int32[n]."""
+
+    images: jax.Array
+    labels: jax.Array
+
+
+class ImageData(NamedTuple):
+    """A data set: one split to train on, one to choose hyperparameters on, one to report."""
+
+    name: str
+    classes: int
+    train: Split
+    validation: Split
+    test: Split
+
+
+def load(directory: pathlib.Path | None = None, train_size: int | None = None) -> ImageData:
+    """Returns the digits, or the CIFAR data in `directory`; `train_size` limits the images to train on."""
+    if directory is None:
+        return load_handwritten_digits(300 if train_size is None else train_size)
+    return load_cifar(directory, train_size)
+
+
+def load_handwritten_digits(train_size: int = 300, validation_size: int = 500) -> ImageData:
+    """Returns scikit-learn's 1797 digits of 8×8 pixels, split once and for all; what remains is the test split."""
+    digits = load_digits()
+    images = digits.images[..., np.newaxis].astype(np.float32)
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
+    if train_size + validation_size >= len(images):
+        raise ValueError(f"train_size must leave test images of {len(images) - validation_size}, got {train_size}.")
+    train, validation, test = np.split(order, [train_size, train_size + validation_size])
+    parts = [(images[part], digits.target[part]) for part in (train, validation, test)]
+    return _standardized("digits", len(digits.target_names), *parts)
+
+
+def load_cifar(directory: pathlib.Path, train_size: int | None = None) -> ImageData:
+    """Returns CIFAR-10 or CIFAR-100 from a folder with the files of its public Python or binary archive.
+
+    A tenth of the training images, drawn once and for all, is the validation split. CIFAR-100 has its fine labels.
+
+    Raises:
+      FileNotFoundError: if the folder holds the files of none of the four archives.
+    """
+    complete = [layout for layout in CIFAR_LAYOUTS if all((directory / file).is_file() for file in layout.files)]
+    if not complete:
+        expected = " or ".join(", ".join(layout.files) for layout in CIFAR_LAYOUTS)
+        raise FileNotFoundError(f"{directory} must hold all files of a CIFAR archive: {expected}.")
+    name, classes, (*train_files, test_file), read = complete[0]
+    batches = [read(directory / file) for file in train_files]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
+    validation, train = np.split(order, [len(images) // 10])
+    train = train[:train_size]
+    parts = [(images[train], labels[train]), (images[validation], labels[validation]), read(directory / test_file)]
+    return _standardized(name, classes, *parts)
+
+
+def _standardized(name: str, classes: int, *parts: Arrays) -> ImageData:
+    train_images, pixels = parts[0][0], (0, 1, 2)
+    mean = train_images.mean(pixels, np.float64).astype(np.float32)
+    std = train_images.std(pixels, np.float64).astype(np.float32)
+    scaled = [(images - mean) / std for images, _ in parts]
+    splits = [Split(jnp.asarray(x), jnp.asarray(y, jnp.int32)) for x, (_, y) in zip(scaled, parts, strict=True)]
+    return ImageData(name, classes, *splits)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits what the CIFAR files hold, NumPy arrays in plain containers, and nothing that could run other code."""
+
+    admitted: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.admitted:
+            raise pickle.UnpicklingError(f"A CIFAR file holds only NumPy arrays, got {module}.{name}.")
+        return self.admitted[module, name]
+
+
+def _to_images(rows: np.ndarray) -> np.ndarray:
+    """Returns [n, 32, 32, 3] images of [n, 3072] rows that hold one colour plane after the other."""
+    return np.moveaxis(rows.reshape(-1, *CIFAR_SHAPE), 1, -1)
+
+
+def _read_pickle(label_key: bytes) -> Callable[[pathlib.Path], Arrays]:
+    def read(path: pathlib.Path) -> Arrays:
+        with path.open("rb") as file:
+            batch = _ArrayUnpickler(file, encoding="bytes").load()  # written by Python 2
+        return _to_images(batch[b"data"]), np.asarray(batch[label_key])
+
+    return read
+
+
+def _read_binary(label_bytes: int) -> Callable[[pathlib.Path], Arrays]:
+    def read(path: pathlib.Path) -> Arrays:
+        content = np.fromfile(path, np.uint8)
+        if content.size % (label_bytes + CIFAR_PIXELS):
+            raise ValueError(f"{path} must hold records of {label_bytes} + {CIFAR_PIXELS} bytes, got {content.size}.")
+        records = content.reshape(-1, label_bytes + CIFAR_PIXELS)
+        return _to_images(records[:, label_bytes:]), records[:, label_bytes - 1]  # the fine label comes last
+
+    return read
+
+
+class _Layout(NamedTuple):
+    """One of the public archives: its files, the test images last, and how to read one."""
+
+    name: str
+    classes: int
+    files: tuple[str, ...]
+    read: Callable[[pathlib.Path], Arrays]
+
+
+_CIFAR10 = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+CIFAR_LAYOUTS = (
+    _Layout("cifar10", 10, _CIFAR10, _read_pickle(b"labels")),
+    _Layout("cifar10", 10, tuple(f"{file}.bin" for file in _CIFAR10), _read_binary(label_bytes=1)),
+    _Layout("cifar100", 100, ("train", "test"), _read_pickle(b"fine_labels")),
+    _Layout("cifar100", 100, ("train.bin", "test.bin"), _read_binary(label_bytes=2)),
+)

@@ -1,0 +1,112 @@
+"""The optimizers that the examples compare, the ranges they are tuned in, and where tuned settings are kept.
+
+Another optimizer joins by one entry in `METHODS` and one run of tune_digits.py.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+import rootfree_optax as rf
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+class Range(NamedTuple):
+    """A log-uniform distribution of a hyperparameter, or of one minus it."""
+
+    low: float
+    high: float
+    of_one_minus: bool = False
+
+    def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """Returns n draws."""
+        draws = np.exp(rng.uniform(np.log(self.low), np.log(self.high), n))
+        return 1 - draws if self.of_one_minus else draws
+
+    def __str__(self) -> str:
+        low, high = (1 - self.high, 1 - self.low) if self.of_one_minus else (self.low, self.high)
+        return f"{low:.4g} to {high:.4g}"
+
+
+class Method(NamedTuple):
+    """An optimizer: `build(learning_rate, batch_size, **others)` and a range for each hyperparameter."""
+
+    label: str
+    build: Callable[..., optax.GradientTransformation]
+    ranges: Mapping[str, Range]
+
+
+def adamw(learning_rate: optax.Schedule, batch_size: ArrayLike, **others: ArrayLike) -> optax.GradientTransformation:
+    """Returns `optax.adamw`."""
+    del batch_size
+    return optax.adamw(learning_rate, **others)
+
+
+def sgd(
+    learning_rate: optax.Schedule, batch_size: ArrayLike, momentum: ArrayLike, weight_decay: ArrayLike
+) -> optax.GradientTransformation:
+    """Returns stochastic gradient descent with heavy-ball momentum and weight decay."""
+    del batch_size
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum))
+
+
+MOMENTUM = Range(0.01, 0.9, of_one_minus=True)
+DECAY = Range(1e-3, 0.3, of_one_minus=True)
+DAMPING = Range(1e-8, 5e-4)
+DECOUPLED_DECAY = Range(1e-3, 1)  # multiplied by the learning rate alone
+COUPLED_DECAY = Range(1e-4, 1e-1)  # goes through the momentum, too
+
+METHODS: dict[str, Method] = {
+    "rf_rmsprop": Method(
+        "RF-RMSProp",
+        rf.rf_rmsprop,
+        {
+            "learning_rate": Range(3e-4, 1e-1),
+            "decay": DECAY,
+            "damping": DAMPING,
+            "momentum": MOMENTUM,
+            "weight_decay": COUPLED_DECAY,
+        },
+    ),
+    "rf_adamw": Method(
+        "RF-AdamW",
+        rf.rf_adamw,
+        {
+            "learning_rate": Range(1e-3, 3e-1),
+            "b1": MOMENTUM,
+            "b2": DECAY,
+            "damping": DAMPING,
+            "weight_decay": DECOUPLED_DECAY,
+        },
+    ),
+    "adamw": Method(
+        "AdamW",
+        adamw,
+        {
+            "learning_rate": Range(3e-4, 1e-1),
+            "b1": MOMENTUM,
+            "b2": DECAY,
+            "eps": Range(1e-10, 1e-6),
+            "weight_decay": DECOUPLED_DECAY,
+        },
+    ),
+    "sgd": Method(
+        "SGD with momentum",
+        sgd,
+        {"learning_rate": Range(3e-3, 1), "momentum": MOMENTUM, "weight_decay": COUPLED_DECAY},
+    ),
+}
+
+
+def tuned_settings(name: str, directory: pathlib.Path = RESULTS) -> dict[str, float]:
+    """Returns the hyperparameters that tune_digits.py chose for one method and wrote to `directory`."""
+    path = directory / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; write it with: python examples/tune_digits.py --optimizer {name}")
+    return json.loads(path.read_text())["chosen"]
