@@ -1,0 +1,95 @@
+"""Sharded equals replicated, and the state's types and shardings are those of `init`, on meshes of both kinds."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from contract import ALL, Case, assert_close, make_gradients, over, run, tolerance_of, types
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+SPECS = {
+    "layer": {"kernel": PartitionSpec("x", "y"), "bias": PartitionSpec("x")},
+    "scale": PartitionSpec(),
+}
+SHAPES = {"layer": {"kernel": (8, 4), "bias": (8,)}, "scale": ()}
+KINDS = pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
+
+
+def make_mesh(kind: AxisType) -> jax.sharding.Mesh:
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+
+
+def shardings_on(mesh: jax.sharding.Mesh) -> Any:
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
+
+
+def replicated_params() -> Any:
+    rng = np.random.default_rng(4)
+    is_shape = lambda node: isinstance(node, tuple)
+    return jax.tree.map(lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32), SHAPES, is_leaf=is_shape)
+
+
+def shardings(tree: Any) -> list[Any]:
+    return [leaf.sharding for leaf in jax.tree.leaves(tree)]
+
+
+def assert_sharded_like(tree: Any, reference: Any) -> None:
+    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(reference), strict=True):
+        assert leaf.sharding.is_equivalent_to(other.sharding, leaf.ndim), jax.tree_util.keystr(path)
+
+
+@over(ALL)
+@pytest.mark.parametrize(
+    ("kind", "jitted"),
+    [(AxisType.Explicit, False), (AxisType.Explicit, True), (AxisType.Auto, True)],
+    ids=["explicit-eager", "explicit-jit", "auto-jit"],
+)
+def test_sharded_equals_replicated_and_the_state_keeps_its_types(case: Case, kind: AxisType, jitted: bool) -> None:
+    tx = case(batch_size=4)
+    params = replicated_params()
+    gradients = make_gradients(params, 2)
+    expected, expected_state = run(tx, params, gradients)
+
+    mesh = make_mesh(kind)
+    update = jax.jit(tx.update) if jitted else tx.update
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, shardings_on(mesh))
+        state = initial = tx.init(params)
+        for gradient, wanted in zip(gradients, expected, strict=True):
+            gradient = jax.device_put(gradient, shardings_on(mesh))
+            updates, state = update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+            assert types(state) == types(initial)
+            assert types(updates) == types(gradient)
+            assert_sharded_like(updates, gradient)
+            assert_close(jax.device_get(updates), jax.device_get(wanted), tolerance_of(case))
+    assert_close(jax.device_get(state), jax.device_get(expected_state), tolerance_of(case))
+    arrays = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim > 0]
+    assert_sharded_like(arrays(state), arrays(initial))
+    if case.elementwise:
+        by_shape = {leaf.shape: leaf for leaf in jax.tree.leaves(params)}
+        assert_sharded_like(arrays(state), [by_shape[leaf.shape] for leaf in arrays(state)])
+
+
+@over(ALL)
+def test_jitted_init_has_the_types_of_eager_init_on_an_explicit_mesh(case: Case) -> None:
+    tx = case()
+    mesh = make_mesh(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(replicated_params(), shardings_on(mesh))
+        assert types(jax.jit(tx.init)(params)) == types(tx.init(params))
+
+
+@over(ALL)
+@KINDS
+def test_init_from_sharded_shapes_equals_init_from_arrays(case: Case, kind: AxisType) -> None:
+    tx = case()
+    mesh = make_mesh(kind)
+    params = jax.device_put(replicated_params(), shardings_on(mesh))
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params)
+    state, from_shapes = tx.init(params), tx.init(shapes)
+    assert_close(jax.device_get(from_shapes), jax.device_get(state), tolerance=0)
+    assert_sharded_like(from_shapes, state)
