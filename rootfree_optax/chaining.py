@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax import hyperparameters as hyper
 from rootfree_optax import trees
-from rootfree_optax.precision import accumulation_dtype, dtype_like, finite_or_zero, upcast
+from rootfree_optax.precision import dtype_like, finite_or_zero, upcast
 
 MaskOrFn = Any | Callable[[optax.Params], Any] | None
 
@@ -23,7 +23,7 @@ MaskOrFn = Any | Callable[[optax.Params], Any] | None
 def _accumulate(array: jax.Array, factor: ArrayLike, other: jax.Array) -> jax.Array:
     """Returns array + factor·other, of the first array's dtype."""
     wide = upcast(array)
-    return (wide + jnp.asarray(factor, accumulation_dtype(array.dtype)) * other.astype(wide.dtype)).astype(array.dtype)
+    return (wide + jnp.asarray(factor, wide.dtype) * other.astype(wide.dtype)).astype(array.dtype)
 
 
 class AddDecayedWeightsState(NamedTuple):

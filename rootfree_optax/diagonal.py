@@ -206,7 +206,7 @@ def _require_valid(*, damping: Any, batch_size: Any, initial_scale: Any, **decay
 
 def _initial_nu(params: optax.Params, initial_scale: ArrayLike, dtype: DTypeLike | None) -> Any:
     def initial(param: jax.Array) -> jax.Array:
-        nu_dtype = real_dtype(param.dtype) if dtype is None else dtype
+        nu_dtype = real_dtype(jnp.result_type(param)) if dtype is None else dtype
         return jnp.full_like(param, initial_scale, nu_dtype)
 
     return jax.tree.map(initial, params)

@@ -24,8 +24,7 @@ def moving_average(average: jax.Array, value: jax.Array, decay: ArrayLike) -> ja
 
     1 − decay is taken before `decay` is rounded to that dtype: 1 − 0.999 would lose four digits in float32.
     """
-    real = accumulation_dtype(average.dtype)
-    return jnp.asarray(decay, real) * average + jnp.asarray(1 - decay, real) * value
+    return jnp.asarray(decay, average.dtype) * average + jnp.asarray(1 - decay, average.dtype) * value
 
 
 def second_moment(
@@ -66,7 +65,8 @@ def root_free_direction(gradient: jax.Array, s: jax.Array, *, damping: ArrayLike
     """Returns g / (s + λ), of g's dtype. A non-finite entry of g stays non-finite."""
     wide = upcast(gradient)
     real = accumulation_dtype(gradient.dtype)
-    return (wide / (s.astype(real) + jnp.asarray(damping, real))).astype(gradient.dtype)
+    curvature = s.astype(real) + jnp.asarray(damping, real)
+    return (wide / curvature.astype(wide.dtype)).astype(gradient.dtype)
 
 
 def averaged_direction(
@@ -81,7 +81,7 @@ def averaged_direction(
     """Returns (m / m_weight) / (s / s_weight + λ), of g's dtype. A non-finite entry of m stays non-finite."""
     wide = upcast(gradient)
     real = accumulation_dtype(gradient.dtype)
-    average = m.astype(wide.dtype) / jnp.asarray(m_weight, real)
+    average = m.astype(wide.dtype) / jnp.asarray(m_weight, wide.dtype)
     curvature = s.astype(real) / jnp.asarray(s_weight, real)
     return root_free_direction(average, curvature, damping=damping).astype(gradient.dtype)
 

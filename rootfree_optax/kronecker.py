@@ -12,7 +12,7 @@ from rootfree_optax import factor_update, inverse_update, stacks
 from rootfree_optax import hyperparameters as hyper
 from rootfree_optax.hyperparameters import UpdateEvery
 from rootfree_optax.layout import Layout, Plan
-from rootfree_optax.layout.rules import DTypeRule
+from rootfree_optax.layout.rules import DTypeRule, require_dtype_rule
 from rootfree_optax.precision import upcast
 from rootfree_optax.structures import dense, diagonal
 
@@ -93,6 +93,7 @@ def scale_by_sirf_shampoo(
     """
     at_construction = batch_size
     _require_valid(preconditioner_lr, damping, batch_size, update_every)
+    require_dtype_rule(preconditioner_dtype)
     if riemannian_momentum is not None:
         hyper.require_fraction("riemannian_momentum", riemannian_momentum)
     keeps_momentum = riemannian_momentum is not None and not hyper.is_zero(riemannian_momentum)

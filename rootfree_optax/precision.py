@@ -20,9 +20,10 @@ def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 def dtype_like(array: jax.Array, real: DTypeLike | None) -> jnp.dtype:
     """Returns the dtype for state that is real or complex as `array` is, at the precision of `real` (None: its own)."""
+    own = jnp.result_type(array)  # of a Python number, too
     if real is None:
-        return array.dtype
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        return own
+    if jnp.issubdtype(own, jnp.complexfloating):
         # There is no complex dtype below single precision.
         return jnp.dtype(jnp.complex128 if jnp.finfo(real).bits > 32 else jnp.complex64)
     return jnp.dtype(real)

@@ -20,10 +20,10 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 def require_inexact(params: Any) -> None:
     """Raises a TypeError that names the first parameter that is neither real nor complex floating point."""
     for path, leaf in named_leaves(params).items():
-        if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if leaf is not None and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             raise TypeError(
-                f"parameters must be floating point, got {leaf.dtype} at {path!r}. Keep it out of the optimizer with "
-                "optax.masked or optax.partition."
+                f"parameters must be floating point, got {jnp.result_type(leaf)} at {path!r}. Keep it out of the "
+                "optimizer with optax.masked or optax.partition."
             )
 
 
@@ -37,10 +37,10 @@ def real_shapes(params: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
     shapes: dict[str, tuple[int, ...]] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
-                f"parameters must be real floating point, got {leaf.dtype} at {path!r}. Give it to another optimizer "
-                "with optax.partition."
+                f"parameters must be real floating point, got {jnp.result_type(leaf)} at {path!r}. Give it to another "
+                "optimizer with optax.partition."
             )
         if path in shapes:
             raise ValueError(f"parameters must have distinct key paths, but two of them have {path!r}.")

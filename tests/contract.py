@@ -110,6 +110,15 @@ _MOMENTUM = {
 }
 _ADAM_FREE = {"learning_rate": 1.0, "b2": 0.99, "damping": 1.0}
 
+_KRONECKER = {
+    "learning_rate": 2e-3,
+    "momentum": 0.9,
+    "weight_decay": 1e-5,
+    "preconditioner_lr": 0.01,
+    "damping": 0.1,
+    "batch_size": 1,
+}
+
 OPTIMIZERS = (
     Case(
         "rf_rmsprop",
@@ -125,6 +134,22 @@ OPTIMIZERS = (
         {"learning_rate": 3e-2, "bias_correction": True, "initial_scale": 0.0, **_CONVERGENT},
         mechanized=_ADAM_FREE,
         unscheduled=frozenset({"b2"}),
+    ),
+    Case(
+        "rf_shampoo",
+        rf.rf_shampoo,
+        _KRONECKER,
+        mechanized={"learning_rate": 1.0, "damping": 1.0},
+        elementwise=False,
+        complex_parameters=False,
+    ),
+    Case(
+        "sirf_shampoo",
+        rf.sirf_shampoo,
+        {"update_every": 2, **_KRONECKER},
+        mechanized={"learning_rate": 1.0, "damping": 1.0},
+        elementwise=False,
+        complex_parameters=False,
     ),
 )
 

@@ -93,24 +93,23 @@ class Layout:
 
 @functools.lru_cache(maxsize=128)
 def _plan(layout: Layout, shapes: tuple[tuple[str, Shape], ...]) -> Plan:
-    parameters = dict(shapes)
-    layers = {path: rules.layers_of(layout.stacked, path, shape) for path, shape in shapes}
-    layer_shapes = {path: shape[layers[path] :] for path, shape in shapes}
+    empty = tuple((path, shape) for path, shape in shapes if 0 in shape)
+    parameters = {path: shape for path, shape in shapes if 0 not in shape}
+    layers = {path: rules.layers_of(layout.stacked, path, shape) for path, shape in parameters.items()}
+    layer_shapes = {path: shape[layers[path] :] for path, shape in parameters.items()}
     units = tuple(
         _unit(layout, assignment, tuple(parameters[path] for path in assignment.paths), layers)
         for assignment in assign(layout.group, layer_shapes)
     )
     stacks, flat = place([part for unit in units for part in unit.stacks])
     placements = iter(flat)
-    return Plan(units, stacks, tuple(tuple(next(placements) for _ in unit.stacks) for unit in units))
+    return Plan(units, stacks, tuple(tuple(next(placements) for _ in unit.stacks) for unit in units), empty)
 
 
 def _unit(layout: Layout, assignment: Assignment, shapes: tuple[Shape, ...], layers: dict[str, int]) -> Unit:
     name, paths, rule = assignment
     n_layers = layers[paths[0]]
     shape = joined_shape(rule, dict(zip(paths, shapes, strict=True)), [layers[path] for path in paths])
-    if 0 in shape:
-        raise ValueError(f"parameters must have entries, got the shape {shape} at {name!r}. Mask it with optax.masked.")
     layer_shape = squeezed(shape[n_layers:])
     lengths = layer_shape if layout.merge_dims is None else merged(layer_shape, layout.merge_dims)
     factories = rules.structures_of(layout.structure, name, lengths)

@@ -48,11 +48,13 @@ class Plan:
       units: the parameters and groups.
       stacks: the stacks.
       placements: for each unit, where in the stacks its blocks stand.
+      empty: key paths and shapes of the parameters without entries, which have no blocks.
     """
 
     units: tuple[Unit, ...]
     stacks: tuple[Stack, ...]
     placements: tuple[tuple[Placement, ...], ...]
+    empty: tuple[tuple[str, Shape], ...] = ()
 
     def pack(self, tree: Any, name: str = "gradients") -> tuple[jax.Array, ...]:
         """Returns the blocks of a tree like the parameters, one array [count, *shape] for each stack.
@@ -99,7 +101,7 @@ class Plan:
             raise ValueError(f"stacks must have the shapes {expected}, got {shapes}.")
         leaves = trees.named_leaves(like)
         self._require_like_parameters(leaves, "the tree to unpack like")
-        arrays: dict[str, jax.Array] = {}
+        arrays = {path: jnp.zeros(shape) for path, shape in self.empty}
         for unit, places in zip(self.units, self.placements, strict=True):
             if any(leaves[path] is not None for path in unit.paths):
                 arrays |= zip(unit.paths, unit.from_blocks(unstack(stacks, places)), strict=True)
@@ -113,11 +115,10 @@ class Plan:
 
     @functools.cached_property
     def _parameters(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return {
-            path: jax.ShapeDtypeStruct(shape, jnp.float32)
-            for unit in self.units
-            for path, shape in zip(unit.paths, unit.shapes, strict=True)
-        }
+        shapes = dict(self.empty)
+        for unit in self.units:
+            shapes |= zip(unit.paths, unit.shapes, strict=True)
+        return {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
 
     @functools.cached_property
     def blocks(self) -> tuple[Block, ...]:

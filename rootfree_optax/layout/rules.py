@@ -143,9 +143,15 @@ def dtypes_of(rule: DTypeRule, axes: int, default: DTypeLike = jnp.float32) -> t
     dtypes = tuple(rule) if isinstance(rule, (tuple, list)) else (rule,) * axes
     if len(dtypes) != axes:
         raise ValueError(f"preconditioner_dtype must have one dtype per axis of a block with {axes}, got {dtypes}.")
-    for dtype in dtypes:
-        require_floating_dtype("preconditioner_dtype", dtype)
+    require_dtype_rule(dtypes)
     return tuple(jnp.dtype(default if dtype is None else dtype) for dtype in dtypes)
+
+
+def require_dtype_rule(rule: DTypeRule) -> None:
+    """Raises a ValueError for a rule that names a dtype that is not real floating point."""
+    for per_axes in rule.values() if isinstance(rule, Mapping) else [rule]:
+        for dtype in per_axes if isinstance(per_axes, (tuple, list)) else [per_axes]:
+            require_floating_dtype("preconditioner_dtype", dtype)
 
 
 def require_layer_rule(rule: LayerRule) -> None:

@@ -186,7 +186,6 @@ def test_stacks_unlike_the_plan_are_an_error() -> None:
     [
         ({"a": {"x": struct(2, dtype="int32")}}, TypeError, "real floating point, got int32 at 'a/x'"),
         ({"a": struct(2, dtype="complex64")}, TypeError, "real floating point, got complex64 at 'a'"),
-        ({"a": struct(2, 0)}, ValueError, r"must have entries, got the shape \(2, 0\) at 'a'"),
         ({"a/b": struct(2), "a": {"b": struct(2)}}, ValueError, "distinct key paths, but two of them have 'a/b'"),
     ],
 )
