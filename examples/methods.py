@@ -3,6 +3,7 @@
 Another optimizer joins by one entry in `METHODS` and one run of tune_digits.py.
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -56,6 +57,9 @@ def sgd(
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum))
 
 
+# Convolution kernels become matrices, as in a network of patches: (3·3·inputs, outputs).
+LAYOUT = rf.Layout(merge_dims=288)
+
 MOMENTUM = Range(0.01, 0.9, of_one_minus=True)
 DECAY = Range(1e-3, 0.3, of_one_minus=True)
 DAMPING = Range(1e-8, 5e-4)
@@ -83,6 +87,17 @@ METHODS: dict[str, Method] = {
             "b2": DECAY,
             "damping": DAMPING,
             "weight_decay": DECOUPLED_DECAY,
+        },
+    ),
+    "sirf_shampoo": Method(
+        "SIRF-Shampoo",
+        functools.partial(rf.sirf_shampoo, layout=LAYOUT),
+        {
+            "learning_rate": Range(1e-4, 1e-1),
+            "preconditioner_lr": Range(1e-2, 5e-1),
+            "damping": DAMPING,
+            "momentum": MOMENTUM,
+            "weight_decay": COUPLED_DECAY,
         },
     ),
     "adamw": Method(
