@@ -28,6 +28,18 @@ def _max_abs(parts: Parts) -> jax.Array:
     return functools.reduce(jnp.maximum, [jnp.max(jnp.abs(part)) for part in parts])
 
 
+def _power_of_two(largest: jax.Array) -> jax.Array:
+    """Returns the largest power of two that does not exceed a positive number, one for zero."""
+    _, exponent = jnp.frexp(largest)
+    return jnp.where(largest > 0, jnp.ldexp(jnp.ones_like(largest), exponent - 1), jnp.ones_like(largest))
+
+
+def _saturate(array: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns `array` in the dtype of `like`, entries beyond its range at the range's end."""
+    limit = jnp.asarray(jnp.finfo(like.dtype).max, array.dtype)
+    return jnp.clip(array, -limit, limit).astype(like.dtype)
+
+
 def all_finite(tree: object) -> jax.Array:
     """Returns whether every entry of every array is finite, a scalar."""
     return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
@@ -103,12 +115,30 @@ def refresh_factor(
       count: the step's number, for the dithered rounding of a half-precision factor.
       precision: of the product.
     """
-    norm = jnp.sqrt(structure.squared_norm(momentum))
-    rate = jnp.asarray(preconditioner_lr, norm.dtype) / jnp.maximum(1, norm)
-    rounded = jax.tree.map(lambda m, k: m.astype(k.dtype), momentum, factor)
+    # ‖m‖ from the entries divided by the largest, because their squares may overflow where they do not.
+    largest = jnp.maximum(1, _max_abs(momentum))
+    unit = _scale(momentum, 1 / largest)
+    clipped = _scale(unit, 1 / jnp.maximum(1 / largest, jnp.sqrt(structure.squared_norm(unit))))
+    rounded = jax.tree.map(lambda m, k: m.astype(k.dtype), clipped, factor)
     change = structure.matmul(factor, rounded, precision=precision)
     return jax.tree.map(
-        lambda k, c: round_dithered(upcast(k) - rate.astype(c.dtype) * c, k.dtype, count), factor, change
+        lambda k, c: round_dithered(upcast(k) - jnp.asarray(preconditioner_lr, c.dtype) * c, k.dtype, count),
+        factor,
+        change,
+    )
+
+
+def balance(factors: tuple[Parts, ...]) -> tuple[Parts, ...]:
+    """Returns the factors brought within 2¹⁶ of each other, by exact powers of two whose product is one.
+
+    c·K₁ and K₂ / c precondition alike and have equal steps, so nothing in the refresh holds c: in tens of thousands of
+    refreshes it would drift until one factor overflows.
+    """
+    exponents = [jnp.frexp(_max_abs(parts))[1] for parts in factors]
+    shifts = [jnp.sign(e - exponents[0]) * (jnp.abs(e - exponents[0]) // 16) * 8 for e in exponents]
+    return tuple(
+        _scale(parts, jnp.ldexp(jnp.float32(1), shift))
+        for parts, shift in zip(factors, [sum(shifts), *(-shift for shift in shifts[1:])], strict=True)
     )
 
 
@@ -156,11 +186,13 @@ def refresh(
             momenta,
             directions,
         )
-    new_factors = tuple(
-        refresh_factor(s, k, m, preconditioner_lr=preconditioner_lr, count=count, precision=precision)
-        for s, k, m in zip(structures, factors, directions, strict=True)
+    new_factors = balance(
+        tuple(
+            refresh_factor(s, k, m, preconditioner_lr=preconditioner_lr, count=count, precision=precision)
+            for s, k, m in zip(structures, factors, directions, strict=True)
+        )
     )
-    new_momenta = jax.tree.map(lambda m, direction: direction.astype(m.dtype), momenta, directions) if momenta else ()
+    new_momenta = jax.tree.map(_saturate, directions, momenta) if momenta else ()
     keep = all_finite((new_factors, new_momenta))
     select = functools.partial(jax.tree.map, lambda new, old: jnp.where(keep, new, old))
     return select(new_factors, factors), select(new_momenta, momenta)
@@ -175,7 +207,8 @@ def precondition(
 ) -> jax.Array:
     """Returns G multiplied along every axis n by KₙKₙᵀ.
 
-    Each K enters divided by max(1, √max|K|) and the result is scaled back, so that no intermediate leaves half
+    Each K enters divided by a power of two near its largest entry, and so do G and the products on the way where K's
+    dtype has a narrower range than theirs (float16); the result is scaled back. So no intermediate leaves half
     precision's range before the result itself does.
 
     Args:
@@ -190,8 +223,11 @@ def precondition(
     direction = upcast(gradient)
     rescale = jnp.ones((), direction.dtype)
     for axis, (structure, parts) in enumerate(zip(structures, factors, strict=True)):
-        scale = jnp.maximum(1, jnp.sqrt(_max_abs(parts).astype(rescale.dtype)))
+        scale = _power_of_two(_max_abs(parts)).astype(rescale.dtype)
         scaled = _scale(parts, 1 / scale)
+        if jnp.finfo(parts[0].dtype).maxexp < jnp.finfo(direction.dtype).maxexp:
+            unit = _power_of_two(jnp.max(jnp.abs(direction)))
+            direction, rescale = direction / unit, rescale * unit
         direction = structure.apply_transposed(scaled, direction, axis, precision=precision)
         direction = structure.apply(scaled, direction, axis, precision=precision)
         rescale = rescale * jnp.square(scale)

@@ -34,7 +34,8 @@ class Layout:
       max_dense_dim: the longest dense axis of the default rule, at least one. An axis that `block_size` cuts counts
         with the length of its blocks: it is they that have the factors. Explicit structures are not bound by it.
       block_size: the length of blocks, at least one. A longer axis is cut into blocks of this length and a shorter last
-        one, unless its structure is diagonal. None: no axis is cut.
+        one, unless its structure is diagonal. A block keeps its parameter's axes, even one of length one. None: no axis
+        is cut.
       merge_dims: neighbouring axes are merged, from the left, while their product is at most this. None: none are.
       stacked: how many leading axes index independent layers (`nn.scan`, `nnx.scan`, vmapped layers, experts). An
         integer, for every parameter; a mapping from regular expressions to integers, of which the first that is found

@@ -12,11 +12,17 @@ from rootfree_optax.precision import upcast
 
 def _einsum(subscripts: str, *operands: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
     """Returns an einsum accumulated, and returned, in the operands' accumulation dtype."""
-    if operands[0].dtype == jnp.bfloat16:
-        # XLA for CPUs fails at run time on some stacked products of bfloat16 arrays. So the arrays are given in
-        # float32, with leave to round them to bfloat16, which changes nothing, where the hardware multiplies it.
-        precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32
-    return jnp.einsum(subscripts, *map(upcast, operands), precision=precision)
+    wide = tuple(map(upcast, operands))
+    if operands[0].dtype != jnp.bfloat16:
+        return jnp.einsum(subscripts, *wide, precision=precision)
+    # XLA for CPUs fails at run time on some products of bfloat16 arrays. So the arrays are given in float32, which
+    # holds them exactly, and accelerators have leave to multiply them in bfloat16 units, which is exact, too.
+    units = jax.lax.DotAlgorithmPreset.BF16_BF16_F32
+    return jax.lax.platform_dependent(
+        *wide,
+        cpu=lambda *arrays: jnp.einsum(subscripts, *arrays),
+        default=lambda *arrays: jnp.einsum(subscripts, *arrays, precision=units),
+    )
 
 
 def einsum_along(

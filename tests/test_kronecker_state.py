@@ -1,0 +1,239 @@
+"""The two Kronecker transformations: dtypes, programs, the state and its readers, errors."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from kronecker_runs import SETTING, both_forms, draw
+
+import rootfree_optax as rf
+
+BF16, F16, F32 = (jnp.dtype(name) for name in ("bfloat16", "float16", "float32"))
+
+
+def dtypes_of(state):
+    return [[part.dtype for part in jax.tree.leaves(stack)] for stack in state]
+
+
+@pytest.mark.parametrize(
+    ("rule", "vector", "matrix"),
+    [
+        (None, [F32], [F16, F16]),
+        (jnp.bfloat16, [BF16], [BF16, BF16]),
+        ("float32", [F32], [F32, F32]),
+        ({1: jnp.bfloat16}, [BF16], [F16, F16]),
+        ({1: jnp.float16, 2: (None, jnp.bfloat16)}, [F16], [F16, BF16]),
+    ],
+    ids=str,
+)
+def test_dtypes_of_the_state(rule, vector, matrix):
+    params = {"b": jnp.zeros(3, F32), "k": jnp.zeros((3, 2), F16)}
+    tx = rf.scale_by_sirf_shampoo(preconditioner_dtype=rule, **SETTING)
+    state = jax.eval_shape(tx.init, params)
+    assert dtypes_of(state.factors) == [vector, matrix]
+    gradients = {"b": jnp.zeros(3, BF16), "k": jnp.zeros((3, 2), F32)}
+    directions, after = jax.eval_shape(tx.update, gradients, state, params)
+    assert dtypes_of(after.factors) == dtypes_of(after.momenta) == [vector, matrix]
+    assert (directions["b"].dtype, directions["k"].dtype) == (BF16, F32)
+
+
+def test_a_dtype_for_each_axis():
+    params = {"k": jnp.zeros((3, 1, 2))}
+    tx = rf.scale_by_sirf_shampoo(preconditioner_dtype=(jnp.bfloat16, None), **SETTING)
+    assert dtypes_of(jax.eval_shape(tx.init, params).factors) == [[BF16, F32]]
+
+
+def test_factors_with_inverses_are_in_single_precision_at_least():
+    state = jax.eval_shape(rf.scale_by_rf_shampoo(**SETTING).init, {"k": jnp.zeros((3, 2), F16)})
+    assert dtypes_of(state.factors) == [[F32, F32]]
+
+
+def equations(jaxpr):
+    """Yields every equation, those of inner functions included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+                elif hasattr(inner, "jaxpr"):
+                    yield from equations(inner.jaxpr)
+
+
+# Each of the structures once, in sizes that show the whole of it.
+ALL_STRUCTURES = {
+    "a": ("dense", "diagonal"),
+    "b": ("block2diagonal", "hierarchical2_2"),
+    "c": ("triltoeplitz", "triutoeplitz"),
+    "d": ("trilbottomrightdiag", "triutopleftdiag"),
+    "e": ("triubottomrightdiag", "triltopleftdiag"),
+}
+
+
+def tree_of(make):
+    paths = ALL_STRUCTURES if make is rf.scale_by_sirf_shampoo else "a"
+    return {path: jnp.zeros((7, 5)) for path in paths}, rf.Layout(structure=lambda path, _: ALL_STRUCTURES[path])
+
+
+@pytest.mark.parametrize(("make", "fewest"), [(rf.scale_by_sirf_shampoo, 40), (rf.scale_by_rf_shampoo, 1)])
+def test_precision_reaches_every_product(make, fewest):
+    params, layout = tree_of(make)
+    for precision in (jax.lax.Precision.HIGHEST, None):
+        tx = make(layout=layout, precision=precision, **SETTING)
+        jaxpr = jax.make_jaxpr(tx.update)(params, jax.eval_shape(tx.init, params)).jaxpr
+        found = [e.params["precision"] for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+        assert len(found) >= fewest
+        assert set(found) == {None if precision is None else (precision, precision)}
+
+
+# An operation, or the call of a library, that decomposes a matrix or solves with one.
+DECOMPOSITION = re.compile(
+    r"cholesky|eig|syev|heev|svd|gesdd|(?<!s)qr|householder|triangular|trsm|potrf|getr|inverse|lu_|lapack|solver",
+    re.IGNORECASE,
+)
+
+
+def decompositions(make):
+    """Returns the operations and called functions of the compiled update that decompose a matrix or solve."""
+    params, layout = tree_of(make)
+    tx = make(layout=layout, **SETTING)
+    text = jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params)).compile().as_text()
+    operations = re.findall(r"^\s+(?:ROOT )?%\S+ = (?:\([^=]*\)|\S+) ([\w-]+)\(", text, re.MULTILINE)
+    operations += re.findall(r'custom_call_target="([^"]+)"', text)
+    assert {"fusion", "parameter", "tuple"} <= set(operations)
+    return {name for name in operations if DECOMPOSITION.search(name)}
+
+
+def test_the_inverse_free_program_decomposes_nothing():
+    assert decompositions(rf.scale_by_sirf_shampoo) == set()
+    # The same search finds something where there is something to find.
+    assert len(decompositions(rf.scale_by_rf_shampoo)) >= 2
+
+
+def whole(transformation):
+    return optax.chain(optax.clip_by_global_norm(1.0), transformation, optax.trace(0.9), optax.scale(-0.1))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "owned"),
+    [
+        (whole, "vw"),
+        (lambda tx: optax.masked(whole(tx), {"v": False, "w": True}), "w"),
+        (lambda tx: optax.MultiSteps(whole(tx), 2), "vw"),
+        (lambda tx: optax.inject_hyperparams(lambda lr: optax.chain(tx, optax.scale(lr)))(0.1), "vw"),
+        (lambda tx: optax.partition({"tx": whole(tx), "sgd": optax.sgd(0.1)}, {"v": "sgd", "w": "tx"}), "w"),
+    ],
+    ids=["chain", "masked", "multi_steps", "inject_hyperparams", "partition"],
+)
+def test_factors_are_found_in_the_state_of_a_whole_optimizer(wrap, owned):
+    layout = rf.Layout(stacked={"w": 1}, block_size=3, structure={1: "diagonal", 2: ("dense", "triltoeplitz")})
+    params = {"v": jnp.zeros(2), "w": jnp.zeros((2, 3, 5))}
+    tx = wrap(rf.scale_by_sirf_shampoo(layout=layout, **SETTING))
+    state = jax.eval_shape(tx.init, params)
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda leaf: np.float32(rng.standard_normal(leaf.shape)), state)
+    is_bare = lambda node: isinstance(node, rf.ScaleBySirfShampooState)
+    (bare,) = filter(is_bare, jax.tree.leaves(state, is_leaf=is_bare))
+    plan = layout.plan({name: params[name] for name in owned})
+    found = plan.factors(state)
+    assert set(found) == {"w[0; 0, 0]", "w[0; 0, 1]", "w[1; 0, 0]", "w[1; 0, 1]", *({"v"} & set(owned))}
+    assert len({float(matrices[0][0, 0]) for matrices in found.values()}) == len(found)
+    chex.assert_trees_all_equal(found, plan.factors(bare))
+
+
+BYTES = [(None, 0.5), (jnp.bfloat16, 0.5), ((jnp.bfloat16, None), None)]
+
+
+@pytest.mark.parametrize(("dtype", "momentum"), BYTES, ids=str)
+def test_the_plan_knows_the_bytes_of_the_state(dtype, momentum):
+    params, layout = tree_of(rf.scale_by_sirf_shampoo)
+    tx = rf.scale_by_sirf_shampoo(layout=layout, preconditioner_dtype=dtype, riemannian_momentum=momentum, batch_size=1)
+    state = jax.eval_shape(tx.init, params)
+    real = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.factors, state.momenta)))
+    assert layout.plan(params).state_bytes(dtype, riemannian_momentum=momentum is not None) == real > 0
+
+
+def test_bfloat16_products_of_every_shape_run():
+    """Of a single vector they have no stack to go over, and X Xᵀ has no columns to sum."""
+    layout = rf.Layout(structure=lambda path, _: path)
+    shapes = {"dense": (7,), "hierarchical2_1": (7,), "block2diagonal": (4, 3)}
+    gradient = jax.tree.map(lambda g: g[0], draw(shapes, steps=1))
+
+    @jax.jit
+    def direction(gradient):
+        half, single = (
+            rf.scale_by_sirf_shampoo(layout=layout, preconditioner_dtype=dtype, **SETTING)
+            for dtype in (jnp.bfloat16, jnp.float32)
+        )
+        return half.update(gradient, half.init(gradient))[0], single.update(gradient, single.init(gradient))[0]
+
+    found, expected = jax.device_get(direction(gradient))
+    chex.assert_trees_all_close(found, expected, rtol=0, atol=16 * float(jnp.finfo(jnp.bfloat16).eps))
+
+
+@both_forms
+def test_a_state_of_other_parameters_or_another_layout_is_refused(make):
+    params = {"w": jnp.zeros((4, 6))}
+    tx = make(**SETTING)
+    message = r"the state must come from init .* have the shapes \[\(1, 4, 4\).* the layout asks for \[\(\d, "
+    for other, layout in (
+        ({"w": jnp.zeros((6, 6))}, {}),
+        (params, {"block_size": 3}),
+        (params, {"structure": "diagonal"}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(layout=rf.Layout(**layout), **SETTING).update(other, tx.init(params))
+    with pytest.raises(ValueError, match="the state must hold factors that were made with this layout"):
+        rf.Layout(block_size=3).plan(params).factors(tx.init(params))
+    with pytest.raises(ValueError, match="got none"):
+        rf.Layout().plan(params).factors(optax.adam(0.1).init(params))
+
+
+@pytest.mark.parametrize("structure", ["triltoeplitz", "block2diagonal", "hierarchical2_1"])
+def test_a_structure_that_the_form_with_inverses_has_not_is_refused_by_path(structure):
+    layout = rf.Layout(structure={1: "diagonal", 2: ("dense", structure)})
+    with pytest.raises(ValueError, match=rf"'layer/kernel'.*{structure}|{structure}.*'layer/kernel'"):
+        rf.scale_by_rf_shampoo(layout=layout).init({"bias": jnp.zeros(5), "layer": {"kernel": jnp.zeros((4, 5))}})
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (jnp.int32, "preconditioner_dtype must be a real floating-point dtype or None, got int32"),
+        ((jnp.float32, jnp.complex64), "preconditioner_dtype must be .* got complex64"),
+        ((jnp.float32,) * 3, "preconditioner_dtype must have one dtype per axis"),
+        ({2: (jnp.float32,)}, "preconditioner_dtype must have one dtype per axis"),
+    ],
+    ids=str,
+)
+def test_a_dtype_that_does_not_fit_is_refused(rule, message):
+    with pytest.raises(ValueError, match=message):
+        rf.scale_by_sirf_shampoo(preconditioner_dtype=rule).init({"w": jnp.zeros((2, 3))})
+
+
+@both_forms
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"update_every": 0}, "update_every must be at least 1, got 0"),
+        ({"preconditioner_lr": -0.1}, r"preconditioner_lr must be at least 0, got -0\.1"),
+        ({"damping": float("nan")}, "damping must be at least 0, got nan"),
+        ({"batch_size": 0}, "batch_size must be positive, got 0"),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range_are_refused_at_construction(make, setting, message):
+    with pytest.raises(ValueError, match=message):
+        make(**setting)
+
+
+@both_forms
+def test_a_missing_batch_size_is_refused_with_both_remedies(make):
+    params = jnp.zeros(3)
+    tx = make()
+    with pytest.raises(ValueError, match=r"(?s)batch_size is required.*constructing.*at each update"):
+        tx.update(params, tx.init(params))
