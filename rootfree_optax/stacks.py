@@ -43,12 +43,7 @@ def identities(plan: Plan, params: optax.Params, dtype_rule: DTypeRule = None) -
 def _require_state_of(plan: Plan, factors: Stacks) -> None:
     if not plan.stacks:
         return
-    expected = [
-        (stack.count, *shape)
-        for stack in plan.stacks
-        for structure in stack.structures
-        for shape in structure.part_shapes
-    ]
+    expected = [shape for stack in plan.stacks for shape in stack.part_shapes]
     found = [jnp.shape(part) for part in jax.tree.leaves(factors)]
     if found != expected:
         raise ValueError(

@@ -21,13 +21,7 @@ from contract import (
     tolerance_alone,
     types,
 )
-
-
-def enable_x64(enable: bool) -> Any:
-    """Returns a context manager for double precision, wherever this jax keeps it."""
-    if not enable:
-        return contextlib.nullcontext()
-    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
+from double_precision import double_precision
 
 
 def uncommitted_copy(tree: Any) -> Any:
@@ -40,7 +34,7 @@ def uncommitted_copy(tree: Any) -> Any:
     [("float16", False), ("bfloat16", False), ("float32", False), ("float32", True), ("float64", True)],
 )
 def test_types_are_stable_through_cond_and_scan(case: Case, dtype: str, x64: bool) -> None:
-    with enable_x64(x64):
+    with double_precision() if x64 else contextlib.nullcontext():
         tx = case()
         params = {**make_params(dtype), "weak": jnp.asarray(1.0)}
         assert params["weak"].weak_type

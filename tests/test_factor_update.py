@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from double_precision import double_precision
 
 from rootfree_optax import factor_update
 from rootfree_optax.structures import structure_factory
@@ -109,7 +110,7 @@ def float64_step(structures):
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_numpy(case):
     shape, names, samples = CASES[case]
-    with jax.enable_x64(True):
+    with double_precision():
         structures = structures_of(names, shape)
         step = float64_step(structures)
         for seed, (setting, scale) in enumerate(SETTINGS):
@@ -129,7 +130,7 @@ def test_agrees_with_numpy(case):
 
 def test_without_momentum_the_step_is_taken_as_it_is():
     shape, names, _ = CASES["matrix_structured"]
-    with jax.enable_x64(True):
+    with double_precision():
         structures = structures_of(names, shape)
         rng = np.random.default_rng(0)
         factors = random_parts(rng, structures, 0.3, identity=True)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from double_precision import double_precision
 
 from rootfree_optax import inverse_update
 from rootfree_optax.structures import structure_factory
@@ -82,7 +83,7 @@ SETTINGS = [
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_numpy(case):
     shape, names, samples = CASES[case]
-    with jax.enable_x64(True):
+    with double_precision():
         step = compiled(names, shape)
         for seed, setting in enumerate(SETTINGS):
             rng = np.random.default_rng(seed)

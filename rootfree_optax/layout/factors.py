@@ -22,9 +22,7 @@ def find_factors(state: Any, stacks: Sequence[Stack]) -> tuple[Any, ...]:
     Raises:
       ValueError: if the state holds no factors of these stacks.
     """
-    expected = [
-        (stack.count, *shape) for stack in stacks for structure in stack.structures for shape in structure.part_shapes
-    ]
+    expected = [shape for stack in stacks for shape in stack.part_shapes]
     nodes = [node for node in jax.tree.leaves(state, is_leaf=_has_factors) if _has_factors(node)]
     found = [[part.shape for part in jax.tree.leaves(node.factors)] for node in nodes]
     for node, shapes in zip(nodes, found, strict=True):

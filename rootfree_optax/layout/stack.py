@@ -27,6 +27,11 @@ class Stack:
     structures: tuple[Structure, ...]
     count: int
 
+    @property
+    def part_shapes(self) -> list[Shape]:
+        """The shapes of the factors' parts, with their leading axis of blocks, axis by axis."""
+        return [(self.count, *shape) for structure in self.structures for shape in structure.part_shapes]
+
     def state_bytes(self, dtype: DTypeRule = None, *, riemannian_momentum: bool = True) -> int:
         """Returns the bytes of the factors of all blocks.
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from double_precision import double_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -149,7 +150,7 @@ def test_operations_of_any_size_agree_with_dense_algebra(problem):
 
 @every_structure
 def test_operations_on_one_matrix_accumulate_in_float64(name):
-    with jax.enable_x64(True):
+    with double_precision():
         structure = structure_factory(name)(11)
         rng = np.random.default_rng(0)
         left, right = (to_jax(random_parts(rng, structure), np.float64) for _ in range(2))
