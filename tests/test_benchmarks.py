@@ -99,6 +99,7 @@ def test_state_is_the_accumulators_and_step_counts_alone(run: dict[str, Any], me
     assert _record(run, method)["state_bytes"] == expected
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="older compilers fuse half-precision passes otherwise")
 @pytest.mark.parametrize("method", MOST_TRAFFIC)
 def test_a_step_moves_no_more_memory_than_promised(run: dict[str, Any], method: str) -> None:
     adamw = _record(run, "optax.adamw")["bytes_accessed"]
