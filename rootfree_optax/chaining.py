@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax import hyperparameters as hyper
 from rootfree_optax import trees
-from rootfree_optax.precision import dtype_like, finite_or_zero, upcast
+from rootfree_optax.precision import dtype_like, upcast
 
 MaskOrFn = Any | Callable[[optax.Params], Any] | None
 
@@ -88,7 +88,7 @@ def heavy_ball(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds up past updates, v ← momentum·v + update, as `optax.trace`, whatever the dtypes.
 
-    A non-finite update shows in v for one step; v then restarts from zero.
+    As there, a non-finite update makes v non-finite for good: reject such steps by `optax.apply_if_finite`.
 
     Args:
       momentum: α₁, in [0, 1). A number or a traced scalar.
@@ -120,7 +120,7 @@ def heavy_ball(
         updates: optax.Updates, state: HeavyBallState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, HeavyBallState]:
         del params, extra_args
-        updates = trees.map_gradients(lambda u, v: _accumulate(u, momentum, finite_or_zero(v)), updates, state.momentum)
+        updates = trees.map_gradients(lambda u, v: _accumulate(u, momentum, v), updates, state.momentum)
         keep_dtype = lambda v, u: u.astype(v.dtype)
         return updates, HeavyBallState(trees.map_accumulators(keep_dtype, state.momentum, updates))
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax.precision import accumulation_dtype, round_dithered, upcast
+from rootfree_optax.precision import accumulation_dtype, exponent_of, power_of_two, round_dithered, upcast
 from rootfree_optax.structures.base import Parts, Structure
 
 
@@ -26,12 +26,6 @@ def _scale(parts: Parts, factor: ArrayLike) -> Parts:
 
 def _max_abs(parts: Parts) -> jax.Array:
     return functools.reduce(jnp.maximum, [jnp.max(jnp.abs(part)) for part in parts])
-
-
-def _power_of_two(largest: jax.Array) -> jax.Array:
-    """Returns the largest power of two that does not exceed a positive number, one for zero."""
-    _, exponent = jnp.frexp(largest)
-    return jnp.where(largest > 0, jnp.ldexp(jnp.ones_like(largest), exponent - 1), jnp.ones_like(largest))
 
 
 def _saturate(array: jax.Array, like: jax.Array) -> jax.Array:
@@ -134,11 +128,13 @@ def balance(factors: tuple[Parts, ...]) -> tuple[Parts, ...]:
     c·K₁ and K₂ / c precondition alike and have equal steps, so nothing in the refresh holds c: in tens of thousands of
     refreshes it would drift until one factor overflows.
     """
-    exponents = [jnp.frexp(_max_abs(parts))[1] for parts in factors]
+    exponents = [exponent_of(_max_abs(parts)) for parts in factors]
     shifts = [jnp.sign(e - exponents[0]) * (jnp.abs(e - exponents[0]) // 16) * 8 for e in exponents]
     return tuple(
-        _scale(parts, jnp.ldexp(jnp.float32(1), shift))
-        for parts, shift in zip(factors, [sum(shifts), *(-shift for shift in shifts[1:])], strict=True)
+        _scale(parts, power_of_two(shift))
+        for parts, shift in zip(
+            factors, [sum(shifts[1:], start=shifts[0]), *(-shift for shift in shifts[1:])], strict=True
+        )
     )
 
 
@@ -223,10 +219,10 @@ def precondition(
     direction = upcast(gradient)
     rescale = jnp.ones((), direction.dtype)
     for axis, (structure, parts) in enumerate(zip(structures, factors, strict=True)):
-        scale = _power_of_two(_max_abs(parts)).astype(rescale.dtype)
+        scale = power_of_two(exponent_of(_max_abs(parts))).astype(rescale.dtype)
         scaled = _scale(parts, 1 / scale)
         if jnp.finfo(parts[0].dtype).maxexp < jnp.finfo(direction.dtype).maxexp:
-            unit = _power_of_two(jnp.max(jnp.abs(direction)))
+            unit = power_of_two(exponent_of(jnp.max(jnp.abs(direction)))).astype(rescale.dtype)
             direction, rescale = direction / unit, rescale * unit
         direction = structure.apply_transposed(scaled, direction, axis, precision=precision)
         direction = structure.apply(scaled, direction, axis, precision=precision)

@@ -112,7 +112,8 @@ def test_gradients_unlike_the_parameters_are_refused_by_path(case: Case, jitted:
 def test_bad_entries_never_poison_the_state(case: Case, dtype: str) -> None:
     params = make_params(dtype)
     gradients = make_gradients(params, 3)
-    tx = case()
+    # Heavy-ball momentum is no accumulator of curvature; like Optax's, it is left to apply_if_finite.
+    tx = case(momentum=None) if "momentum" in case.parameters else case()
 
     def directions(gradients: list[Any]) -> tuple[list[Any], Any]:
         state, history = tx.init(params), []
