@@ -1,0 +1,196 @@
+"""Time of one step: with refresh, without, and their mean over a period, beside the official PyTorch optimizer."""
+
+import contextlib
+import functools
+import math
+import os
+import pathlib
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import trees
+from harness import official, program, report
+
+import rootfree_optax as rf
+
+OFFICIAL = "official"
+WORKER = pathlib.Path(__file__).with_name("official_worker.py")
+PERIOD = 10
+BATCH_SIZE = 32
+LAYOUTS = {
+    "dense": rf.Layout(structure="dense"),
+    "default": rf.Layout(),
+    "blocks 256": rf.Layout(block_size=256),
+}
+OTHERS = {"adamw": optax.adamw(1e-3), "muon": optax.contrib.muon(1e-3)}
+# The official optimizer's arguments, and what they are called here.
+OFFICIAL_SETTINGS = {
+    "lr": 1e-3,
+    "beta2": 1e-2,
+    "alpha1": 0.9,
+    "alpha2": 0.5,
+    "lam": 1e-3,
+    "kappa": 0.0,
+    "T": PERIOD,
+    "batch_size": BATCH_SIZE,
+}
+
+TITLE = "One step on gpt: {layers} layers, width {width}, {parameters:.2f} million parameters, {threads} threads"
+CAPTION = (
+    "official: SIRFShampoo in PyTorch, dense factors on every axis, vectors' too. dense, default, blocks 256: "
+    "rf.sirf_shampoo with the same arguments and such a layout, the first of them the same mathematics. adamw, muon: "
+    f"Optax's. refresh, plain: medians of steps with and without refresh; mean: over the {PERIOD} steps of a period. "
+    "ratio, min, CPU: mean over the official's, by medians, by fastest steps, and by the CPU time of all threads. "
+    "/roof: fastest steps over the time that the plan's operations take at the rate of single batched products of the "
+    "same shapes. The programs take turns, step by step."
+)
+COLUMNS = (
+    report.Column("method", "method"),
+    report.Column("refresh_seconds", "refresh\nms", ".1f", 1e3),
+    report.Column("plain_seconds", "plain\nms", ".1f", 1e3),
+    report.Column("mean_seconds", "mean\nms", ".1f", 1e3),
+    report.Column("mean_ratio", "mean\nratio", ".3f"),
+    report.Column("fastest_ratio", "min\nratio", ".3f"),
+    report.Column("process_ratio", "CPU\nratio", ".3f"),
+    report.Column("refresh_over_roofline", "refresh\n/roof", ".2f"),
+    report.Column("plain_over_roofline", "plain\n/roof", ".2f"),
+)
+Step = Callable[[], tuple[float, float]]
+
+
+def threads() -> int:
+    """Returns how many threads every program gets: as many as there are processors for this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def measure(
+    shapes: trees.Shapes, periods: int, official_python: str | None, *, watch: Any = iter
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Returns one record per method, and the versions of the official packages.
+
+    Args:
+      shapes: the parameters'.
+      periods: how many periods are timed, after one that is not.
+      official_python: the interpreter that has the official package; None leaves that row out.
+      watch: wraps the iterable of steps, for a progress bar.
+    """
+    versions: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        steps: dict[str, Step] = {}
+        if official_python is not None:
+            worker = stack.enter_context(official.worker(official_python, WORKER))
+            request = {"shapes": trees.shapes_of(shapes), "settings": OFFICIAL_SETTINGS, "threads": threads()}
+            versions = worker.ask(request)["versions"]
+            steps[OFFICIAL] = functools.partial(_official_step, worker)
+        steps |= {name: _jax_step(tx, shapes) for name, tx in (_ours() | OTHERS).items()}
+        times = _take_turns(steps, periods, watch)
+    records = [{"method": name, **_summary(seconds)} for name, seconds in times.items()]
+    rate = functools.cache(_product_rate)
+    for record in records:
+        _compare(record, records[0] if official_python else None)
+        if record["method"] in LAYOUTS:
+            _add_roofline(record, LAYOUTS[record["method"]].plan(trees.abstract(shapes)), rate)
+    return records, versions
+
+
+def _ours() -> dict[str, optax.GradientTransformation]:
+    settings = {
+        "preconditioner_lr": OFFICIAL_SETTINGS["beta2"],
+        "momentum": OFFICIAL_SETTINGS["alpha1"],
+        "riemannian_momentum": OFFICIAL_SETTINGS["alpha2"],
+        "damping": OFFICIAL_SETTINGS["lam"],
+        "update_every": PERIOD,
+        "batch_size": BATCH_SIZE,
+    }
+    learning_rate = OFFICIAL_SETTINGS["lr"]
+    return {name: rf.sirf_shampoo(learning_rate, layout=layout, **settings) for name, layout in LAYOUTS.items()}
+
+
+def _official_step(worker: official.Worker) -> tuple[float, float]:
+    answer = worker.ask({})
+    return answer["seconds"], answer["process_seconds"]
+
+
+def _jax_step(tx: optax.GradientTransformation, shapes: trees.Shapes) -> Step:
+    gradients, params = trees.normal(shapes, 1e-2), trees.normal(shapes, 1.0)
+    carry = (params, tx.init(params))
+    run = program.compile_step(functools.partial(program.optimizer_step, tx), carry, gradients).run
+
+    def step() -> tuple[float, float]:
+        nonlocal carry
+        start, process_start = time.perf_counter(), time.process_time()
+        carry = jax.block_until_ready(run(carry))
+        return time.perf_counter() - start, time.process_time() - process_start
+
+    return step
+
+
+def _take_turns(steps: Mapping[str, Step], periods: int, watch: Any) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Returns each method's times of steps with and without refresh; the order is drawn anew for each step."""
+    times: dict[str, dict[str, list[tuple[float, float]]]] = {name: {"refresh": [], "plain": []} for name in steps}
+    order, shuffle = list(steps), random.Random(0).shuffle
+    for index in watch(range(PERIOD * (1 + periods))):
+        shuffle(order)
+        for name in order:
+            seconds = steps[name]()
+            if index >= PERIOD:
+                times[name]["plain" if index % PERIOD else "refresh"].append(seconds)
+    return times
+
+
+def _summary(times: Mapping[str, list[tuple[float, float]]]) -> dict[str, float]:
+    """Returns the medians by the clock, and the means over a period of medians, of fastest steps and of CPU time."""
+    clock = {kind: [seconds for seconds, _ in pairs] for kind, pairs in times.items()}
+    process = {kind: statistics.median(seconds for _, seconds in pairs) for kind, pairs in times.items()}
+    median = {kind: statistics.median(seconds) for kind, seconds in clock.items()}
+    fastest = {kind: min(seconds) for kind, seconds in clock.items()}
+    mean = lambda seconds: (seconds["refresh"] + (PERIOD - 1) * seconds["plain"]) / PERIOD
+    return {
+        **{f"{kind}_seconds": value for kind, value in median.items()},
+        **{f"{kind}_fastest_seconds": value for kind, value in fastest.items()},
+        **{f"{kind}_process_seconds": value for kind, value in process.items()},
+        "mean_seconds": mean(median),
+        "mean_fastest_seconds": mean(fastest),
+        "mean_process_seconds": mean(process),
+    }
+
+
+def _compare(record: dict[str, Any], reference: dict[str, Any] | None) -> None:
+    if reference is None:
+        return
+    for ratio, key in (("mean", "mean"), ("fastest", "mean_fastest"), ("process", "mean_process")):
+        record[f"{ratio}_ratio"] = record[f"{key}_seconds"] / reference[f"{key}_seconds"]
+
+
+def _add_roofline(record: dict[str, Any], plan: rf.Plan, rate: Callable[[tuple[int, ...]], float]) -> None:
+    """Adds the time that the plan's operations take at the products' rates, and how many times that was measured."""
+    seconds = {"refresh": 0.0, "plain": 0.0}
+    for stack in plan.stacks:
+        if len(stack.shape) < 2:  # vectors' factors are read once per step: no product, and next to no operations
+            continue
+        longest = max(stack.shape)
+        flops = rate((stack.count, math.prod(stack.shape) // longest, longest))
+        seconds["plain"] += stack.apply_flops / flops
+        seconds["refresh"] += (stack.apply_flops + stack.refresh_flops) / flops
+    for kind, value in seconds.items():
+        record[f"{kind}_roofline_seconds"] = value
+        record[f"{kind}_over_roofline"] = record[f"{kind}_fastest_seconds"] / value
+
+
+def _product_rate(shape: tuple[int, ...], repeats: int = 7) -> float:
+    """Returns the operations per second of the fastest of some products [n, rows, d] · [n, d, d]."""
+    count, rows, dim = shape
+    left, right = jnp.ones((count, rows, dim)), jnp.ones((count, dim, dim))
+    multiply = jax.jit(lambda left, right: jnp.einsum("nij,njk->nik", left, right))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(multiply(left, right))
+        seconds.append(time.perf_counter() - start)
+    return 2 * count * rows * dim**2 / min(seconds)

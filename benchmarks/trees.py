@@ -1,0 +1,89 @@
+"""The shapes of models' parameters, and arrays of such shapes."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Shapes = dict[str, Any]
+
+
+def gpt(layers: int, width: int = 256, vocabulary: int = 2048, context: int = 256) -> Shapes:
+    """Returns a decoder-only transformer's shapes: 8 arrays per layer, and 3 besides.
+
+    Args:
+      layers: its depth.
+      width: the model's width, d; the feedforward layers have 4·d units.
+      vocabulary: rows of the embedding, which is the head too.
+      context: rows of the position embedding.
+    """
+    layer = {
+        "attention": {"qkv": (width, 3 * width), "proj": (width, width)},
+        "feedforward": {
+            "fc": (width, 4 * width),
+            "fc_bias": (4 * width,),
+            "out": (4 * width, width),
+            "out_bias": (width,),
+        },
+        "norms": {"attention": (width,), "feedforward": (width,)},
+    }
+    ends = {"embedding": (vocabulary, width), "positions": (context, width), "final_norm": (width,)}
+    return {**ends, **{f"layer_{index}": layer for index in range(layers)}}
+
+
+_BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+
+
+def resnet(depth: int, width: int = 64, classes: int = 1000) -> Shapes:
+    """Returns a residual network's shapes: kernels [height, width, inputs, outputs], normalizations and a head.
+
+    Args:
+      depth: 18 or 34.
+      width: channels of the first stage; each stage has twice the channels of the one before.
+      classes: outputs of the head.
+    """
+    norm = lambda channels: {"scale": (channels,), "bias": (channels,)}
+    shapes: Shapes = {"stem": {"kernel": (7, 7, 3, width), "norm": norm(width)}}
+    inputs = width
+    for stage, blocks in enumerate(_BLOCKS_PER_STAGE[depth]):
+        outputs = width * 2**stage
+        for block in range(blocks):
+            layers = {
+                "conv_1": (3, 3, inputs, outputs),
+                "norm_1": norm(outputs),
+                "conv_2": (3, 3, outputs, outputs),
+                "norm_2": norm(outputs),
+            }
+            if inputs != outputs:
+                layers |= {"shortcut": (1, 1, inputs, outputs), "shortcut_norm": norm(outputs)}
+            shapes[f"stage_{stage}_block_{block}"] = layers
+            inputs = outputs
+    return {**shapes, "head": {"kernel": (inputs, classes), "bias": (classes,)}}
+
+
+def _is_shape(node: Any) -> bool:
+    return isinstance(node, tuple)
+
+
+def shapes_of(shapes: Shapes) -> list[tuple[int, ...]]:
+    """Returns the shapes, in the order of the leaves."""
+    return jax.tree.leaves(shapes, is_leaf=_is_shape)
+
+
+def size(shapes: Shapes) -> int:
+    """Returns the number of parameters."""
+    return sum(map(math.prod, shapes_of(shapes)))
+
+
+def abstract(shapes: Shapes) -> Any:
+    """Returns float32 `jax.ShapeDtypeStruct`s of these shapes."""
+    return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=_is_shape)
+
+
+def normal(shapes: Shapes, scale: float) -> Any:
+    """Returns float32 arrays of these shapes with normally distributed entries, the same ones at every call."""
+    generator = np.random.default_rng(0)
+    draw = lambda shape: jnp.asarray(np.float32(scale) * generator.standard_normal(shape, np.float32))
+    return jax.tree.map(draw, shapes, is_leaf=_is_shape)
