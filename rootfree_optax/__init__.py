@@ -8,12 +8,8 @@ from rootfree_optax.alias import rf_adamw, rf_rmsprop
 from rootfree_optax.alias_kronecker import rf_shampoo, sirf_shampoo
 from rootfree_optax.diagonal import ScaleByRfAdamState, ScaleByRfRmsState, scale_by_rf_adam, scale_by_rf_rms
 from rootfree_optax.intervals import growing_interval
-from rootfree_optax.kronecker import (
-    ScaleByRfShampooState,
-    ScaleBySirfShampooState,
-    scale_by_rf_shampoo,
-    scale_by_sirf_shampoo,
-)
+from rootfree_optax.kronecker import ScaleBySirfShampooState, scale_by_sirf_shampoo
+from rootfree_optax.kronecker_inverse import ScaleByRfShampooState, scale_by_rf_shampoo
 from rootfree_optax.layout import Group, Layout, Plan, as_matrix, flatten, weight_and_bias
 
 __version__ = "0.1.0"

@@ -6,7 +6,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax.chaining import MaskOrFn, descent
 from rootfree_optax.hyperparameters import UpdateEvery
-from rootfree_optax.kronecker import scale_by_rf_shampoo, scale_by_sirf_shampoo
+from rootfree_optax.kronecker import scale_by_sirf_shampoo
+from rootfree_optax.kronecker_inverse import scale_by_rf_shampoo
 from rootfree_optax.layout import Layout
 from rootfree_optax.layout.rules import DTypeRule
 

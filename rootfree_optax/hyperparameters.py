@@ -74,6 +74,14 @@ def require_floating_dtype(name: str, dtype: Any) -> None:
         raise ValueError(f"{name} must be a real floating-point dtype or None, got {jnp.dtype(dtype).name}.")
 
 
+def require_kronecker(preconditioner_lr: Any, damping: Any, batch_size: Any, update_every: Any) -> None:
+    """Raises a ValueError for a Python number out of range among what both Kronecker transformations take."""
+    require_at_least("preconditioner_lr", preconditioner_lr, 0)
+    require_at_least("damping", damping, 0)
+    require_positive("batch_size", batch_size)
+    require_at_least("update_every", update_every, 1)
+
+
 def resolve_batch_size(at_update: ArrayLike | None, at_construction: ArrayLike | None) -> ArrayLike:
     """Returns the batch size of this step; the one given to `update` wins.
 

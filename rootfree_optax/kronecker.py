@@ -1,4 +1,4 @@
-"""Root-free Shampoo, with inverses and without, as transformations: plan, pack, refresh, precondition, unpack."""
+"""Inverse-free root-free Shampoo as a transformation: plan, pack, refresh, precondition, unpack."""
 
 import functools
 from typing import Any, NamedTuple
@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from rootfree_optax import factor_update, inverse_update, stacks
+from rootfree_optax import factor_update, stacks
 from rootfree_optax import hyperparameters as hyper
 from rootfree_optax.hyperparameters import UpdateEvery
-from rootfree_optax.layout import Layout, Plan
+from rootfree_optax.layout import Layout
 from rootfree_optax.layout.rules import DTypeRule, require_dtype_rule
-from rootfree_optax.precision import upcast
-from rootfree_optax.structures import dense, diagonal
 
 
 class ScaleBySirfShampooState(NamedTuple):
@@ -92,7 +90,7 @@ def scale_by_sirf_shampoo(
       https://arxiv.org/abs/2402.03496
     """
     at_construction = batch_size
-    _require_valid(preconditioner_lr, damping, batch_size, update_every)
+    hyper.require_kronecker(preconditioner_lr, damping, batch_size, update_every)
     require_dtype_rule(preconditioner_dtype)
     if riemannian_momentum is not None:
         hyper.require_fraction("riemannian_momentum", riemannian_momentum)
@@ -134,117 +132,3 @@ def scale_by_sirf_shampoo(
         return stacks.unpack(plan, directions, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-class ScaleByRfShampooState(NamedTuple):
-    """State of `scale_by_rf_shampoo`.
-
-    Attributes:
-      count: how many updates there have been.
-      factors: for each stack of the plan, for each axis, the parts of S with a leading axis of blocks.
-    """
-
-    count: jax.Array  # type: ignore[assignment]
-    factors: Any
-
-
-def scale_by_rf_shampoo(
-    preconditioner_lr: optax.ScalarOrSchedule = 0.05,
-    damping: optax.ScalarOrSchedule = 1e-4,
-    *,
-    batch_size: ArrayLike | None = None,
-    update_every: UpdateEvery = 1,
-    layout: Layout = Layout(),  # noqa: B008  # a frozen value
-    precision: jax.lax.PrecisionLike = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Preconditions gradients by the inverses of Kronecker factors, without roots (RF-Shampoo).
-
-        Hₙ = ( B · G₍ₙ₎ (⊗_{j≠n} Sⱼ⁻¹) G₍ₙ₎ᵀ + λ·Π_{j≠n} Tr(Sⱼ⁻¹)·I ) / Π_{j≠n} dⱼ
-        Sₙ ← (1 − β₂) Sₙ + β₂ Hₙ            direction = G ×₁ S₁⁻¹ … ×_N S_N⁻¹
-
-    By Cholesky solves in at least float32: for comparison and for small problems. `scale_by_sirf_shampoo` does the
-    same to first order in β₂ with matrix products alone.
-
-    Args:
-      preconditioner_lr: β₂, in [0, 1]. A number, a traced scalar or a schedule.
-      damping: λ ≥ 0. A number, a traced scalar or a schedule.
-      batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
-      update_every: T ≥ 1, or a callable, see `scale_by_sirf_shampoo`.
-      layout: how parameters become blocks. The structures may be dense and diagonal.
-      precision: of every matrix product, see `jax.lax.Precision`.
-
-    Returns:
-      A transformation whose `update` takes the extra arguments `batch_size` and `curvature` (see
-      `scale_by_sirf_shampoo`).
-
-    Raises:
-      ValueError: as `scale_by_sirf_shampoo`, and at `init` for a structure that is neither dense nor diagonal.
-      TypeError: at `init` for parameters that are not real floating point.
-
-    Example:
-      >>> import jax.numpy as jnp, rootfree_optax as rf
-      >>> tx = rf.scale_by_rf_shampoo(preconditioner_lr=0.5, damping=0.0, batch_size=1)
-      >>> params = {"kernel": jnp.zeros((2, 3))}
-      >>> direction, state = tx.update({"kernel": jnp.eye(2, 3)}, tx.init(params))
-      >>> s1, s2 = rf.Layout().plan(params).factors(state)["kernel"]
-      >>> print(f"{s1[0, 0]:.3f}")
-      0.667
-
-    References:
-      Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
-      https://arxiv.org/abs/2402.03496
-    """
-    at_construction = batch_size
-    _require_valid(preconditioner_lr, damping, batch_size, update_every)
-
-    def init(params: optax.Params) -> ScaleByRfShampooState:
-        plan = layout.plan(params)
-        _require_symmetric(plan)
-        factors = jax.tree.map(upcast, stacks.identities(plan, params))
-        return ScaleByRfShampooState(jnp.zeros([], jnp.int32), factors)
-
-    def update(
-        updates: optax.Updates,
-        state: ScaleByRfShampooState,
-        params: optax.Params | None = None,
-        *,
-        batch_size: ArrayLike | None = None,
-        curvature: optax.Updates | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByRfShampooState]:
-        del extra_args
-        refresh = functools.partial(
-            inverse_update.refresh,
-            preconditioner_lr=hyper.value_at(preconditioner_lr, state.count),
-            damping=hyper.value_at(damping, state.count),
-            batch_size=hyper.resolve_batch_size(batch_size, at_construction),
-            precision=precision,
-        )
-        plan = layout.plan(updates if params is None else params)
-        gradients = stacks.pack(plan, updates, state.factors)
-        curvatures = gradients if curvature is None else stacks.pack_curvature(plan, curvature, updates)
-        due = hyper.is_due(update_every, state.count)
-        (factors,) = stacks.refresh_when(due, plan, refresh, curvatures, (state.factors,))
-        directions = stacks.precondition(plan, inverse_update.precondition, gradients, factors)
-        new_state = ScaleByRfShampooState(optax.safe_increment(state.count), factors)
-        return stacks.unpack(plan, directions, updates), new_state
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _require_valid(preconditioner_lr: Any, damping: Any, batch_size: Any, update_every: Any) -> None:
-    hyper.require_at_least("preconditioner_lr", preconditioner_lr, 0)
-    hyper.require_at_least("damping", damping, 0)
-    hyper.require_positive("batch_size", batch_size)
-    hyper.require_at_least("update_every", update_every, 1)
-
-
-def _require_symmetric(plan: Plan) -> None:
-    for block in plan.blocks:
-        stack = plan.stacks[block.stack]
-        for structure, dim in zip(stack.structures, stack.shape, strict=True):
-            if structure not in (dense(dim), diagonal(dim)):
-                raise ValueError(
-                    f"rf_shampoo needs factors whose inverses have their structure, dense or diagonal, got "
-                    f"{structure.name!r} at {block.name!r}. Use sirf_shampoo for other structures."
-                )
