@@ -6,7 +6,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax.chaining import MaskOrFn, descent
 from rootfree_optax.hyperparameters import UpdateEvery
-from rootfree_optax.kronecker import scale_by_sirf_shampoo
+from rootfree_optax.kronecker import InitialScale, Refresh, scale_by_sirf_shampoo
 from rootfree_optax.kronecker_inverse import scale_by_rf_shampoo
 from rootfree_optax.layout import Layout
 from rootfree_optax.layout.rules import DTypeRule
@@ -25,6 +25,8 @@ def sirf_shampoo(
     update_every: UpdateEvery = 1,
     layout: Layout = Layout(),  # noqa: B008  # a frozen value
     preconditioner_dtype: DTypeRule = None,
+    refresh: Refresh = "published",
+    initial_scale: InitialScale = 1.0,
     accumulator_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -47,6 +49,8 @@ def sirf_shampoo(
       update_every: T ≥ 1: the factors are refreshed at every T-th update; or a callable, see `scale_by_sirf_shampoo`.
       layout: how parameters become blocks, and the structure of their factors.
       preconditioner_dtype: floating-point dtype of the factors, see `scale_by_sirf_shampoo`.
+      refresh: "published", or "exact" (with `riemannian_momentum=None`), see `scale_by_sirf_shampoo`.
+      initial_scale: the curvature before the first step, > 0, or "first_gradient", see `scale_by_sirf_shampoo`.
       accumulator_dtype: floating-point dtype of v; by default each parameter's own.
       precision: of every matrix product, see `jax.lax.Precision`.
 
@@ -83,6 +87,8 @@ def sirf_shampoo(
             update_every=update_every,
             layout=layout,
             preconditioner_dtype=preconditioner_dtype,
+            refresh=refresh,
+            initial_scale=initial_scale,
             precision=precision,
         ),
         *descent(learning_rate, weight_decay, mask, momentum, accumulator_dtype),

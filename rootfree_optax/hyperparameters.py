@@ -5,7 +5,7 @@ step, so neither is ever looked at by Python: no branch of this library depends 
 """
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeGuard
 
 import jax
@@ -60,6 +60,12 @@ def require_positive(name: str, value: Any) -> None:
     """Raises a ValueError if `value` is a Python number that is not positive; arrays and schedules pass."""
     if _is_number(value) and not value > 0:
         raise ValueError(f"{name} must be positive, got {value}.")
+
+
+def require_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raises a ValueError if `value` is none of the named choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def require_fraction(name: str, value: Any) -> None:

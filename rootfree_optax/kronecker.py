@@ -1,7 +1,7 @@
 """Inverse-free root-free Shampoo as a transformation: plan, pack, refresh, precondition, unpack."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,15 @@ from jax.typing import ArrayLike
 
 from rootfree_optax import factor_update, stacks
 from rootfree_optax import hyperparameters as hyper
+from rootfree_optax.factor_step import exact_factor, published_factor
 from rootfree_optax.hyperparameters import UpdateEvery
-from rootfree_optax.layout import Layout
+from rootfree_optax.layout import Layout, Plan
 from rootfree_optax.layout.rules import DTypeRule, require_dtype_rule
+
+Refresh = Literal["published", "exact"]
+InitialScale = ArrayLike | Literal["first_gradient"]
+
+_REFRESHES = {"published": published_factor, "exact": exact_factor}
 
 
 class ScaleBySirfShampooState(NamedTuple):
@@ -22,11 +28,13 @@ class ScaleBySirfShampooState(NamedTuple):
       count: how many updates there have been.
       factors: for each stack of the plan, for each axis, the parts of the factors K with a leading axis of blocks.
       momenta: the same for the factors' Riemannian momentum m; without momentum empty for each stack.
+      started: for each stack, which blocks' factors have been scaled to their first gradient; empty unless they are to.
     """
 
     count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
     factors: Any
     momenta: Any
+    started: Any = ()
 
 
 def scale_by_sirf_shampoo(
@@ -38,32 +46,45 @@ def scale_by_sirf_shampoo(
     update_every: UpdateEvery = 1,
     layout: Layout = Layout(),  # noqa: B008  # a frozen value
     preconditioner_dtype: DTypeRule = None,
+    refresh: Refresh = "published",
+    initial_scale: InitialScale = 1.0,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions gradients by structured Kronecker factors, without inverses or roots (SIRF-Shampoo).
 
         stepₙ = Π̂( X₍ₙ₎X₍ₙ₎ᵀ + λ·Π_{j≠n} Tr(KⱼᵀKⱼ)·KₙᵀKₙ ) / (2 Π_{j≠n} dⱼ) − I/2,   X = √B·G ×₁ K₁ᵀ … ×_N K_Nᵀ
         mₙ ← α₂ mₙ + (1 − α₂) stepₙ
-        Kₙ ← Kₙ − β₂ / max(1, ‖mₙ‖_F) · Kₙ mₙ
+        Kₙ ← Kₙ − β₂ / max(1, ‖mₙ‖_F) · Kₙ mₙ          (refresh="published")
+        Kₙ ← Kₙ (I + 2β₂·stepₙ)^(−1/2)                 (refresh="exact")
         direction = G ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ
 
     G is a block of the gradient with axes of lengths d₁…d_N, and KₙKₙᵀ approximates the inverse of the loss's curvature
     along axis n. Only matrix products are used, so factors may be in bfloat16. Blocks of one shape form one stack and
     one batched product: the program does not grow with the model's depth.
 
+    The published refresh is a clipped first-order step: relative to K it is at most β₂, so that wide layers, long
+    intervals and sudden large gradients need many refreshes. The exact one does RF-Shampoo's S ← (1 − β₂)·S + β₂·H for
+    S = (K Kᵀ)⁻¹ in one refresh, whatever the width, with an inverse root made of nine products (see `inverse_root`).
+
     A block with a non-finite gradient, or whose factors would come out non-finite, keeps its factors; a non-finite
     block of the gradient is passed through as it is, so that `optax.apply_if_finite` works.
 
     Args:
-      preconditioner_lr: β₂ ≥ 0. A number, a traced scalar or a schedule.
+      preconditioner_lr: β₂ ≥ 0, and below 1 for the exact refresh. A number, a traced scalar or a schedule.
       damping: λ ≥ 0. A number, a traced scalar or a schedule.
-      riemannian_momentum: α₂, in [0, 1). A number or a traced scalar; None or 0 keeps no momentum state.
+      riemannian_momentum: α₂, in [0, 1). A number or a traced scalar; None or 0 keeps no momentum state. The exact
+        refresh takes none: m would hold steps relative to a K of long ago, and after one large gradient shrink K again
+        and again. What m averages, S averages already.
       batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
       update_every: T ≥ 1, the factors are refreshed at every T-th update, the first one included; or a callable from
         the number of past updates to whether this one refreshes, for example `growing_interval(10)`.
       layout: how parameters become blocks, and the structure of their factors.
       preconditioner_dtype: floating-point dtype of the factors, or a tuple of one per (squeezed, merged) axis, or a
         mapping from the number of axes to either; by default the widest dtype of the parameters in a stack.
+      refresh: "published", or "exact", for structures that are closed under transposition: dense, diagonal and
+        block-diagonal ones.
+      initial_scale: s > 0, the curvature before the first step: the factors of N axes start at s^(−1/2N)·I. Or
+        "first_gradient": each block's s is B·mean(g²) + λ over the non-zero entries of its first non-zero gradient.
       precision: of every matrix product, see `jax.lax.Precision`.
 
     Returns:
@@ -92,15 +113,19 @@ def scale_by_sirf_shampoo(
     at_construction = batch_size
     hyper.require_kronecker(preconditioner_lr, damping, batch_size, update_every)
     require_dtype_rule(preconditioner_dtype)
-    if riemannian_momentum is not None:
-        hyper.require_fraction("riemannian_momentum", riemannian_momentum)
     keeps_momentum = riemannian_momentum is not None and not hyper.is_zero(riemannian_momentum)
+    _require_valid(preconditioner_lr, riemannian_momentum if keeps_momentum else None, refresh, initial_scale)
+    waits_for_gradient = isinstance(initial_scale, str)
 
     def init(params: optax.Params) -> ScaleBySirfShampooState:
         plan = layout.plan(params)
-        factors = stacks.identities(plan, params, preconditioner_dtype)
+        if refresh == "exact":
+            _require_symmetric(plan)
+        curvature = 1.0 if isinstance(initial_scale, str) else initial_scale
+        factors = stacks.initial_factors(plan, params, preconditioner_dtype, curvature=curvature)
         momenta = jax.tree.map(jnp.zeros_like, factors) if keeps_momentum else ((),) * len(plan.stacks)
-        return ScaleBySirfShampooState(jnp.zeros([], jnp.int32), factors, momenta)
+        started = stacks.not_started(plan) if waits_for_gradient else ()
+        return ScaleBySirfShampooState(jnp.zeros([], jnp.int32), factors, momenta, started)
 
     def update(
         updates: optax.Updates,
@@ -112,23 +137,56 @@ def scale_by_sirf_shampoo(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleBySirfShampooState]:
         del extra_args
-        refresh = functools.partial(
+        damping_now = hyper.value_at(damping, state.count)
+        batch_size = hyper.resolve_batch_size(batch_size, at_construction)
+        refresh_block = functools.partial(
             factor_update.refresh,
             preconditioner_lr=hyper.value_at(preconditioner_lr, state.count),
-            damping=hyper.value_at(damping, state.count),
+            damping=damping_now,
             riemannian_momentum=0.0 if riemannian_momentum is None else riemannian_momentum,
-            batch_size=hyper.resolve_batch_size(batch_size, at_construction),
+            batch_size=batch_size,
             count=state.count,
+            refresh_factor=_REFRESHES[refresh],
             precision=precision,
         )
         plan = layout.plan(updates if params is None else params)
         gradients = stacks.pack(plan, updates, state.factors)
         curvatures = gradients if curvature is None else stacks.pack_curvature(plan, curvature, updates)
+        factors, started = state.factors, state.started
+        if waits_for_gradient:
+            start = functools.partial(factor_update.start, damping=damping_now, batch_size=batch_size)
+            factors, started = stacks.refresh_when(~stacks.all_of(started), plan, start, curvatures, (factors, started))
         due = hyper.is_due(update_every, state.count)
-        factors, momenta = stacks.refresh_when(due, plan, refresh, curvatures, (state.factors, state.momenta))
+        factors, momenta = stacks.refresh_when(due, plan, refresh_block, curvatures, (factors, state.momenta))
         precondition = functools.partial(factor_update.precondition, precision=precision)
         directions = stacks.precondition(plan, precondition, gradients, factors)
-        new_state = ScaleBySirfShampooState(optax.safe_increment(state.count), factors, momenta)
+        new_state = ScaleBySirfShampooState(optax.safe_increment(state.count), factors, momenta, started)
         return stacks.unpack(plan, directions, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _require_valid(preconditioner_lr: Any, riemannian_momentum: Any, refresh: Any, initial_scale: Any) -> None:
+    hyper.require_choice("refresh", refresh, _REFRESHES)
+    if isinstance(initial_scale, str):
+        hyper.require_choice("initial_scale", initial_scale, ("first_gradient",))
+    hyper.require_positive("initial_scale", initial_scale)
+    if riemannian_momentum is not None:
+        hyper.require_fraction("riemannian_momentum", riemannian_momentum)
+    if refresh == "exact":
+        hyper.require_fraction("preconditioner_lr", preconditioner_lr)
+        if riemannian_momentum is not None:
+            raise ValueError(
+                f"riemannian_momentum must be None or 0 for refresh='exact', got {riemannian_momentum}: S is a moving "
+                "average already. Lower preconditioner_lr for a longer one."
+            )
+
+
+def _require_symmetric(plan: Plan) -> None:
+    for block in plan.blocks:
+        for structure in plan.stacks[block.stack].structures:
+            if not structure.is_symmetric:
+                raise ValueError(
+                    f"refresh='exact' needs structures that are closed under transposition (dense, diagonal, "
+                    f"block-diagonal), got {structure.name!r} at {block.name!r}. Use refresh='published' for others."
+                )

@@ -80,7 +80,7 @@ def scale_by_rf_shampoo(
     def init(params: optax.Params) -> ScaleByRfShampooState:
         plan = layout.plan(params)
         _require_symmetric(plan)
-        factors = jax.tree.map(upcast, stacks.identities(plan, params))
+        factors = jax.tree.map(upcast, stacks.initial_factors(plan, params))
         return ScaleByRfShampooState(jnp.zeros([], jnp.int32), factors)
 
     def update(

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
+from rootfree_optax.factor_step import times_scalar
 from rootfree_optax.factor_update import all_finite
 from rootfree_optax.layout import Plan
 from rootfree_optax.layout.rules import DTypeRule, dtypes_of
@@ -19,8 +20,10 @@ from rootfree_optax.layout.rules import DTypeRule, dtypes_of
 Stacks = Any  # a tuple over the stacks of a plan
 
 
-def identities(plan: Plan, params: optax.Params, dtype_rule: DTypeRule = None) -> Stacks:
-    """Returns each stack's factors, all I.
+def initial_factors(
+    plan: Plan, params: optax.Params, dtype_rule: DTypeRule = None, *, curvature: ArrayLike = 1.0
+) -> Stacks:
+    """Returns each stack's factors, all of a block's multiples of I: s^(−1/2N)·I for a curvature of s and N axes.
 
     A plan without any block has one empty array in place of its factors: `optax.tree.map_params` initialises on such
     a tree, and takes what it finds there for a leaf that stands for all of a real state's factors.
@@ -29,15 +32,29 @@ def identities(plan: Plan, params: optax.Params, dtype_rule: DTypeRule = None) -
       plan: the plan of `params`.
       params: the parameters, or their shapes and dtypes; a stack's default dtype is the widest of its parameters'.
       dtype_rule: the factors' dtypes, see `scale_by_sirf_shampoo`.
+      curvature: s > 0, a scalar.
     """
 
     def identity(stack: Any, default: DTypeLike) -> Any:
         dtypes = dtypes_of(dtype_rule, len(stack.shape), default)
-        factors = tuple(s.identity(dtype) for s, dtype in zip(stack.structures, dtypes, strict=True))
+        scale = curvature ** (-0.5 / len(dtypes))
+        factors = tuple(
+            times_scalar(s.identity(dtype), scale) for s, dtype in zip(stack.structures, dtypes, strict=True)
+        )
         return jax.tree.map(lambda part: jnp.broadcast_to(part, (stack.count, *part.shape)), factors)
 
     defaults = [packed.dtype for packed in jax.eval_shape(plan.pack, params)]
     return tuple(map(identity, plan.stacks, defaults)) or jnp.zeros([0])
+
+
+def not_started(plan: Plan) -> Stacks:
+    """Returns for each block of each stack that it has not started; see `initial_factors` for a plan without any."""
+    return tuple(jnp.zeros(stack.count, bool) for stack in plan.stacks) or jnp.zeros([0], bool)
+
+
+def all_of(flags: Stacks) -> jax.Array:
+    """Returns whether all booleans of all stacks are true, a scalar."""
+    return functools.reduce(jnp.logical_and, map(jnp.all, flags), jnp.asarray(True))
 
 
 def _require_state_of(plan: Plan, factors: Stacks) -> None:
@@ -120,8 +137,7 @@ def precondition(
         )
 
     # Not a plain `where`: the compiler would fuse it into each parameter's update, a program of its own each time.
-    everything = functools.reduce(jnp.logical_and, map(jnp.all, finite), jnp.asarray(True))
-    return jax.lax.cond(everything, lambda: directions, show_non_finite)
+    return jax.lax.cond(all_of(finite), lambda: directions, show_non_finite)
 
 
 def unpack(plan: Plan, directions: Stacks, updates: optax.Updates) -> optax.Updates:

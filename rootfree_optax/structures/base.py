@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 Parts: TypeAlias = tuple[jax.Array, ...]
 
@@ -88,6 +88,28 @@ class Structure(abc.ABC):
     @abc.abstractmethod
     def flops(self, columns: int) -> Flops:
         """Returns what the operations cost, on a tensor of d × `columns` entries."""
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the set has every matrix's transpose, and with it K Kᵀ and the roots of such products."""
+        return False
+
+    def times_inverse_root(
+        self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: jax.lax.PrecisionLike = None
+    ) -> Parts:
+        """Returns the parts of K (a·I + E)^(−1/2), in the accumulation dtype, if the set is symmetric.
+
+        Args:
+          parts: of K.
+          excess: the parts of E, symmetric positive semidefinite, in the accumulation dtype.
+          shift: a > 0, a scalar.
+          precision: of every product.
+
+        Raises:
+          ValueError: if the set is not symmetric.
+        """
+        del parts, excess, shift, precision
+        raise ValueError(f"an inverse root needs a structure that is closed under transposition, got {self.name!r}.")
 
     def zeros(self, dtype: DTypeLike) -> Parts:
         """Returns the parts of the zero matrix, of `dtype`."""

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax.precision import upcast
 from rootfree_optax.structures.base import Flops, Parts, Structure
@@ -109,6 +109,22 @@ class BlockPattern(Structure):
             for i, j in self.couplings
         )
         return (*segments, *couplings)
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether no block has its mirror image outside the pattern."""
+        return not self.couplings
+
+    def times_inverse_root(
+        self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: jax.lax.PrecisionLike = None
+    ) -> Parts:
+        """Returns the parts of K (a·I + E)^(−1/2), segment by segment."""
+        if not self.is_symmetric:
+            return super().times_inverse_root(parts, excess, shift=shift, precision=precision)
+        return tuple(
+            segment.times_inverse_root(part, own, shift=shift, precision=precision)
+            for segment, part, own in zip(self.segments, parts, excess, strict=True)
+        )
 
     def apply(
         self, parts: Parts, tensor: jax.Array, axis: int, *, precision: jax.lax.PrecisionLike = None

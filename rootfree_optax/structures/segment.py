@@ -5,24 +5,11 @@ import string
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
+from rootfree_optax import inverse_root
 from rootfree_optax.precision import upcast
-
-
-def _einsum(subscripts: str, *operands: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
-    """Returns an einsum accumulated, and returned, in the operands' accumulation dtype."""
-    wide = tuple(map(upcast, operands))
-    if operands[0].dtype != jnp.bfloat16:
-        return jnp.einsum(subscripts, *wide, precision=precision)
-    # XLA for CPUs fails at run time on some products of bfloat16 arrays. So the arrays are given in float32, which
-    # holds them exactly, and accelerators have leave to multiply them in bfloat16 units, which is exact, too.
-    units = jax.lax.DotAlgorithmPreset.BF16_BF16_F32
-    return jax.lax.platform_dependent(
-        *wide,
-        cpu=lambda *arrays: jnp.einsum(subscripts, *arrays),
-        default=lambda *arrays: jnp.einsum(subscripts, *arrays, precision=units),
-    )
+from rootfree_optax.products import einsum, matmul
 
 
 def einsum_along(
@@ -33,7 +20,7 @@ def einsum_along(
     operand_axes, result_axes = (
         axes.replace("<", others[:axis]).replace(">", others[axis:]) for axes in subscripts.split("->")
     )
-    return _einsum(f"{operand_axes}->{result_axes}", *operands, precision=precision)
+    return einsum(f"{operand_axes}->{result_axes}", *operands, precision=precision)
 
 
 def apply_matrix(matrix: jax.Array, tensor: jax.Array, axis: int, *, precision: jax.lax.PrecisionLike) -> jax.Array:
@@ -89,7 +76,15 @@ class Segment:
         """Returns the part of L R."""
         if self.size == 1:
             return upcast(left) * upcast(right)
-        return _einsum("...ij,...jk->...ik", left, right, precision=precision)
+        return matmul(left, right, precision=precision)
+
+    def times_inverse_root(
+        self, part: jax.Array, excess: jax.Array, *, shift: ArrayLike, precision: jax.lax.PrecisionLike
+    ) -> jax.Array:
+        """Returns the part of K (a·I + E)^(−1/2)."""
+        if self.size == 1:
+            return inverse_root.elementwise(part, excess, shift=shift)
+        return inverse_root.times_inverse_root(part, excess, shift=shift, precision=precision)
 
     def apply(self, part: jax.Array, tensor: jax.Array, axis: int, *, precision: jax.lax.PrecisionLike) -> jax.Array:
         """Returns `tensor` multiplied along `axis`."""

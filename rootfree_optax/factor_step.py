@@ -1,0 +1,139 @@
+"""The mathematics of ONE factor of inverse-free root-free Shampoo: its step, and two ways to take it.
+
+Everything is made of matrix products: no inverse, root, solve or decomposition. Factors may be in half precision.
+Products take them as they are and accumulate in float32. What is stored is rounded so that its error averages to zero,
+because β₂ times a step is often below half precision's resolution.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from rootfree_optax.precision import accumulation_dtype, round_dithered, upcast
+from rootfree_optax.structures.base import Parts, Structure
+
+
+def times_scalar(parts: Parts, factor: ArrayLike) -> Parts:
+    """Returns the parts times a scalar."""
+    return jax.tree.map(lambda part: part * jnp.asarray(factor, part.dtype), parts)
+
+
+def max_abs(parts: Parts) -> jax.Array:
+    """Returns the largest absolute value of all parts, a scalar."""
+    return functools.reduce(jnp.maximum, [jnp.max(jnp.abs(part)) for part in parts])
+
+
+def factor_steps(
+    gradient: jax.Array,
+    structures: Sequence[Structure],
+    factors: Sequence[Parts],
+    *,
+    damping: ArrayLike,
+    batch_size: ArrayLike,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[Parts, ...]:
+    """Returns each factor's step, which vanishes where KₙᵀHₙKₙ = I, all from the old factors.
+
+        stepₙ = Π̂( X₍ₙ₎X₍ₙ₎ᵀ + λ·Π_{j≠n} Tr(KⱼᵀKⱼ)·KₙᵀKₙ ) / (2 Π_{j≠n} dⱼ) − I/2,   X = √B·G ×₁ K₁ᵀ … ×_N K_Nᵀ
+
+    Each K enters divided by √d, so that neither X nor KᵀK leaves half precision's range on long axes.
+
+    Args:
+      gradient: G, [d₁, …, d_N], or [samples, d₁, …, d_N] for a mean over samples of X₍ₙ₎X₍ₙ₎ᵀ.
+      structures: the structure of each factor.
+      factors: the parts of each factor.
+      damping: λ ≥ 0.
+      batch_size: B > 0.
+      precision: of every product.
+
+    Returns:
+      The parts of each step, in the accumulation dtype.
+    """
+    dims = [structure.dim for structure in structures]
+    first_axis = gradient.ndim - len(dims)
+    samples = math.prod(gradient.shape[:first_axis])
+    scaled = [times_scalar(parts, 1 / math.sqrt(dim)) for parts, dim in zip(factors, dims, strict=True)]
+    x = upcast(gradient)
+    x = x * jnp.sqrt(jnp.asarray(batch_size, x.dtype) / samples)
+    for axis, (structure, parts) in enumerate(zip(structures, scaled, strict=True), start=first_axis):
+        x = structure.apply_transposed(parts, x, axis, precision=precision)
+    mean_traces = [s.squared_norm(parts) / s.dim for s, parts in zip(structures, scaled, strict=True)]
+    steps = []
+    for n, (structure, parts) in enumerate(zip(structures, scaled, strict=True)):
+        dtype = accumulation_dtype(parts[0].dtype)
+        outer = structure.project_outer(x.astype(parts[0].dtype), first_axis + n, precision=precision)
+        inner = structure.project_inner(parts, precision=precision)
+        other_traces = math.prod((t for j, t in enumerate(mean_traces) if j != n), start=jnp.ones((), dtype))
+        inner_weight = 0.5 * jnp.asarray(damping, dtype) * other_traces.astype(dtype) * float(math.prod(dims))
+        steps.append(
+            tuple(
+                0.5 * dims[n] * o + inner_weight * i - 0.5 * identity
+                for o, i, identity in zip(outer, inner, structure.identity(dtype), strict=True)
+            )
+        )
+    return tuple(steps)
+
+
+def published_factor(
+    structure: Structure,
+    factor: Parts,
+    step: Parts,
+    *,
+    preconditioner_lr: ArrayLike,
+    count: jax.Array,
+    precision: jax.lax.PrecisionLike = None,
+) -> Parts:
+    """Returns K ← K − β₂ / max(1, ‖m‖_F) · K m, the clipped first-order truncation of K Expm(−β₂ m).
+
+    Args:
+      structure: the factor's structure.
+      factor: the parts of K.
+      step: the parts of m, of K's dtype or wider.
+      preconditioner_lr: β₂ ≥ 0.
+      count: the step's number, for the dithered rounding of a half-precision factor.
+      precision: of the product.
+    """
+    # ‖m‖ from the entries divided by the largest, because their squares may overflow where they do not.
+    largest = jnp.maximum(1, max_abs(step))
+    unit = times_scalar(step, 1 / largest)
+    clipped = times_scalar(unit, 1 / jnp.maximum(1 / largest, jnp.sqrt(structure.squared_norm(unit))))
+    rounded = jax.tree.map(lambda m, k: m.astype(k.dtype), clipped, factor)
+    change = structure.matmul(factor, rounded, precision=precision)
+    return jax.tree.map(
+        lambda k, c: round_dithered(upcast(k) - jnp.asarray(preconditioner_lr, c.dtype) * c, k.dtype, count),
+        factor,
+        change,
+    )
+
+
+def exact_factor(
+    structure: Structure,
+    factor: Parts,
+    step: Parts,
+    *,
+    preconditioner_lr: ArrayLike,
+    count: jax.Array,
+    precision: jax.lax.PrecisionLike = None,
+) -> Parts:
+    """Returns K ← K (I + 2β₂·step)^(−1/2), with which S = (K Kᵀ)⁻¹ becomes (1 − β₂)·S + β₂·H.
+
+    The step is at least −I/2, whatever the gradient, so that the root is one of a matrix that is at least 1 − β₂.
+
+    Args:
+      structure: the factor's structure, one that is closed under transposition.
+      factor: the parts of K.
+      step: the parts of the step, in the accumulation dtype.
+      preconditioner_lr: β₂, in [0, 1).
+      count: the step's number, for the dithered rounding of a half-precision factor.
+      precision: of every product.
+    """
+    dtype = step[0].dtype
+    lr = jnp.asarray(preconditioner_lr, dtype)
+    excess = jax.tree.map(lambda s, i: lr * (2 * s + i), step, structure.identity(dtype))
+    shift = jnp.asarray(1 - preconditioner_lr, dtype)
+    new = structure.times_inverse_root(factor, excess, shift=shift, precision=precision)
+    return jax.tree.map(lambda n, k: round_dithered(n, k.dtype, count), new, factor)
