@@ -60,14 +60,16 @@ def times_inverse_root(
     """
     table = inverse_root_table()
     multiply = functools.partial(_multiply, dtype=factor.dtype, precision=precision)
-    unit, norm = _normalised(excess)
+    # Its squares would overflow where it does not.
+    size = jnp.max(jnp.abs(excess), axis=(-2, -1), keepdims=True)
+    unit = excess / jnp.where(size > 0, size, 1)
     square = multiply(unit, unit)
     a = jnp.asarray(shift, excess.dtype)
     # ‖E‖₂ ≤ ‖E²‖_F^(1/2), which unlike ‖E‖_F is close to it even for a flat spectrum.
-    largest = _SLACK * norm * jnp.sqrt(_norm(square))
+    largest = _SLACK * size * jnp.sum(jnp.square(square), axis=(-2, -1), keepdims=True) ** 0.25
     shrink = jnp.minimum(1, (LARGEST_CONDITION - 1) * a / jnp.maximum(largest, a))
     top = a + shrink * largest
-    scale = shrink * norm / top
+    scale = shrink * size / top
     row = jnp.searchsorted(jnp.asarray(table.conditions[:-1], a.dtype), top / a, method="compare_all")
     first, second, last = (jnp.asarray(coefficients, a.dtype)[row] for coefficients in table.coefficients)
 
@@ -83,19 +85,6 @@ def times_inverse_root(
 
 def _multiply(left: jax.Array, right: jax.Array, *, dtype: jnp.dtype, precision: jax.lax.PrecisionLike) -> jax.Array:
     return matmul(left.astype(dtype), right.astype(dtype), precision=precision)
-
-
-def _norm(matrix: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(jnp.square(matrix), axis=(-2, -1), keepdims=True))
-
-
-def _normalised(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the matrix divided by its Frobenius norm, zero for zero, and the norm."""
-    # In two steps: the squares of the entries may overflow where they do not.
-    largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
-    bounded = matrix / jnp.where(largest > 0, largest, 1)
-    norm = jnp.maximum(_norm(bounded), 1)
-    return bounded / norm, largest * norm
 
 
 def _times(matrix: jax.Array, q: Shifted, multiply: Product) -> jax.Array:
