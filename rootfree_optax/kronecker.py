@@ -27,7 +27,7 @@ class ScaleBySirfShampooState(NamedTuple):
     Attributes:
       count: how many updates there have been.
       factors: for each stack of the plan, for each axis, the parts of the factors K with a leading axis of blocks.
-      momenta: the same for the factors' Riemannian momentum m; without momentum empty for each stack.
+      momenta: the same for the factors' Riemannian momentum m; empty without.
       started: for each stack, which blocks' factors have been scaled to their first gradient; empty unless they are to.
     """
 
@@ -123,7 +123,7 @@ def scale_by_sirf_shampoo(
             _require_symmetric(plan)
         curvature = 1.0 if isinstance(initial_scale, str) else initial_scale
         factors = stacks.initial_factors(plan, params, preconditioner_dtype, curvature=curvature)
-        momenta = jax.tree.map(jnp.zeros_like, factors) if keeps_momentum else ((),) * len(plan.stacks)
+        momenta = jax.tree.map(jnp.zeros_like, factors) if keeps_momentum else ()
         started = stacks.not_started(plan) if waits_for_gradient else ()
         return ScaleBySirfShampooState(jnp.zeros([], jnp.int32), factors, momenta, started)
 
@@ -157,10 +157,13 @@ def scale_by_sirf_shampoo(
             start = functools.partial(factor_update.start, damping=damping_now, batch_size=batch_size)
             factors, started = stacks.refresh_when(~stacks.all_of(started), plan, start, curvatures, (factors, started))
         due = hyper.is_due(update_every, state.count)
-        factors, momenta = stacks.refresh_when(due, plan, refresh_block, curvatures, (factors, state.momenta))
+        momenta = state.momenta if keeps_momentum else ((),) * len(plan.stacks)
+        factors, momenta = stacks.refresh_when(due, plan, refresh_block, curvatures, (factors, momenta))
         precondition = functools.partial(factor_update.precondition, precision=precision)
         directions = stacks.precondition(plan, precondition, gradients, factors)
-        new_state = ScaleBySirfShampooState(optax.safe_increment(state.count), factors, momenta, started)
+        new_state = ScaleBySirfShampooState(
+            optax.safe_increment(state.count), factors, momenta if keeps_momentum else (), started
+        )
         return stacks.unpack(plan, directions, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)

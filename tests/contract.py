@@ -62,6 +62,11 @@ class Case:
     complex_parameters: bool = True
 
     @property
+    def positive(self) -> set[str]:
+        """The hyperparameters that may not be zero."""
+        return {"batch_size"} if self.elementwise else {"batch_size", "initial_scale"}
+
+    @property
     def static(self) -> list[str]:
         """The constructor's parameters that are no numbers."""
         return [name for name in self.parameters if name not in numeric_parameters(self.make)]
@@ -147,6 +152,19 @@ OPTIMIZERS = (
         "sirf_shampoo",
         rf.sirf_shampoo,
         {"update_every": 2, **_KRONECKER},
+        mechanized={"learning_rate": 1.0, "damping": 1.0},
+        elementwise=False,
+        complex_parameters=False,
+    ),
+    Case(
+        "sirf_shampoo_exact",
+        rf.sirf_shampoo,
+        {
+            "refresh": "exact",
+            "riemannian_momentum": None,
+            "initial_scale": "first_gradient",
+            **_KRONECKER,
+        },
         mechanized={"learning_rate": 1.0, "damping": 1.0},
         elementwise=False,
         complex_parameters=False,

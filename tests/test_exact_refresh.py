@@ -25,7 +25,7 @@ def inverse_of_squares(factors):
     return {name: [np.linalg.inv(np.float64(k) @ np.float64(k).T) for k in ks] for name, ks in factors.items()}
 
 
-SHAPES = {"matrix": (6, 5), "tall": (9, 2), "tensor": (3, 4, 2), "vector": (7,)}
+SHAPES = {"matrix": (6, 5), "tensor": (3, 4, 2), "vector": (7,)}
 LAYOUT = rf.Layout(structure={1: "diagonal", 2: ("dense", "dense"), 3: ("dense", "diagonal", "dense")})
 
 
