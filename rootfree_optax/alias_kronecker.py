@@ -27,6 +27,7 @@ def sirf_shampoo(
     preconditioner_dtype: DTypeRule = None,
     refresh: Refresh = "published",
     initial_scale: InitialScale = 1.0,
+    cache_products: bool = False,
     accumulator_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -51,6 +52,7 @@ def sirf_shampoo(
       preconditioner_dtype: floating-point dtype of the factors, see `scale_by_sirf_shampoo`.
       refresh: "published", or "exact" (with `riemannian_momentum=None`), see `scale_by_sirf_shampoo`.
       initial_scale: the curvature before the first step, > 0, or "first_gradient", see `scale_by_sirf_shampoo`.
+      cache_products: whether K Kᵀ is kept in the state: steps without refresh take half the products.
       accumulator_dtype: floating-point dtype of v; by default each parameter's own.
       precision: of every matrix product, see `jax.lax.Precision`.
 
@@ -89,6 +91,7 @@ def sirf_shampoo(
             preconditioner_dtype=preconditioner_dtype,
             refresh=refresh,
             initial_scale=initial_scale,
+            cache_products=cache_products,
             precision=precision,
         ),
         *descent(learning_rate, weight_decay, mask, momentum, accumulator_dtype),

@@ -139,6 +139,18 @@ def refresh(
     return select(new_factors, factors), select(new_momenta, momenta)
 
 
+def squares(
+    factors: tuple[Parts, ...],
+    products: tuple[Parts, ...],
+    *,
+    structures: Sequence[Structure],
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[tuple[Parts, ...]]:
+    """Returns KₙKₙᵀ of each factor, of the dtypes of the old `products`, as the one entry of a tuple."""
+    new = tuple(s.square(parts, precision=precision) for s, parts in zip(structures, factors, strict=True))
+    return (jax.tree.map(_saturate, new, products),)
+
+
 def precondition(
     gradient: jax.Array,
     factors: tuple[Parts, ...],
@@ -147,10 +159,6 @@ def precondition(
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
     """Returns G multiplied along every axis n by KₙKₙᵀ.
-
-    Each K enters divided by a power of two near its largest entry, and so do G and the products on the way where K's
-    dtype has a narrower range than theirs (float16); the result is scaled back. So no intermediate leaves half
-    precision's range before the result itself does.
 
     Args:
       gradient: G, [d₁, …, d_N].
@@ -161,15 +169,50 @@ def precondition(
     Returns:
       The direction, [d₁, …, d_N], in the accumulation dtype.
     """
+
+    def apply_square(structure: Structure, parts: Parts, tensor: jax.Array, axis: int) -> jax.Array:
+        transposed = structure.apply_transposed(parts, tensor, axis, precision=precision)
+        return structure.apply(parts, transposed, axis, precision=precision)
+
+    return _multiplied(gradient, factors, structures, apply_square, degree=2)
+
+
+def precondition_by_squares(
+    gradient: jax.Array,
+    products: tuple[Parts, ...],
+    *,
+    structures: Sequence[Structure],
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    """Returns what `precondition` does, from the parts of each KₙKₙᵀ."""
+
+    def apply(structure: Structure, parts: Parts, tensor: jax.Array, axis: int) -> jax.Array:
+        return structure.apply(parts, tensor, axis, precision=precision)
+
+    return _multiplied(gradient, products, structures, apply, degree=1)
+
+
+def _multiplied(
+    gradient: jax.Array,
+    matrices: tuple[Parts, ...],
+    structures: Sequence[Structure],
+    apply: Callable[[Structure, Parts, jax.Array, int], jax.Array],
+    *,
+    degree: int,
+) -> jax.Array:
+    """Returns G multiplied along every axis by `apply`, which is homogeneous of `degree` in the matrix.
+
+    Each matrix enters divided by a power of two near its largest entry, and so do G and the products on the way where
+    the matrix's dtype has a narrower range than theirs (float16); the result is scaled back. So no intermediate leaves
+    half precision's range before the result itself does.
+    """
     direction = upcast(gradient)
     rescale = jnp.ones((), direction.dtype)
-    for axis, (structure, parts) in enumerate(zip(structures, factors, strict=True)):
+    for axis, (structure, parts) in enumerate(zip(structures, matrices, strict=True)):
         scale = power_of_two(exponent_of(max_abs(parts))).astype(rescale.dtype)
-        scaled = times_scalar(parts, 1 / scale)
         if jnp.finfo(parts[0].dtype).maxexp < jnp.finfo(direction.dtype).maxexp:
             unit = power_of_two(exponent_of(jnp.max(jnp.abs(direction)))).astype(rescale.dtype)
             direction, rescale = direction / unit, rescale * unit
-        direction = structure.apply_transposed(scaled, direction, axis, precision=precision)
-        direction = structure.apply(scaled, direction, axis, precision=precision)
-        rescale = rescale * jnp.square(scale)
+        direction = apply(structure, times_scalar(parts, 1 / scale), direction, axis)
+        rescale = rescale * scale**degree
     return direction * rescale

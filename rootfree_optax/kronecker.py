@@ -28,12 +28,14 @@ class ScaleBySirfShampooState(NamedTuple):
       count: how many updates there have been.
       factors: for each stack of the plan, for each axis, the parts of the factors K with a leading axis of blocks.
       momenta: the same for the factors' Riemannian momentum m; empty without.
+      products: the same for K Kᵀ; empty unless they are cached.
       started: for each stack, which blocks' factors have been scaled to their first gradient; empty unless they are to.
     """
 
     count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
     factors: Any
     momenta: Any
+    products: Any = ()
     started: Any = ()
 
 
@@ -48,6 +50,7 @@ def scale_by_sirf_shampoo(
     preconditioner_dtype: DTypeRule = None,
     refresh: Refresh = "published",
     initial_scale: InitialScale = 1.0,
+    cache_products: bool = False,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions gradients by structured Kronecker factors, without inverses or roots (SIRF-Shampoo).
@@ -85,6 +88,8 @@ def scale_by_sirf_shampoo(
         block-diagonal ones.
       initial_scale: s > 0, the curvature before the first step: the factors of N axes start at s^(−1/2N)·I. Or
         "first_gradient": each block's s is B·mean(g²) + λ over the non-zero entries of its first non-zero gradient.
+      cache_products: whether K Kᵀ is kept in the state, as large as K, which halves the products of a step without
+        refresh. For structures as with the exact refresh.
       precision: of every matrix product, see `jax.lax.Precision`.
 
     Returns:
@@ -120,12 +125,15 @@ def scale_by_sirf_shampoo(
     def init(params: optax.Params) -> ScaleBySirfShampooState:
         plan = layout.plan(params)
         if refresh == "exact":
-            _require_symmetric(plan)
+            _require_symmetric(plan, "refresh='exact'", "refresh='published'")
+        if cache_products:
+            _require_symmetric(plan, "cache_products=True", "cache_products=False")
         curvature = 1.0 if isinstance(initial_scale, str) else initial_scale
         factors = stacks.initial_factors(plan, params, preconditioner_dtype, curvature=curvature)
         momenta = jax.tree.map(jnp.zeros_like, factors) if keeps_momentum else ()
+        products = jax.tree.map(jnp.square, factors) if cache_products else ()  # of multiples of I
         started = stacks.not_started(plan) if waits_for_gradient else ()
-        return ScaleBySirfShampooState(jnp.zeros([], jnp.int32), factors, momenta, started)
+        return ScaleBySirfShampooState(jnp.zeros([], jnp.int32), factors, momenta, products, started)
 
     def update(
         updates: optax.Updates,
@@ -152,18 +160,26 @@ def scale_by_sirf_shampoo(
         plan = layout.plan(updates if params is None else params)
         gradients = stacks.pack(plan, updates, state.factors)
         curvatures = gradients if curvature is None else stacks.pack_curvature(plan, curvature, updates)
-        factors, started = state.factors, state.started
+        factors, products, started = state.factors, state.products, state.started
+        due = changed = hyper.is_due(update_every, state.count)
         if waits_for_gradient:
             start = functools.partial(factor_update.start, damping=damping_now, batch_size=batch_size)
-            factors, started = stacks.refresh_when(~stacks.all_of(started), plan, start, curvatures, (factors, started))
-        due = hyper.is_due(update_every, state.count)
+            waiting = ~stacks.all_of(started)
+            factors, started = stacks.refresh_when(waiting, plan, start, curvatures, (factors, started))
+            changed = True if due is True else due | waiting
         momenta = state.momenta if keeps_momentum else ((),) * len(plan.stacks)
         factors, momenta = stacks.refresh_when(due, plan, refresh_block, curvatures, (factors, momenta))
-        precondition = functools.partial(factor_update.precondition, precision=precision)
-        directions = stacks.precondition(plan, precondition, gradients, factors)
-        new_state = ScaleBySirfShampooState(
-            optax.safe_increment(state.count), factors, momenta if keeps_momentum else (), started
-        )
+        momenta = momenta if keeps_momentum else ()
+        if cache_products:
+            squares = functools.partial(factor_update.squares, precision=precision)
+            (products,) = stacks.refresh_when(changed, plan, squares, factors, (products,))
+            by_squares = functools.partial(factor_update.precondition_by_squares, precision=precision)
+            directions = stacks.precondition(plan, by_squares, gradients, products)
+        else:
+            by_factors = functools.partial(factor_update.precondition, precision=precision)
+            directions = stacks.precondition(plan, by_factors, gradients, factors)
+        count = optax.safe_increment(state.count)
+        new_state = ScaleBySirfShampooState(count, factors, momenta, products, started)
         return stacks.unpack(plan, directions, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -185,11 +201,11 @@ def _require_valid(preconditioner_lr: Any, riemannian_momentum: Any, refresh: An
             )
 
 
-def _require_symmetric(plan: Plan) -> None:
+def _require_symmetric(plan: Plan, option: str, other: str) -> None:
     for block in plan.blocks:
         for structure in plan.stacks[block.stack].structures:
             if not structure.is_symmetric:
                 raise ValueError(
-                    f"refresh='exact' needs structures that are closed under transposition (dense, diagonal, "
-                    f"block-diagonal), got {structure.name!r} at {block.name!r}. Use refresh='published' for others."
+                    f"{option} needs structures that are closed under transposition (dense, diagonal, "
+                    f"block-diagonal), got {structure.name!r} at {block.name!r}. Use {other} for others."
                 )

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract import refuses
 from kronecker_runs import SETTING, assert_close, both_forms, draw, last, params_of, run
 
 import rootfree_optax as rf
@@ -187,3 +188,33 @@ def test_schedules_are_followed(make):
         # By hand, so that it is these numbers that count and not when a schedule is called.
         direction, state = update(gradient, state, 0.4 - 0.1 * step, 2.0 * 0.5**step)
         assert_close(direction["w"], directions["w"][step])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_cached_products_change_nothing_but_the_state(dtype):
+    """Also where the factors start, but are not refreshed, and where their squares would leave float16's range."""
+    gradients = draw({"matrix": (4, 3), "tensor": (2, 3, 2), "vector": (5,)}, steps=5)
+    gradients["matrix"] *= 1e-3
+    layout = rf.Layout(structure="block2diagonal")
+    setting = {"initial_scale": "first_gradient", "update_every": lambda count: count % 2 == 1, "layout": layout}
+    runs = [
+        run(
+            rf.scale_by_sirf_shampoo(preconditioner_dtype=dtype, cache_products=cached, **setting, **SETTING), gradients
+        )
+        for cached in (False, True)
+    ]
+    (directions, states), (cached_directions, cached_states) = runs
+    tolerance = 1e-5 if dtype == "float32" else 4e-3
+    for one, other in zip(jax.tree.leaves(cached_directions), jax.tree.leaves(directions), strict=True):
+        np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max())
+    chex.assert_trees_all_equal(cached_states.factors, states.factors)
+    assert states.products == ()
+    plan = layout.plan(params_of(gradients))
+    found = sum(leaf[0].nbytes for leaf in jax.tree.leaves((cached_states.factors, cached_states.products)))
+    assert found == plan.state_bytes(dtype, riemannian_momentum=False, cached_products=True)
+
+
+def test_products_are_cached_for_symmetric_structures_only():
+    tx = rf.scale_by_sirf_shampoo(cache_products=True, layout=rf.Layout(structure="triltoeplitz"), batch_size=1)
+    with refuses(ValueError, "cache_products=True", "closed under transposition", "'triltoeplitz'", "'w'"):
+        tx.init({"w": jnp.zeros((3, 4))})

@@ -28,6 +28,7 @@ LAYOUTS = {
     "default": rf.Layout(),
     "blocks 256": rf.Layout(block_size=256),
 }
+CACHED = ", cached"
 OTHERS = {"adamw": optax.adamw(1e-3), "muon": optax.contrib.muon(1e-3)}
 # The official optimizer's arguments, and what they are called here.
 OFFICIAL_SETTINGS = {
@@ -45,7 +46,7 @@ TITLE = "One step on gpt: {layers} layers, width {width}, {parameters:.2f} milli
 CAPTION = (
     "official: SIRFShampoo in PyTorch, dense factors on every axis, vectors' too. dense, default, blocks 256: "
     "rf.sirf_shampoo with the same arguments and such a layout, the first of them the same mathematics. adamw, muon: "
-    f"Optax's. refresh, plain: medians of steps with and without refresh; mean: over the {PERIOD} steps of a period. "
+    f"Optax's. cached: with K Kᵀ in the state. refresh, plain: medians of steps with and without refresh; mean: over the {PERIOD} steps of a period. "
     "ratio, min, CPU: mean over the official's, by medians, by fastest steps, and by the CPU time of all threads. "
     "/roof: fastest steps over the time that the plan's operations take at the rate of single batched products of the "
     "same shapes. The programs take turns, step by step."
@@ -94,8 +95,10 @@ def measure(
     rate = functools.cache(_product_rate)
     for record in records:
         _compare(record, records[0] if official_python else None)
-        if record["method"] in LAYOUTS:
-            _add_roofline(record, LAYOUTS[record["method"]].plan(trees.abstract(shapes)), rate)
+        layout = LAYOUTS.get(record["method"].removesuffix(CACHED))
+        if layout is not None:
+            cached = record["method"].endswith(CACHED)
+            _add_roofline(record, layout.plan(trees.abstract(shapes)), rate, cached=cached)
     return records, versions
 
 
@@ -109,7 +112,11 @@ def _ours() -> dict[str, optax.GradientTransformation]:
         "batch_size": BATCH_SIZE,
     }
     learning_rate = OFFICIAL_SETTINGS["lr"]
-    return {name: rf.sirf_shampoo(learning_rate, layout=layout, **settings) for name, layout in LAYOUTS.items()}
+    return {
+        name + suffix: rf.sirf_shampoo(learning_rate, layout=layout, cache_products=bool(suffix), **settings)
+        for name, layout in LAYOUTS.items()
+        for suffix in ("", CACHED)
+    }
 
 
 def _official_step(worker: official.Worker) -> tuple[float, float]:
@@ -168,7 +175,9 @@ def _compare(record: dict[str, Any], reference: dict[str, Any] | None) -> None:
         record[f"{ratio}_ratio"] = record[f"{key}_seconds"] / reference[f"{key}_seconds"]
 
 
-def _add_roofline(record: dict[str, Any], plan: rf.Plan, rate: Callable[[tuple[int, ...]], float]) -> None:
+def _add_roofline(
+    record: dict[str, Any], plan: rf.Plan, rate: Callable[[tuple[int, ...]], float], *, cached: bool
+) -> None:
     """Adds the time that the plan's operations take at the products' rates, and how many times that was measured."""
     seconds = {"refresh": 0.0, "plain": 0.0}
     for stack in plan.stacks:
@@ -176,8 +185,10 @@ def _add_roofline(record: dict[str, Any], plan: rf.Plan, rate: Callable[[tuple[i
             continue
         longest = max(stack.shape)
         flops = rate((stack.count, math.prod(stack.shape) // longest, longest))
-        seconds["plain"] += stack.apply_flops / flops
-        seconds["refresh"] += (stack.apply_flops + stack.refresh_flops) / flops
+        apply = stack.apply_flops // 2 if cached else stack.apply_flops
+        square = stack.square_flops if cached else 0
+        seconds["plain"] += apply / flops
+        seconds["refresh"] += (apply + square + stack.refresh_flops) / flops
     for kind, value in seconds.items():
         record[f"{kind}_roofline_seconds"] = value
         record[f"{kind}_over_roofline"] = record[f"{kind}_fastest_seconds"] / value

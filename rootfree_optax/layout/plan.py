@@ -149,21 +149,29 @@ class Plan:
             for block in self.blocks
         }
 
-    def state_bytes(self, preconditioner_dtype: DTypeRule = None, *, riemannian_momentum: bool = True) -> int:
+    def state_bytes(
+        self,
+        preconditioner_dtype: DTypeRule = None,
+        *,
+        riemannian_momentum: bool = True,
+        cached_products: bool = False,
+    ) -> int:
         """Returns the bytes of all factors.
 
         Args:
           preconditioner_dtype: of the factors, as `scale_by_sirf_shampoo` takes it; None counts as float32.
           riemannian_momentum: whether each factor has a momentum, of its size and dtype.
+          cached_products: whether each factor K has K Kᵀ beside it, of its size and dtype.
         """
-        momentum = riemannian_momentum
-        return sum(target.state_bytes(preconditioner_dtype, riemannian_momentum=momentum) for target in self.stacks)
+        kept = {"riemannian_momentum": riemannian_momentum, "cached_products": cached_products}
+        return sum(target.state_bytes(preconditioner_dtype, **kept) for target in self.stacks)
 
     def table(
         self,
         preconditioner_dtype: DTypeRule = None,
         *,
         riemannian_momentum: bool = True,
+        cached_products: bool = False,
         width: int | None = None,
     ) -> str:
         """Returns a table of each parameter's blocks, structures, bytes of state and floating-point operations.
@@ -173,10 +181,14 @@ class Plan:
         Args:
           preconditioner_dtype: of the factors, as `scale_by_sirf_shampoo` takes it; None counts as float32.
           riemannian_momentum: whether each factor has a momentum.
+          cached_products: whether each factor K has K Kᵀ beside it.
           width: of the page, in characters; None takes the terminal's. Long key paths are shortened to keep to it.
         """
         state_bytes = functools.partial(
-            Stack.state_bytes, dtype=preconditioner_dtype, riemannian_momentum=riemannian_momentum
+            Stack.state_bytes,
+            dtype=preconditioner_dtype,
+            riemannian_momentum=riemannian_momentum,
+            cached_products=cached_products,
         )
         width = shutil.get_terminal_size().columns if width is None else width
         return table.render(self.units, self.stacks, state_bytes=state_bytes, width=width)

@@ -32,17 +32,20 @@ class Stack:
         """The shapes of the factors' parts, with their leading axis of blocks, axis by axis."""
         return [(self.count, *shape) for structure in self.structures for shape in structure.part_shapes]
 
-    def state_bytes(self, dtype: DTypeRule = None, *, riemannian_momentum: bool = True) -> int:
+    def state_bytes(
+        self, dtype: DTypeRule = None, *, riemannian_momentum: bool = True, cached_products: bool = False
+    ) -> int:
         """Returns the bytes of the factors of all blocks.
 
         Args:
           dtype: of the factors: one, or one per axis, or a mapping from the number of axes to either; None is float32.
           riemannian_momentum: whether each factor has a momentum, of its size and dtype.
+          cached_products: whether each factor has K Kᵀ beside it, of its size and dtype.
         """
         dtypes = dtypes_of(dtype, len(self.shape))
         sizes = [sum(map(math.prod, structure.part_shapes)) for structure in self.structures]
         bytes_each = [size * dtype.itemsize for size, dtype in zip(sizes, dtypes, strict=True)]
-        return self.count * sum(bytes_each) * (2 if riemannian_momentum else 1)
+        return self.count * sum(bytes_each) * (1 + riemannian_momentum + cached_products)
 
     @property
     def apply_flops(self) -> int:
@@ -53,6 +56,11 @@ class Stack:
     def refresh_flops(self) -> int:
         """Floating-point operations of a refresh: Kᵀ is applied, XXᵀ and KᵀK are projected, K is multiplied by m."""
         return self.count * sum(f.apply + f.project_outer + f.project_inner + f.matmul for f in self._flops)
+
+    @property
+    def square_flops(self) -> int:
+        """Floating-point operations of K Kᵀ for all factors; a direction by those takes half of `apply_flops`."""
+        return self.count * sum(flops.matmul for flops in self._flops)
 
     @property
     def _flops(self) -> list[Flops]:

@@ -94,6 +94,15 @@ class Structure(abc.ABC):
         """Whether the set has every matrix's transpose, and with it K Kᵀ and the roots of such products."""
         return False
 
+    def square(self, parts: Parts, *, precision: jax.lax.PrecisionLike = None) -> Parts:
+        """Returns the parts of K Kᵀ, in the accumulation dtype, if the set is symmetric.
+
+        Raises:
+          ValueError: if the set is not symmetric.
+        """
+        del parts, precision
+        raise ValueError(f"K Kᵀ needs a structure that is closed under transposition, got {self.name!r}.")
+
     def times_inverse_root(
         self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: jax.lax.PrecisionLike = None
     ) -> Parts:

@@ -115,6 +115,12 @@ class BlockPattern(Structure):
         """Whether no block has its mirror image outside the pattern."""
         return not self.couplings
 
+    def square(self, parts: Parts, *, precision: jax.lax.PrecisionLike = None) -> Parts:
+        """Returns the parts of K Kᵀ, segment by segment."""
+        if not self.is_symmetric:
+            return super().square(parts, precision=precision)
+        return self.matmul(parts, tuple(map(transpose, parts)), precision=precision)
+
     def times_inverse_root(
         self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: jax.lax.PrecisionLike = None
     ) -> Parts:
