@@ -45,11 +45,11 @@ OFFICIAL_SETTINGS = {
 TITLE = "One step on gpt: {layers} layers, width {width}, {parameters:.2f} million parameters, {threads} threads"
 CAPTION = (
     "official: SIRFShampoo in PyTorch, dense factors on every axis, vectors' too. dense, default, blocks: "
-    "rf.sirf_shampoo with the same arguments and such a layout (blocks of 256), the first of them the same mathematics. "
-    "*: with K Kᵀ cached in the state. adamw, muon: Optax's. refresh, plain: medians of steps with and without refresh; "
-    f"mean: over the {PERIOD} steps of a period. ratio, min, CPU: mean over the official's, by medians, by fastest "
-    "steps, and by the CPU time of all threads. /roof: fastest steps over the time that the plan's operations take at "
-    "the rate of single batched products of the same shapes. The programs take turns, step by step."
+    "rf.sirf_shampoo with the same arguments and such a layout (blocks of 256), the first of them the same "
+    "mathematics. *: with K Kᵀ cached in the state. adamw, muon: Optax's. refresh, plain: medians of steps with and "
+    f"without refresh; mean: over the {PERIOD} steps of a period. ratio, min, CPU: mean over the official's, by "
+    "medians, by fastest steps, and by the CPU time of all threads. /roof: fastest steps over the time that the plan's "
+    "operations take at the rate of single batched products of the same shapes. The programs take turns, step by step."
 )
 COLUMNS = (
     report.Column("method", "method"),
