@@ -10,6 +10,7 @@ from rootfree_optax.kronecker import scale_by_sirf_shampoo
 from rootfree_optax.kronecker_inverse import scale_by_rf_shampoo
 from rootfree_optax.layout import Layout
 from rootfree_optax.layout.rules import DTypeRule
+from rootfree_optax.sharded_plan import BlockAxes
 
 
 def sirf_shampoo(
@@ -26,6 +27,7 @@ def sirf_shampoo(
     layout: Layout = Layout(),  # noqa: B008  # a frozen value
     preconditioner_dtype: DTypeRule = None,
     accumulator_dtype: DTypeLike | None = None,
+    block_axes: BlockAxes = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SIRF-Shampoo: structured Shampoo without inverses and without the square root.
@@ -48,6 +50,7 @@ def sirf_shampoo(
       layout: how parameters become blocks, and the structure of their factors.
       preconditioner_dtype: floating-point dtype of the factors, see `scale_by_sirf_shampoo`.
       accumulator_dtype: floating-point dtype of v; by default each parameter's own.
+      block_axes: mesh axes over which stacks of blocks are divided, see `scale_by_sirf_shampoo`.
       precision: of every matrix product, see `jax.lax.Precision`.
 
     Returns:
@@ -83,6 +86,7 @@ def sirf_shampoo(
             update_every=update_every,
             layout=layout,
             preconditioner_dtype=preconditioner_dtype,
+            block_axes=block_axes,
             precision=precision,
         ),
         *descent(learning_rate, weight_decay, mask, momentum, accumulator_dtype),
@@ -101,6 +105,7 @@ def rf_shampoo(
     update_every: UpdateEvery = 1,
     layout: Layout = Layout(),  # noqa: B008  # a frozen value
     accumulator_dtype: DTypeLike | None = None,
+    block_axes: BlockAxes = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """RF-Shampoo: Shampoo without the square root, with inverses.
@@ -121,6 +126,7 @@ def rf_shampoo(
       update_every: T ≥ 1: the factors are refreshed at every T-th update; or a callable, see `scale_by_sirf_shampoo`.
       layout: how parameters become blocks. The structures may be dense and diagonal.
       accumulator_dtype: floating-point dtype of v; by default each parameter's own.
+      block_axes: mesh axes over which stacks of blocks are divided, see `scale_by_sirf_shampoo`.
       precision: of every matrix product, see `jax.lax.Precision`.
 
     Returns:
@@ -154,6 +160,7 @@ def rf_shampoo(
             batch_size=batch_size,
             update_every=update_every,
             layout=layout,
+            block_axes=block_axes,
             precision=precision,
         ),
         *descent(learning_rate, weight_decay, mask, momentum, accumulator_dtype),

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from rootfree_optax import factor_update, stacks
+from rootfree_optax import factor_update, sharded_plan, stacks
 from rootfree_optax import hyperparameters as hyper
 from rootfree_optax.hyperparameters import UpdateEvery
 from rootfree_optax.layout import Layout
 from rootfree_optax.layout.rules import DTypeRule, require_dtype_rule
+from rootfree_optax.sharded_plan import BlockAxes
 
 
 class ScaleBySirfShampooState(NamedTuple):
@@ -38,6 +39,7 @@ def scale_by_sirf_shampoo(
     update_every: UpdateEvery = 1,
     layout: Layout = Layout(),  # noqa: B008  # a frozen value
     preconditioner_dtype: DTypeRule = None,
+    block_axes: BlockAxes = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions gradients by structured Kronecker factors, without inverses or roots (SIRF-Shampoo).
@@ -64,6 +66,9 @@ def scale_by_sirf_shampoo(
       layout: how parameters become blocks, and the structure of their factors.
       preconditioner_dtype: floating-point dtype of the factors, or a tuple of one per (squeezed, merged) axis, or a
         mapping from the number of axes to either; by default the widest dtype of the parameters in a stack.
+      block_axes: name of a mesh axis, or a tuple of names, over which the blocks of every stack are divided, state and
+        work; None divides nothing. The mesh is that of `jax.set_mesh`, or else the one that the arrays are on; inside
+        `jax.shard_map` over these axes the state is a device's own part. See `state_shardings`.
       precision: of every matrix product, see `jax.lax.Precision`.
 
     Returns:
@@ -72,7 +77,8 @@ def scale_by_sirf_shampoo(
 
     Raises:
       ValueError: at construction for a Python number out of range; at `init` for a layout that does not fit a
-        parameter; at the first `update` without any batch size, or for gradients or a state unlike the parameters.
+        parameter; at the first `update` without any batch size, or for gradients or a state unlike the parameters;
+        at both without a mesh that has the `block_axes`.
       TypeError: at `init` for parameters that are not real floating point.
 
     Example:
@@ -91,15 +97,16 @@ def scale_by_sirf_shampoo(
     """
     at_construction = batch_size
     hyper.require_kronecker(preconditioner_lr, damping, batch_size, update_every)
+    sharded_plan.require_block_axes(block_axes)
     require_dtype_rule(preconditioner_dtype)
     if riemannian_momentum is not None:
         hyper.require_fraction("riemannian_momentum", riemannian_momentum)
     keeps_momentum = riemannian_momentum is not None and not hyper.is_zero(riemannian_momentum)
 
     def init(params: optax.Params) -> ScaleBySirfShampooState:
-        plan = layout.plan(params)
+        plan = sharded_plan.for_parameters(layout.plan(params), block_axes, params)
         factors = stacks.identities(plan, params, preconditioner_dtype)
-        momenta = jax.tree.map(jnp.zeros_like, factors) if keeps_momentum else ((),) * len(plan.stacks)
+        momenta = stacks.zeros_like(plan, factors) if keeps_momentum else ((),) * len(plan.stacks)
         return ScaleBySirfShampooState(jnp.zeros([], jnp.int32), factors, momenta)
 
     def update(
@@ -121,8 +128,10 @@ def scale_by_sirf_shampoo(
             count=state.count,
             precision=precision,
         )
-        plan = layout.plan(updates if params is None else params)
-        gradients = stacks.pack(plan, updates, state.factors)
+        plan = sharded_plan.for_state(
+            layout.plan(updates if params is None else params), block_axes, state.factors, updates
+        )
+        gradients = stacks.pack(plan, updates)
         curvatures = gradients if curvature is None else stacks.pack_curvature(plan, curvature, updates)
         due = hyper.is_due(update_every, state.count)
         factors, momenta = stacks.refresh_when(due, plan, refresh, curvatures, (state.factors, state.momenta))
