@@ -127,7 +127,7 @@ class ShardedPlan:
         return jax.lax.dynamic_slice_in_dim(stack, jax.lax.axis_index(self.axes) * length, length)
 
     def _all_parts(self, part: jax.Array) -> jax.Array:
-        """Returns a stack of every device's part, by a sum that is typed as equal on all devices, as gathering isn't."""
+        """Returns the stack of all parts, by a sum: that is typed as equal on all devices, what is gathered is not."""
         length = part.shape[0]
         zeros = jnp.zeros((length * self.shards, *part.shape[1:]), part.dtype)
         start = jax.lax.axis_index(self.axes) * length
