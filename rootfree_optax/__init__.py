@@ -11,6 +11,7 @@ from rootfree_optax.intervals import growing_interval
 from rootfree_optax.kronecker import ScaleBySirfShampooState, scale_by_sirf_shampoo
 from rootfree_optax.kronecker_inverse import ScaleByRfShampooState, scale_by_rf_shampoo
 from rootfree_optax.layout import Group, Layout, Plan, as_matrix, flatten, weight_and_bias
+from rootfree_optax.sharding import state_shardings
 
 __version__ = "0.1.0"
 
@@ -33,5 +34,6 @@ __all__ = [
     "scale_by_rf_shampoo",
     "scale_by_sirf_shampoo",
     "sirf_shampoo",
+    "state_shardings",
     "weight_and_bias",
 ]

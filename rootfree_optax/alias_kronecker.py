@@ -10,6 +10,7 @@ from rootfree_optax.kronecker import InitialScale, Refresh, scale_by_sirf_shampo
 from rootfree_optax.kronecker_inverse import scale_by_rf_shampoo
 from rootfree_optax.layout import Layout
 from rootfree_optax.layout.rules import DTypeRule
+from rootfree_optax.sharded_plan import BlockAxes
 
 
 def sirf_shampoo(
@@ -29,6 +30,7 @@ def sirf_shampoo(
     initial_scale: InitialScale = 1.0,
     cache_products: bool = False,
     accumulator_dtype: DTypeLike | None = None,
+    block_axes: BlockAxes = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SIRF-Shampoo: structured Shampoo without inverses and without the square root.
@@ -54,6 +56,7 @@ def sirf_shampoo(
       initial_scale: the curvature before the first step, > 0, or "first_gradient", see `scale_by_sirf_shampoo`.
       cache_products: whether K Kᵀ is kept in the state: steps without refresh take half the products.
       accumulator_dtype: floating-point dtype of v; by default each parameter's own.
+      block_axes: mesh axes over which stacks of blocks are divided, see `scale_by_sirf_shampoo`.
       precision: of every matrix product, see `jax.lax.Precision`.
 
     Returns:
@@ -92,6 +95,7 @@ def sirf_shampoo(
             refresh=refresh,
             initial_scale=initial_scale,
             cache_products=cache_products,
+            block_axes=block_axes,
             precision=precision,
         ),
         *descent(learning_rate, weight_decay, mask, momentum, accumulator_dtype),
@@ -110,6 +114,7 @@ def rf_shampoo(
     update_every: UpdateEvery = 1,
     layout: Layout = Layout(),  # noqa: B008  # a frozen value
     accumulator_dtype: DTypeLike | None = None,
+    block_axes: BlockAxes = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """RF-Shampoo: Shampoo without the square root, with inverses.
@@ -130,6 +135,7 @@ def rf_shampoo(
       update_every: T ≥ 1: the factors are refreshed at every T-th update; or a callable, see `scale_by_sirf_shampoo`.
       layout: how parameters become blocks. The structures may be dense and diagonal.
       accumulator_dtype: floating-point dtype of v; by default each parameter's own.
+      block_axes: mesh axes over which stacks of blocks are divided, see `scale_by_sirf_shampoo`.
       precision: of every matrix product, see `jax.lax.Precision`.
 
     Returns:
@@ -163,6 +169,7 @@ def rf_shampoo(
             batch_size=batch_size,
             update_every=update_every,
             layout=layout,
+            block_axes=block_axes,
             precision=precision,
         ),
         *descent(learning_rate, weight_decay, mask, momentum, accumulator_dtype),

@@ -43,48 +43,56 @@ def balance(factors: tuple[Parts, ...]) -> tuple[Parts, ...]:
     )
 
 
+def is_first(gradient: jax.Array, started: jax.Array) -> jax.Array:
+    """Returns whether a gradient is the first to say something: neither all zero nor not finite. A scalar."""
+    largest = jnp.max(jnp.abs(gradient))
+    return ~started & (largest > 0) & jnp.isfinite(largest)
+
+
 def start(
     gradient: jax.Array,
     factors: tuple[Parts, ...],
-    started: jax.Array,
+    products: tuple[Parts, ...],
+    first: jax.Array,
     *,
     structures: Sequence[Structure],
     damping: ArrayLike,
     batch_size: ArrayLike,
-) -> tuple[tuple[Parts, ...], jax.Array]:
+) -> tuple[tuple[Parts, ...], tuple[Parts, ...]]:
     """Scales a block's factors to its first gradient, once: Kₙ ← (B·mean(g²) + λ)^(−1/2N)·Kₙ.
 
     The mean is over the entries that are not zero: the rows of an embedding that a mini-batch does not touch say
-    nothing about the curvature of those that it does. A gradient of nothing but zeros, or one that is not finite, is
-    waited out.
+    nothing about the curvature of those that it does.
 
     Args:
       gradient: G, [d₁, …, d_N] or [samples, d₁, …, d_N].
       factors: the parts of each Kₙ.
-      started: whether that has been done, a scalar.
+      products: the parts of each KₙKₙᵀ, or empty.
+      first: whether this is the first gradient, a scalar, see `is_first`; nothing is done if not.
       structures: the structure of each factor.
       damping: λ ≥ 0.
       batch_size: B > 0.
 
     Returns:
-      The factors, and whether it has been done.
+      The factors and the products.
     """
     g = jnp.abs(upcast(gradient))
     largest = jnp.max(g)
-    now = ~started & (largest > 0) & jnp.isfinite(largest)
-    unit = g / jnp.where(now, largest, 1)  # its squares do not overflow
+    unit = g / jnp.where(first, largest, 1)  # its squares do not overflow
     mean_square = jnp.sum(jnp.square(unit)) / jnp.maximum(jnp.sum(unit > 0, dtype=g.dtype), 1)
     root = jnp.hypot(
         largest * jnp.sqrt(jnp.asarray(batch_size, g.dtype) * mean_square), jnp.sqrt(jnp.asarray(damping, g.dtype))
     )
-    factor = jnp.where(now, root ** (-1 / len(structures)), 1)
-    return tuple(times_scalar(parts, factor) for parts in factors), started | now
+    factor = jnp.where(first, root ** (-1 / len(structures)), 1)
+    scaled = tuple(times_scalar(parts, factor) for parts in factors)
+    return scaled, tuple(times_scalar(parts, jnp.square(factor)) for parts in products)
 
 
 def refresh(
     gradient: jax.Array,
     factors: tuple[Parts, ...],
     momenta: tuple[Parts, ...],
+    products: tuple[Parts, ...] = (),
     *,
     structures: Sequence[Structure],
     preconditioner_lr: ArrayLike,
@@ -94,7 +102,7 @@ def refresh(
     count: jax.Array,
     refresh_factor: Callable[..., Parts] = published_factor,
     precision: jax.lax.PrecisionLike = None,
-) -> tuple[tuple[Parts, ...], tuple[Parts, ...]]:
+) -> tuple[tuple[Parts, ...], tuple[Parts, ...], tuple[Parts, ...]]:
     """Refreshes a block's factors and their momenta; a block that would come out non-finite stays as it was.
 
         mₙ ← α₂ mₙ + (1 − α₂) stepₙ        Kₙ ← refresh_factor(Kₙ, mₙ)
@@ -103,6 +111,7 @@ def refresh(
       gradient: G, [d₁, …, d_N] or [samples, d₁, …, d_N].
       factors: the parts of each Kₙ.
       momenta: the parts of each mₙ, or empty: then mₙ = stepₙ and none is kept.
+      products: the parts of each KₙKₙᵀ, or empty: then none is kept.
       structures: the structure of each factor.
       preconditioner_lr: β₂ ≥ 0.
       damping: λ ≥ 0.
@@ -113,7 +122,7 @@ def refresh(
       precision: of every product.
 
     Returns:
-      The new factors and momenta, of the dtypes of the old.
+      The new factors, momenta and products, of the dtypes of the old.
     """
     directions = factor_steps(
         gradient, structures, factors, damping=damping, batch_size=batch_size, precision=precision
@@ -136,19 +145,9 @@ def refresh(
     new_momenta = jax.tree.map(_saturate, directions, momenta) if momenta else ()
     keep = all_finite((new_factors, new_momenta))
     select = functools.partial(jax.tree.map, lambda new, old: jnp.where(keep, new, old))
-    return select(new_factors, factors), select(new_momenta, momenta)
-
-
-def squares(
-    factors: tuple[Parts, ...],
-    products: tuple[Parts, ...],
-    *,
-    structures: Sequence[Structure],
-    precision: jax.lax.PrecisionLike = None,
-) -> tuple[tuple[Parts, ...]]:
-    """Returns KₙKₙᵀ of each factor, of the dtypes of the old `products`, as the one entry of a tuple."""
-    new = tuple(s.square(parts, precision=precision) for s, parts in zip(structures, factors, strict=True))
-    return (jax.tree.map(_saturate, new, products),)
+    new_factors = select(new_factors, factors)
+    squares = tuple(s.square(k, precision=precision) for s, k in zip(structures, new_factors, strict=True) if products)
+    return new_factors, select(new_momenta, momenta), jax.tree.map(_saturate, squares, products)
 
 
 def precondition(

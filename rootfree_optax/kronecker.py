@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from rootfree_optax import factor_update, stacks
+from rootfree_optax import factor_update, sharded_plan, stacks
 from rootfree_optax import hyperparameters as hyper
 from rootfree_optax.factor_step import exact_factor, published_factor
 from rootfree_optax.hyperparameters import UpdateEvery
-from rootfree_optax.layout import Layout, Plan
+from rootfree_optax.layout import Layout
 from rootfree_optax.layout.rules import DTypeRule, require_dtype_rule
+from rootfree_optax.sharded_plan import BlockAxes, ShardedPlan
 
 Refresh = Literal["published", "exact"]
 InitialScale = ArrayLike | Literal["first_gradient"]
@@ -51,6 +52,7 @@ def scale_by_sirf_shampoo(
     refresh: Refresh = "published",
     initial_scale: InitialScale = 1.0,
     cache_products: bool = False,
+    block_axes: BlockAxes = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions gradients by structured Kronecker factors, without inverses or roots (SIRF-Shampoo).
@@ -90,6 +92,9 @@ def scale_by_sirf_shampoo(
         "first_gradient": each block's s is B·mean(g²) + λ over the non-zero entries of its first non-zero gradient.
       cache_products: whether K Kᵀ is kept in the state, as large as K, which halves the products of a step without
         refresh. For structures as with the exact refresh.
+      block_axes: name of a mesh axis, or a tuple of names, over which the blocks of every stack are divided, state and
+        work; None divides nothing. The mesh is that of `jax.set_mesh`, or else the one that the arrays are on; inside
+        `jax.shard_map` over these axes the state is a device's own part. See `state_shardings`.
       precision: of every matrix product, see `jax.lax.Precision`.
 
     Returns:
@@ -98,7 +103,8 @@ def scale_by_sirf_shampoo(
 
     Raises:
       ValueError: at construction for a Python number out of range; at `init` for a layout that does not fit a
-        parameter; at the first `update` without any batch size, or for gradients or a state unlike the parameters.
+        parameter; at the first `update` without any batch size, or for gradients or a state unlike the parameters;
+        at both without a mesh that has the `block_axes`.
       TypeError: at `init` for parameters that are not real floating point.
 
     Example:
@@ -117,22 +123,23 @@ def scale_by_sirf_shampoo(
     """
     at_construction = batch_size
     hyper.require_kronecker(preconditioner_lr, damping, batch_size, update_every)
+    sharded_plan.require_block_axes(block_axes)
     require_dtype_rule(preconditioner_dtype)
     keeps_momentum = riemannian_momentum is not None and not hyper.is_zero(riemannian_momentum)
     _require_valid(preconditioner_lr, riemannian_momentum if keeps_momentum else None, refresh, initial_scale)
     waits_for_gradient = isinstance(initial_scale, str)
 
     def init(params: optax.Params) -> ScaleBySirfShampooState:
-        plan = layout.plan(params)
+        plan = sharded_plan.for_parameters(layout.plan(params), block_axes, params)
         if refresh == "exact":
             _require_symmetric(plan, "refresh='exact'", "refresh='published'")
         if cache_products:
             _require_symmetric(plan, "cache_products=True", "cache_products=False")
         curvature = 1.0 if isinstance(initial_scale, str) else initial_scale
         factors = stacks.initial_factors(plan, params, preconditioner_dtype, curvature=curvature)
-        momenta = jax.tree.map(jnp.zeros_like, factors) if keeps_momentum else ()
+        momenta = stacks.zeros_like(plan, factors) if keeps_momentum else ()
         products = jax.tree.map(jnp.square, factors) if cache_products else ()  # of multiples of I
-        started = stacks.not_started(plan) if waits_for_gradient else ()
+        started = stacks.not_started(plan, factors) if waits_for_gradient else ()
         return ScaleBySirfShampooState(jnp.zeros([], jnp.int32), factors, momenta, products, started)
 
     def update(
@@ -157,27 +164,25 @@ def scale_by_sirf_shampoo(
             refresh_factor=_REFRESHES[refresh],
             precision=precision,
         )
-        plan = layout.plan(updates if params is None else params)
-        gradients = stacks.pack(plan, updates, state.factors)
+        start_block = functools.partial(factor_update.start, damping=damping_now, batch_size=batch_size)
+        whole = layout.plan(updates if params is None else params)
+        plan = sharded_plan.for_state(whole, block_axes, state.factors, updates)
+        gradients = stacks.pack(plan, updates)
         curvatures = gradients if curvature is None else stacks.pack_curvature(plan, curvature, updates)
-        factors, products, started = state.factors, state.products, state.started
-        due = changed = hyper.is_due(update_every, state.count)
+
+        factors, momenta, products, started = state.factors, state.momenta, state.products, state.started
         if waits_for_gradient:
-            start = functools.partial(factor_update.start, damping=damping_now, batch_size=batch_size)
-            waiting = ~stacks.all_of(started)
-            factors, started = stacks.refresh_when(waiting, plan, start, curvatures, (factors, started))
-            changed = True if due is True else due | waiting
-        momenta = state.momenta if keeps_momentum else ((),) * len(plan.stacks)
-        factors, momenta = stacks.refresh_when(due, plan, refresh_block, curvatures, (factors, momenta))
-        momenta = momenta if keeps_momentum else ()
-        if cache_products:
-            squares = functools.partial(factor_update.squares, precision=precision)
-            (products,) = stacks.refresh_when(changed, plan, squares, factors, (products,))
-            by_squares = functools.partial(factor_update.precondition_by_squares, precision=precision)
-            directions = stacks.precondition(plan, by_squares, gradients, products)
-        else:
-            by_factors = functools.partial(factor_update.precondition, precision=precision)
-            directions = stacks.precondition(plan, by_factors, gradients, factors)
+            factors, products, started = stacks.start(plan, start_block, curvatures, (factors, products, started))
+        due = hyper.is_due(update_every, state.count)
+        factors, momenta, products = stacks.refresh_when(
+            due, plan, refresh_block, curvatures, (factors, momenta, products)
+        )
+        by, matrices = (
+            (factor_update.precondition_by_squares, products)
+            if cache_products
+            else (factor_update.precondition, factors)
+        )
+        directions = stacks.precondition(plan, functools.partial(by, precision=precision), gradients, matrices)
         count = optax.safe_increment(state.count)
         new_state = ScaleBySirfShampooState(count, factors, momenta, products, started)
         return stacks.unpack(plan, directions, updates), new_state
@@ -201,8 +206,8 @@ def _require_valid(preconditioner_lr: Any, riemannian_momentum: Any, refresh: An
             )
 
 
-def _require_symmetric(plan: Plan, option: str, other: str) -> None:
-    for block in plan.blocks:
+def _require_symmetric(plan: ShardedPlan, option: str, other: str) -> None:
+    for block in plan.plan.blocks:
         for structure in plan.stacks[block.stack].structures:
             if not structure.is_symmetric:
                 raise ValueError(

@@ -9,10 +9,11 @@ import optax
 from jax.typing import ArrayLike
 
 from rootfree_optax import hyperparameters as hyper
-from rootfree_optax import inverse_update, stacks
+from rootfree_optax import inverse_update, sharded_plan, stacks
 from rootfree_optax.hyperparameters import UpdateEvery
 from rootfree_optax.layout import Layout, Plan
 from rootfree_optax.precision import upcast
+from rootfree_optax.sharded_plan import BlockAxes
 from rootfree_optax.structures import dense, diagonal
 
 
@@ -35,6 +36,7 @@ def scale_by_rf_shampoo(
     batch_size: ArrayLike | None = None,
     update_every: UpdateEvery = 1,
     layout: Layout = Layout(),  # noqa: B008  # a frozen value
+    block_axes: BlockAxes = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions gradients by the inverses of Kronecker factors, without roots (RF-Shampoo).
@@ -51,6 +53,7 @@ def scale_by_rf_shampoo(
       batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
       update_every: T ≥ 1, or a callable, see `scale_by_sirf_shampoo`.
       layout: how parameters become blocks. The structures may be dense and diagonal.
+      block_axes: mesh axes over which stacks are divided, see `scale_by_sirf_shampoo`.
       precision: of every matrix product, see `jax.lax.Precision`.
 
     Returns:
@@ -76,10 +79,11 @@ def scale_by_rf_shampoo(
     """
     at_construction = batch_size
     hyper.require_kronecker(preconditioner_lr, damping, batch_size, update_every)
+    sharded_plan.require_block_axes(block_axes)
 
     def init(params: optax.Params) -> ScaleByRfShampooState:
-        plan = layout.plan(params)
-        _require_symmetric(plan)
+        plan = sharded_plan.for_parameters(layout.plan(params), block_axes, params)
+        _require_symmetric(plan.plan)
         factors = jax.tree.map(upcast, stacks.initial_factors(plan, params))
         return ScaleByRfShampooState(jnp.zeros([], jnp.int32), factors)
 
@@ -100,8 +104,9 @@ def scale_by_rf_shampoo(
             batch_size=hyper.resolve_batch_size(batch_size, at_construction),
             precision=precision,
         )
-        plan = layout.plan(updates if params is None else params)
-        gradients = stacks.pack(plan, updates, state.factors)
+        whole = layout.plan(updates if params is None else params)
+        plan = sharded_plan.for_state(whole, block_axes, state.factors, updates)
+        gradients = stacks.pack(plan, updates)
         curvatures = gradients if curvature is None else stacks.pack_curvature(plan, curvature, updates)
         due = hyper.is_due(update_every, state.count)
         (factors,) = stacks.refresh_when(due, plan, refresh, curvatures, (state.factors,))

@@ -1,10 +1,11 @@
 """What both Kronecker transformations do with a plan's stacks: set up, pack, refresh, precondition, unpack.
 
-A stack's arrays have a leading axis of blocks; the mathematics of one block is `jax.vmap`ped over it.
+A stack's arrays have a leading axis of blocks; the mathematics of one block is `jax.vmap`ped over it, on each device
+over its own blocks.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,17 +14,18 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax.factor_step import times_scalar
-from rootfree_optax.factor_update import all_finite
-from rootfree_optax.layout import Plan
+from rootfree_optax.factor_update import all_finite, is_first
 from rootfree_optax.layout.rules import DTypeRule, dtypes_of
+from rootfree_optax.layout.stack import Stack
+from rootfree_optax.sharded_plan import ShardedPlan
 
 Stacks = Any  # a tuple over the stacks of a plan
 
 
 def initial_factors(
-    plan: Plan, params: optax.Params, dtype_rule: DTypeRule = None, *, curvature: ArrayLike = 1.0
+    plan: ShardedPlan, params: optax.Params, dtype_rule: DTypeRule = None, *, curvature: ArrayLike = 1.0
 ) -> Stacks:
-    """Returns each stack's factors, all of a block's multiples of I: s^(−1/2N)·I for a curvature of s and N axes.
+    """Returns each stack's factors, all s^(−1/2N)·I for a curvature of s and blocks of N axes.
 
     A plan without any block has one empty array in place of its factors: `optax.tree.map_params` initialises on such
     a tree, and takes what it finds there for a leaf that stands for all of a real state's factors.
@@ -34,59 +36,94 @@ def initial_factors(
       dtype_rule: the factors' dtypes, see `scale_by_sirf_shampoo`.
       curvature: s > 0, a scalar.
     """
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params)
+    packed = jax.eval_shape(plan.plan.pack, shapes)
+    dtypes = [dtypes_of(dtype_rule, len(s.shape), p.dtype) for s, p in zip(plan.stacks, packed, strict=True)]
+    lengths = [length // plan.shards for length in plan.lengths]
+    if not plan.stacks:
+        return jnp.zeros([0])
+    return plan.on_shards(_initial_factors, (plan.stacks, dtypes, lengths, curvature, plan.anchor(params)))
 
-    def identity(stack: Any, default: DTypeLike) -> Any:
-        dtypes = dtypes_of(dtype_rule, len(stack.shape), default)
-        scale = curvature ** (-0.5 / len(dtypes))
+
+def _initial_factors(shared: Any) -> Stacks:
+    stacks, dtypes, lengths, curvature, anchor = shared
+
+    def initial(stack: Stack, dtypes: Sequence[DTypeLike], length: int) -> Any:
+        scale = curvature ** (-0.5 / len(stack.shape))
         factors = tuple(
             times_scalar(s.identity(dtype), scale) for s, dtype in zip(stack.structures, dtypes, strict=True)
         )
-        return jax.tree.map(lambda part: jnp.broadcast_to(part, (stack.count, *part.shape)), factors)
-
-    defaults = [packed.dtype for packed in jax.eval_shape(plan.pack, params)]
-    return tuple(map(identity, plan.stacks, defaults)) or jnp.zeros([0])
-
-
-def not_started(plan: Plan) -> Stacks:
-    """Returns for each block of each stack that it has not started; see `initial_factors` for a plan without any."""
-    return tuple(jnp.zeros(stack.count, bool) for stack in plan.stacks) or jnp.zeros([0], bool)
-
-
-def all_of(flags: Stacks) -> jax.Array:
-    """Returns whether all booleans of all stacks are true, a scalar."""
-    return functools.reduce(jnp.logical_and, map(jnp.all, flags), jnp.asarray(True))
-
-
-def _require_state_of(plan: Plan, factors: Stacks) -> None:
-    if not plan.stacks:
-        return
-    expected = [shape for stack in plan.stacks for shape in stack.part_shapes]
-    found = [jnp.shape(part) for part in jax.tree.leaves(factors)]
-    if found != expected:
-        raise ValueError(
-            "the state must come from init on parameters of the shapes that update is given, with the same layout. "
-            f"The factors' arrays have the shapes {found}, but the layout asks for {expected}."
+        zero = jnp.sum(anchor)
+        return jax.tree.map(
+            lambda part: jnp.broadcast_to(part, (length, *part.shape)) + zero.astype(part.dtype), factors
         )
 
-
-def pack(plan: Plan, updates: optax.Updates, factors: Stacks) -> Stacks:
-    """Returns the stacks of the gradients; `factors` must be of this plan."""
-    _require_state_of(plan, factors)
-    return plan.pack(_replicated(updates), name="gradients")
+    return tuple(map(initial, stacks, dtypes, lengths))
 
 
-def pack_curvature(plan: Plan, curvature: optax.Updates, updates: optax.Updates) -> Stacks:
+def zeros_like(plan: ShardedPlan, factors: Stacks) -> Stacks:
+    """Returns zeros of the factors' shapes, dtypes and shardings."""
+    return plan.on_shards(_zeros_like, None, factors)
+
+
+def _zeros_like(_: None, factors: Stacks) -> Stacks:
+    return jax.tree.map(jnp.zeros_like, factors)
+
+
+def not_started(plan: ShardedPlan, factors: Stacks) -> Stacks:
+    """Returns for each block of each stack that it has not started; see `initial_factors` for a plan without any."""
+    return plan.on_shards(_not_started, None, factors) if plan.stacks else jnp.zeros([0], bool)
+
+
+def _not_started(_: None, factors: Stacks) -> Stacks:
+    return tuple(jnp.zeros(len(block_factors[0][0]), bool) for block_factors in factors)
+
+
+def pack(plan: ShardedPlan, updates: optax.Updates) -> Stacks:
+    """Returns the stacks of the gradients."""
+    return plan.pack(updates, "gradients")
+
+
+def pack_curvature(plan: ShardedPlan, curvature: optax.Updates, updates: optax.Updates) -> Stacks:
     """Returns the stacks of a tree like `updates`, [blocks, …], or one with a leading axis, [blocks, samples, …]."""
-    pack = functools.partial(plan.pack, name="curvature")
     ranks = [jnp.ndim(leaf) for leaf in jax.tree.leaves(curvature)]
-    if ranks == [jnp.ndim(leaf) + 1 for leaf in jax.tree.leaves(updates)]:
-        pack = jax.vmap(pack, out_axes=1)
-    return pack(_replicated(curvature))
+    has_samples = ranks == [jnp.ndim(leaf) + 1 for leaf in jax.tree.leaves(updates)]
+    return plan.pack(curvature, "curvature", sample_axis=has_samples)
+
+
+def start(
+    plan: ShardedPlan,
+    start_block: Callable[..., tuple[Any, ...]],
+    curvatures: Stacks,
+    state: tuple[Stacks, Stacks, Stacks],
+) -> tuple[Stacks, Stacks, Stacks]:
+    """Returns factors, products and flags after the blocks that see their first gradient have started.
+
+    Args:
+      plan: the plan of the stacks.
+      start_block: for one block, (curvature, factors, products, first, structures=…) -> (factors, products).
+      curvatures: the stacks that the curvature is estimated from.
+      state: the factors, the products K Kᵀ (or empty), and whether each block has started.
+    """
+    if not plan.stacks:
+        return state
+    return plan.on_shards(_started, (plan.stacks, _as_tree(start_block)), curvatures, state)
+
+
+def _started(shared: Any, curvatures: Stacks, state: tuple[Stacks, Stacks, Stacks]) -> tuple[Stacks, Stacks, Stacks]:
+    stacks, start_block = shared
+    factors, products, started = state
+    firsts = tuple(map(jax.vmap(is_first), curvatures, started))
+    change = lambda: _each_block(stacks, start_block, curvatures, (factors, products), firsts)
+    factors, products = jax.lax.cond(
+        functools.reduce(jnp.logical_or, map(jnp.any, firsts)), change, lambda: (factors, products)
+    )
+    return factors, products, tuple(map(jnp.logical_or, started, firsts))
 
 
 def refresh_when(
     due: jax.Array | bool,
-    plan: Plan,
+    plan: ShardedPlan,
     refresh: Callable[..., tuple[Any, ...]],
     curvatures: Stacks,
     state: tuple[Stacks, ...],
@@ -98,23 +135,42 @@ def refresh_when(
       plan: the plan of the stacks.
       refresh: for one block, (curvature, *state, structures=…) -> new state.
       curvatures: the stacks that the curvature is estimated from.
-      state: tuples over the stacks.
+      state: tuples over the stacks, or empty, and then passed for each stack and returned as that.
     """
-
-    def refreshed() -> tuple[Stacks, ...]:
-        each = [
-            jax.vmap(functools.partial(refresh, structures=stack.structures))(curvature, *block_state)
-            for stack, curvature, *block_state in zip(plan.stacks, curvatures, *state, strict=True)
-        ]
-        return tuple(zip(*each, strict=True))
-
     if not plan.stacks:
         return state
+    return plan.on_shards(_refreshed, (plan.stacks, due, _as_tree(refresh)), curvatures, state)
+
+
+def _refreshed(shared: Any, curvatures: Stacks, state: tuple[Stacks, ...]) -> tuple[Stacks, ...]:
+    stacks, due, refresh = shared
+    refreshed = lambda: _each_block(stacks, refresh, curvatures, state)
     return refreshed() if due is True else jax.lax.cond(due, refreshed, lambda: state)
 
 
+def _each_block(
+    stacks: Sequence[Stack], block_function: Any, curvatures: Stacks, state: tuple[Stacks, ...], *more: Stacks
+) -> tuple[Stacks, ...]:
+    """Returns the state that a function of one block makes of each."""
+    function, arguments, keywords = block_function
+    filled = [of_stacks or ((),) * len(stacks) for of_stacks in state]
+    each = [
+        jax.vmap(functools.partial(function, *arguments, structures=stack.structures, **keywords))(*block)
+        for stack, *block in zip(stacks, curvatures, *filled, *more, strict=True)
+    ]
+    new = zip(*each, strict=True)
+    return tuple(of_stacks and tuple(result) for of_stacks, result in zip(state, new, strict=True))
+
+
+def _as_tree(function: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """Returns a function, its bound arguments and its bound keywords."""
+    if isinstance(function, functools.partial):
+        return function.func, function.args, function.keywords
+    return function, (), {}
+
+
 def precondition(
-    plan: Plan, precondition_block: Callable[..., jax.Array], gradients: Stacks, factors: Stacks
+    plan: ShardedPlan, precondition_block: Callable[..., jax.Array], gradients: Stacks, factors: Stacks
 ) -> Stacks:
     """Returns the stacks of directions; a block of the gradient that is not finite is its own direction.
 
@@ -124,9 +180,14 @@ def precondition(
       gradients: the stacks of gradients.
       factors: for each stack, its factors.
     """
+    return plan.on_shards(_directions, (plan.stacks, _as_tree(precondition_block)), gradients, factors)
+
+
+def _directions(shared: Any, gradients: Stacks, factors: Stacks) -> Stacks:
+    stacks, (function, arguments, keywords) = shared
     directions = tuple(
-        jax.vmap(functools.partial(precondition_block, structures=stack.structures))(gradient, block_factors)
-        for stack, gradient, block_factors in zip(plan.stacks, gradients, factors, strict=True)
+        jax.vmap(functools.partial(function, *arguments, structures=stack.structures, **keywords))(*block)
+        for stack, *block in zip(stacks, gradients, factors, strict=True)
     )
     finite = tuple(map(jax.vmap(all_finite), gradients))
 
@@ -137,27 +198,10 @@ def precondition(
         )
 
     # Not a plain `where`: the compiler would fuse it into each parameter's update, a program of its own each time.
-    return jax.lax.cond(all_of(finite), lambda: directions, show_non_finite)
+    everything = functools.reduce(jnp.logical_and, map(jnp.all, finite), jnp.asarray(True))
+    return jax.lax.cond(everything, lambda: directions, show_non_finite)
 
 
-def unpack(plan: Plan, directions: Stacks, updates: optax.Updates) -> optax.Updates:
+def unpack(plan: ShardedPlan, directions: Stacks, updates: optax.Updates) -> optax.Updates:
     """Returns the tree of directions, with the dtypes and shardings of `updates`."""
-    return _sharded_like(plan.unpack(directions, updates), updates)
-
-
-def _replicated(tree: Any) -> Any:
-    """Replicates arrays that carry a sharding in their type: blocks are cut across its boundaries."""
-
-    def replicate(leaf: jax.Array) -> jax.Array:
-        spec = jax.typeof(leaf).sharding.spec
-        return leaf if all(axis is None for axis in spec) else jax.sharding.reshard(leaf, jax.sharding.PartitionSpec())
-
-    return jax.tree.map(replicate, tree)
-
-
-def _sharded_like(tree: Any, reference: Any) -> Any:
-    def shard(leaf: jax.Array, like: jax.Array) -> jax.Array:
-        spec = jax.typeof(like).sharding.spec
-        return leaf if all(axis is None for axis in spec) else jax.sharding.reshard(leaf, spec)
-
-    return jax.tree.map(shard, tree, reference)
+    return plan.unpack(directions, updates)

@@ -97,7 +97,7 @@ def float64_step(structures):
 
     @jax.jit
     def step(curvature, gradient, factors, momenta, **setting):
-        new, new_momenta = factor_update.refresh(
+        new, new_momenta, _ = factor_update.refresh(
             curvature, factors, momenta, structures=structures, count=jnp.int32(0), **setting
         )
         direction = factor_update.precondition(gradient, new, structures=structures)
@@ -202,7 +202,7 @@ def test_a_huge_gradient_shrinks_the_factors_as_far_as_the_clip_allows(size):
 
     @jax.jit
     def step(gradient, factors):
-        new, _ = factor_update.refresh(
+        new, *_ = factor_update.refresh(
             gradient, factors, (), structures=structures, riemannian_momentum=0.0, count=jnp.int32(0), **setting
         )
         return dense(structures, factors), dense(structures, new)
@@ -238,6 +238,6 @@ def test_a_refresh_that_is_not_finite_leaves_factors_and_momenta(value):
     )
     gradient = np.ones((3, 4), np.float32)
     gradient[1, 2] = value
-    chex.assert_trees_all_equal(refresh_matrix(gradient, factors, momenta), (factors, momenta))
-    moved, _ = refresh_matrix(np.ones((3, 4), np.float32), factors, momenta)
+    chex.assert_trees_all_equal(refresh_matrix(gradient, factors, momenta), (factors, momenta, ()))
+    moved, *_ = refresh_matrix(np.ones((3, 4), np.float32), factors, momenta)
     assert all(np.abs(new - old).max() > 1e-2 for (new,), (old,) in zip(moved, factors, strict=True))

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from rootfree_optax.layout.stack import Stack
+from rootfree_optax.layout.stack import Stack, padded_lengths
 
 
 def _has_factors(node: Any) -> bool:
@@ -25,8 +25,10 @@ def find_factors(state: Any, stacks: Sequence[Stack]) -> tuple[Any, ...]:
     expected = [shape for stack in stacks for shape in stack.part_shapes]
     nodes = [node for node in jax.tree.leaves(state, is_leaf=_has_factors) if _has_factors(node)]
     found = [[part.shape for part in jax.tree.leaves(node.factors)] for node in nodes]
+    if expected in found:
+        return tuple(nodes[found.index(expected)].factors)
     for node, shapes in zip(nodes, found, strict=True):
-        if shapes == expected:
+        if padded_lengths(stacks, shapes) is not None:
             return tuple(node.factors)
     raise ValueError(
         "the state must hold factors that were made with this layout for these parameters: arrays of the shapes "
@@ -36,5 +38,14 @@ def find_factors(state: Any, stacks: Sequence[Stack]) -> tuple[Any, ...]:
 
 def dense_factors(factors: Any, stack: Stack, position: int) -> tuple[jax.Array, ...]:
     """Returns the dense matrix [dₙ, dₙ] of each axis of the block at `position` of a stack."""
-    block = jax.tree.map(lambda part: part[position], factors)
+    block = jax.tree.map(lambda part: _replicated_row(part, position), factors)
     return tuple(structure.to_dense(parts) for structure, parts in zip(stack.structures, block, strict=True))
+
+
+def _replicated_row(part: jax.Array, position: int) -> jax.Array:
+    sharding = jax.typeof(part).sharding
+    if all(axis is None for axis in sharding.spec):
+        return part[position]
+    # A row of what carries a sharding in its type must be told where to go.
+    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return part.at[position].get(out_sharding=everywhere)

@@ -98,6 +98,25 @@ def place(parts: Sequence[Stack]) -> tuple[tuple[Stack, ...], tuple[Placement, .
     return tuple(Stack(*kind, count) for kind, count in counts.items()), tuple(placements)
 
 
+def padded_lengths(stacks: Sequence[Stack], shapes: Sequence[Shape]) -> tuple[int, ...] | None:
+    """Returns the length of each stack's arrays, if their parts have these shapes, and None if they cannot.
+
+    Each count may be rounded up to a multiple of one number, as it is for stacks that are split over devices.
+
+    Args:
+      stacks: what the arrays should hold.
+      shapes: of all parts of all factors, in the order of `Stack.part_shapes`.
+    """
+    expected = [(i, stack.count, shape) for i, stack in enumerate(stacks) for shape in stack.part_shapes]
+    if [tuple(shape[1:]) for shape in shapes] != [shape[1:] for _, _, shape in expected]:
+        return None
+    multiple = math.gcd(*(shape[0] for shape in shapes))
+    if not all(0 <= shape[0] - count < multiple for shape, (_, count, _) in zip(shapes, expected, strict=True)):
+        return None
+    lengths = {i: shape[0] for shape, (i, _, _) in zip(shapes, expected, strict=True)}
+    return tuple(lengths.values())
+
+
 def widest(dtypes: Iterable[DTypeLike]) -> jnp.dtype:
     """Returns a dtype that holds numbers of all given real floating-point dtypes; float32 for none."""
     distinct = {jnp.dtype(dtype) for dtype in dtypes}

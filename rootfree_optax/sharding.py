@@ -1,0 +1,86 @@
+"""The shardings of an optimizer's state, and the mesh that parameters live on.
+
+Sharding is part of an array's type on a mesh of explicit axes. So the state's shardings need no rules of their own:
+`init` is traced once on such a mesh, and what its results' types say is what they are.
+"""
+
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+AnyMesh: TypeAlias = Mesh | AbstractMesh
+
+
+def _named_sharding(leaf: Any) -> NamedSharding | None:
+    """Returns the sharding of an array, a `jax.ShapeDtypeStruct` or a tracer, where it has one over a mesh."""
+    sharding = jax.typeof(leaf).sharding if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
+
+
+def mesh_in_use(tree: Any) -> AnyMesh | None:
+    """Returns the mesh that `jax.set_mesh` has set, or else the one that the tree's arrays live on, if there is any."""
+    if not (context := jax.sharding.get_abstract_mesh()).empty:
+        return context
+    shardings = (_named_sharding(leaf) for leaf in jax.tree.leaves(tree))
+    return next((sharding.mesh for sharding in shardings if sharding is not None), None)
+
+
+def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> Any:
+    """Returns the sharding of every array of `tx.init(params)`, for any chain of transformations.
+
+    What is like a parameter is sharded as the parameter is, stacks of blocks over their `block_axes`, and step counts
+    are on every device. Nothing is allocated. Use the result as `out_shardings` of `jax.jit(tx.init)`, whose zeros
+    the compiler would otherwise lay out as it likes, or as the target of a restored checkpoint.
+
+    Args:
+      tx: a transformation.
+      params: arrays or `jax.ShapeDtypeStruct`s with `jax.sharding.NamedSharding`s on one mesh, with axes of any type;
+        one without a sharding counts as replicated.
+
+    Returns:
+      A tree like the state, of `jax.sharding.NamedSharding`s on that mesh.
+
+    Raises:
+      ValueError: if no parameter has a sharding over a mesh, or they are on several meshes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rootfree_optax as rf
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> spec = jax.sharding.PartitionSpec(None, "data")
+      >>> params = jax.device_put(jnp.zeros((2, 4)), jax.sharding.NamedSharding(mesh, spec))
+      >>> tx = rf.sirf_shampoo(1e-3, batch_size=1, block_axes="data")
+      >>> shardings = rf.state_shardings(tx, params)
+      >>> preconditioner, _, momentum, _ = jax.jit(tx.init, out_shardings=shardings)(params)
+      >>> momentum.momentum.sharding.spec == spec
+      True
+      >>> preconditioner.count.sharding.spec
+      P()
+    """
+    leaves = [_named_sharding(leaf) for leaf in jax.tree.leaves(params)]
+    meshes = list(dict.fromkeys(sharding.mesh for sharding in leaves if sharding is not None))
+    if len(meshes) != 1:
+        raise ValueError(
+            f"the parameters must be on one mesh, got {len(meshes)}. Place them with jax.device_put(params, "
+            "shardings), or give jax.ShapeDtypeStructs with sharding=, each a jax.sharding.NamedSharding on the mesh."
+        )
+    [mesh] = meshes
+    explicit = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+    specs = []
+
+    def init(params: optax.Params) -> Any:
+        state = tx.init(params)
+        specs.append(jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, state))
+        return state
+
+    def on_explicit_mesh(leaf: Any) -> jax.ShapeDtypeStruct:
+        found = _named_sharding(leaf)
+        spec = PartitionSpec() if found is None else found.spec
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=NamedSharding(explicit, spec))
+
+    with jax.sharding.use_abstract_mesh(explicit):
+        jax.eval_shape(init, jax.tree.map(on_explicit_mesh, params))
+    is_spec = lambda node: isinstance(node, PartitionSpec)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs[0], is_leaf=is_spec)

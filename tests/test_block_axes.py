@@ -1,0 +1,273 @@
+"""Stacks split over mesh axes: the numbers of one device, on every kind of mesh, and nothing sent in between."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from contract import assert_close, refuses, shapes_and_dtypes, types
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import rootfree_optax as rf
+from rootfree_optax import factor_update, sharded_plan, stacks
+
+# Ten blocks of 4×4, two of 2×4 and one vector: nothing divides by eight.
+SHAPES = {"up": (4, 16), "down": (16, 4), "odd": (6, 8), "bias": (16,)}
+LAYOUT = rf.Layout(block_size=4)
+SETTINGS = {"batch_size": 4, "update_every": 2, "layout": LAYOUT, "weight_decay": 0.1, "damping": 0.1}
+FSDP = {"up": (None, "data"), "down": ("data",), "odd": (None, "data"), "bias": ("data",)}
+TENSOR = {"up": ("data", "model"), "down": ("model", "data"), "odd": (None, "data"), "bias": ("model",)}
+STEPS = 10
+
+
+def draw(seed: int) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    return {name: np.float32(rng.normal(size=shape)) for name, shape in SHAPES.items()}
+
+
+GRADIENTS = [draw(seed) for seed in range(1, STEPS + 1)]
+
+
+def mesh_of(kind: AxisType, *sizes: int, devices: int = 8) -> jax.sharding.Mesh:
+    names = ("data", "model")[: len(sizes)]
+    return jax.make_mesh(sizes, names, axis_types=(kind,) * len(sizes), devices=jax.devices()[:devices])
+
+
+def shardings_on(mesh: jax.sharding.Mesh, specs: dict[str, Any]) -> dict[str, NamedSharding]:
+    return {name: NamedSharding(mesh, PartitionSpec(*spec)) for name, spec in specs.items()}
+
+
+def train(tx: optax.GradientTransformationExtraArgs, shardings: Any = None) -> tuple[Any, Any]:
+    """Returns parameters and state after ten steps, with the state donated."""
+
+    def step(params: Any, state: Any, gradient: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.device_put(draw(0), shardings)
+    gradients = [jax.device_put(gradient, shardings) for gradient in GRADIENTS]
+    if shardings is None:
+        state, jitted = tx.init(params), jax.jit(step)
+    else:
+        of_state = rf.state_shardings(tx, params)
+        state = jax.jit(tx.init, out_shardings=of_state)(params)
+        places = (shardings, of_state)
+        jitted = jax.jit(step, donate_argnums=(0, 1), in_shardings=(*places, shardings), out_shardings=places)
+    for gradient in gradients:
+        params, state = jitted(params, state, gradient)
+    return params, state
+
+
+@functools.cache
+def expected(make: Any) -> tuple[Any, Any]:
+    params, state = train(make(0.1, **SETTINGS))
+    return jax.device_get((params, LAYOUT.plan(params).factors(state)))
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "sizes", "specs", "axes"),
+    [
+        (rf.sirf_shampoo, AxisType.Auto, (8,), FSDP, "data"),
+        (rf.sirf_shampoo, AxisType.Explicit, (4, 2), TENSOR, ("data", "model")),
+        (rf.sirf_shampoo, AxisType.Auto, (4, 2), TENSOR, "data"),
+        (rf.rf_shampoo, AxisType.Auto, (2, 4), TENSOR, ("model", "data")),
+        (rf.rf_shampoo, AxisType.Explicit, (1,), FSDP, "data"),
+    ],
+    ids=["fsdp", "tensor-explicit", "tensor-over-data", "inverses", "one-device"],
+)
+def test_ten_steps_equal_those_on_one_device(make: Any, kind: AxisType, sizes: Any, specs: Any, axes: Any) -> None:
+    mesh = mesh_of(kind, *sizes, devices=int(np.prod(sizes)))
+    with jax.set_mesh(mesh):
+        params, state = train(make(0.1, block_axes=axes, **SETTINGS), shardings_on(mesh, specs))
+    plan = LAYOUT.plan(params)
+    shards = int(np.prod([mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes)]))
+    counts = [stack.count for stack in plan.stacks for _ in stack.part_shapes]
+    for count, part in zip(counts, jax.tree.leaves(state[0].factors), strict=True):
+        assert part.shape[0] == -(-count // shards) * shards
+        assert part.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(axes)), part.ndim)
+        assert np.all(np.isfinite(part))
+    factors = {name: jax.device_get(value) for name, value in plan.factors(state).items()}
+    assert_close((jax.device_get(params), factors), expected(make))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_the_state_is_sharded_from_init_on_and_updates_are_sharded_like_gradients(kind: AxisType) -> None:
+    tx = rf.sirf_shampoo(0.1, block_axes=("data", "model"), **SETTINGS)
+    mesh = mesh_of(kind, 4, 2)
+    shardings = shardings_on(mesh, TENSOR)
+    params = jax.device_put(draw(0), shardings)
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params)
+    of_state = rf.state_shardings(tx, shapes)
+    for init in (tx.init, jax.jit(tx.init)):  # without a mesh set, the parameters tell it
+        state = init(params)
+        for leaf, wanted in zip(jax.tree.leaves(state[0]), jax.tree.leaves(of_state[0]), strict=True):
+            assert leaf.ndim == 0 or leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+    assert_close(jax.device_get(tx.init(shapes)), jax.device_get(state), tolerance=0)
+    assert shapes_and_dtypes(jax.eval_shape(tx.init, shapes)) == shapes_and_dtypes(state)
+    updates, new_state = jax.jit(tx.update)(params, state, params)
+    assert types(new_state) == types(state)
+    for name, update in updates.items():
+        assert update.sharding.is_equivalent_to(shardings[name], update.ndim), name
+
+
+def test_a_shard_mapped_step_works_on_its_own_blocks() -> None:
+    tx = rf.sirf_shampoo(0.1, block_axes="data", **SETTINGS)
+    mesh = mesh_of(AxisType.Auto, 8)
+    everywhere = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), draw(0))
+    params = jax.device_put(draw(0), everywhere)
+    specs = jax.tree.map(lambda sharding: sharding.spec, rf.state_shardings(tx, params))
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), specs, PartitionSpec("data")),
+        out_specs=(PartitionSpec(), specs),
+    )
+    def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
+        own = jax.tree.map(lambda g: g[0], gradients)
+        updates, state = tx.update(jax.lax.pmean(own, "data"), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    offsets = np.float32(np.arange(8) - 3.5)  # each rank's gradient differs, their mean is the gradient
+    for gradient in GRADIENTS:
+        ranks = jax.tree.map(lambda g: np.stack([g * (1 + offset) for offset in offsets]), gradient)
+        params, state = step(params, state, ranks)
+    wanted = expected(rf.sirf_shampoo)
+    factors = {name: jax.device_get(value) for name, value in LAYOUT.plan(params).factors(state).items()}
+    assert_close((jax.device_get(params), factors), wanted)
+
+
+@pytest.mark.parametrize("structure", ["dense", "triltoeplitz"])
+def test_nothing_is_sent_within_refresh_and_application(structure: str) -> None:
+    mesh = mesh_of(AxisType.Auto, 8)
+    layout = rf.Layout(block_size=4, structure=structure)
+    params = {"kernel": jax.ShapeDtypeStruct((64, 4), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))}
+    plan = sharded_plan.for_parameters(layout.plan(params), "data", params)
+    factors = stacks.initial_factors(plan, params)
+
+    @jax.jit
+    def both(gradients: Any, factors: Any, count: jax.Array) -> Any:
+        keywords = {"preconditioner_lr": 0.1, "damping": 0.1, "riemannian_momentum": 0.5, "batch_size": 4}
+        refresh = functools.partial(factor_update.refresh, count=count, **keywords)
+        state = stacks.refresh_when(count % 2 == 0, plan, refresh, gradients, (factors, (), ()))
+        return state, stacks.precondition(plan, factor_update.precondition, gradients, state[0])
+
+    [stack] = plan.stacks
+    gradient = jax.device_put(jnp.ones((16, 4, 4)), NamedSharding(mesh, PartitionSpec("data")))
+    program = both.lower((gradient,), factors, jnp.int32(0)).compile()
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert collective not in program.as_text()
+    assert f"f32[{stack.count // 8},4,4]" in program.as_text()
+
+
+def mixed() -> optax.GradientTransformation:
+    matrices = lambda tree: jax.tree.map(lambda leaf: "matrix" if leaf.ndim == 2 else "other", tree)
+    make = functools.partial(rf.sirf_shampoo, layout=LAYOUT, block_axes="data", update_every=2)
+    injected = optax.inject_hyperparams(make, static_args=("layout", "update_every"))
+    matrix = injected(learning_rate=0.1, batch_size=4, damping=0.1)
+    masked = optax.masked(optax.scale_by_adam(), lambda tree: jax.tree.map(lambda leaf: leaf.ndim == 1, tree))
+    other = optax.chain(masked, rf.rf_adamw(0.1, batch_size=4))
+    return optax.MultiSteps(optax.partition({"matrix": matrix, "other": other}, matrices), every_k_schedule=2)
+
+
+def test_state_shardings_are_those_of_init_through_every_wrapper() -> None:
+    tx = mixed()
+    states = []
+    for kind in (AxisType.Explicit, AxisType.Auto):
+        mesh = mesh_of(kind, 8)
+        with jax.set_mesh(mesh):
+            params = jax.device_put(draw(0), shardings_on(mesh, FSDP))
+            shardings = rf.state_shardings(tx, params)
+            state = tx.init(params) if kind is AxisType.Explicit else jax.jit(tx.init, out_shardings=shardings)(params)
+        assert jax.tree.structure(state) == jax.tree.structure(shardings)
+        for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+            assert sharding.mesh == mesh
+            spec = jax.typeof(leaf).sharding.spec if kind is AxisType.Explicit else leaf.sharding.spec
+            assert NamedSharding(mesh, spec).is_equivalent_to(sharding, leaf.ndim)
+        states.append(state)
+    split = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(states[1]) if leaf.ndim > 0}
+    assert len(split) >= 3  # over the first axis, over the second, and nowhere
+    assert_close(jax.device_get(states[1]), jax.device_get(states[0]), tolerance=0)
+
+
+def test_state_shardings_of_the_diagonal_methods_are_the_parameters() -> None:
+    mesh = mesh_of(AxisType.Auto, 4, 2)
+    shardings = shardings_on(mesh, TENSOR)
+    shapes = {name: jax.ShapeDtypeStruct(SHAPES[name], jnp.float32, sharding=s) for name, s in shardings.items()}
+    state = rf.state_shardings(rf.scale_by_rf_adam(batch_size=4), shapes)
+    assert state.count.spec == PartitionSpec()
+    for tree in (state.mu, state.nu):
+        for name, sharding in shardings.items():
+            assert tree[name].is_equivalent_to(sharding, len(SHAPES[name]))
+    with refuses(ValueError, "one mesh", "got 0"):
+        rf.state_shardings(optax.adam(0.1), draw(0))
+
+
+def test_block_axes_are_never_ignored() -> None:
+    tx = rf.scale_by_sirf_shampoo(batch_size=4, layout=LAYOUT, block_axes="data")
+    params = jax.tree.map(jnp.asarray, draw(0))
+    with refuses(ValueError, "block_axes='data'", "there is none", "jax.set_mesh"):
+        tx.init(params)
+    with jax.set_mesh(jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))):
+        for function in (tx.init, jax.jit(tx.init)):
+            with refuses(ValueError, "the axes ('x',)"):
+                function(params)
+    with refuses(TypeError, "block_axes", "1"):
+        rf.sirf_shampoo(0.1, block_axes=1)  # type: ignore[arg-type]
+    for wrong in ((), ("data", "data")):
+        with refuses(ValueError, "at least one mesh axis and none twice"):
+            rf.rf_shampoo(0.1, block_axes=wrong)
+
+
+def test_a_state_of_another_mesh_is_refused_and_a_padded_one_serves_on_one_device() -> None:
+    tx = rf.scale_by_sirf_shampoo(batch_size=4, layout=LAYOUT, block_axes="data", damping=0.1)
+    alone = rf.scale_by_sirf_shampoo(batch_size=4, layout=LAYOUT, damping=0.1)
+    params = jax.tree.map(jnp.asarray, draw(0))
+    wanted, _ = jax.jit(alone.update)(params, alone.init(params))
+    states = {}
+    for size in (2, 8):
+        with jax.set_mesh(mesh_of(AxisType.Auto, size, devices=size)):
+            states[size] = jax.device_get(tx.init(params))
+    with jax.set_mesh(mesh_of(AxisType.Auto, 8)), refuses(ValueError, "8 devices of block_axes='data'", "another mesh"):
+        jax.jit(tx.update)(params, states[2])
+    direction, state = jax.jit(alone.update)(params, states[8])
+    assert_close(direction, wanted)
+    assert shapes_and_dtypes(state) == shapes_and_dtypes(states[8])
+    state = states[8]._replace(factors=jax.tree.map(lambda part: part[:-1], states[8].factors))
+    with refuses(ValueError, "the same layout"):
+        alone.update(params, state)
+
+
+def test_the_start_at_the_first_gradient_and_cached_products_are_divided_too() -> None:
+    """On each device by itself, and with the same result as whole; padding blocks never start."""
+    mesh = mesh_of(AxisType.Explicit, 8)
+    make = functools.partial(
+        rf.sirf_shampoo,
+        0.1,
+        batch_size=4,
+        layout=LAYOUT,
+        refresh="exact",
+        riemannian_momentum=None,
+        initial_scale="first_gradient",
+        cache_products=True,
+        update_every=2,
+    )
+    whole, divided = make(), make(block_axes="data")
+    params = draw(0)
+    expected, state = whole.update(draw(1), whole.init(params), params)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, shardings_on(mesh, FSDP))
+        gradients = jax.device_put(draw(1), shardings_on(mesh, FSDP))
+        updates, new = jax.jit(divided.update)(gradients, divided.init(params), params)
+        shardings = rf.state_shardings(divided, params)
+    same = jax.tree.map(lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim), new, shardings)
+    assert jax.tree.all(same)
+    assert_close(jax.device_get(updates), jax.device_get(expected))
+    for flags, divided_flags in zip(state[0].started, new[0].started, strict=True):
+        assert flags.all()
+        assert jax.device_get(divided_flags).sum() == len(flags)
