@@ -1,9 +1,21 @@
-"""Session-wide settings: strict promotion, and eight host devices for the sharding tests."""
+"""Session-wide settings: strict promotion, eight host devices for the sharding tests, and one cache of programs."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before jax is imported: the number of host devices is fixed when the backend starts.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+# Most of the suite's time is compiling, and many tests compile the same program. For this session alone, but for all of
+# its processes, which find the folder in their environment.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    programs = tempfile.mkdtemp(prefix="rootfree_optax_programs_")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 
