@@ -108,6 +108,8 @@ def route(mesh: AnyMesh, axes: Axes, shape: Shape) -> list[PartitionSpec]:
       shape: of the stack, whose first axis counts blocks.
     """
     shards = math.prod(mesh.shape[axis] for axis in axes)
+    if sum(size > 1 for size in mesh.shape.values()) <= 1:
+        return [PartitionSpec(axes)]
     within = next((dim for dim, length in enumerate(shape[1:], 1) if length % shards == 0), None)
     return [*([] if within is None else [_split_only(within, axes)]), PartitionSpec(axes)]
 
@@ -127,8 +129,11 @@ def placed_for_cuts(mesh: AnyMesh, axes: Axes, array: jax.Array, cuts: Sequence[
     """
     shards = math.prod(mesh.shape[axis] for axis in axes)
     fits = lambda cut: len(cut.runs) == 1 and cut.piece % shards == 0 and shards % cut.runs[0].count == 0
-    within = next((index for index, cut in enumerate(cuts) if fits(cut)), None)
-    return array if within is None else move(mesh, array, [_split_only(first + within, axes)])
+    # Of a whole axis every device's part is within the block already.
+    within = (
+        min((cut.runs[0].count, index) for index, cut in enumerate(cuts) if fits(cut)) if any(map(fits, cuts)) else None
+    )
+    return array if within is None else move(mesh, array, [_split_only(first + within[1], axes)])
 
 
 def _split_only(dim: int, axes: Axes) -> PartitionSpec:

@@ -1,20 +1,22 @@
 """Programs for TPU topologies, compiled ahead of time without a TPU: bytes, operations and traffic of each chip."""
 
 import functools
+import importlib
+import importlib.util
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from decoders import DECODERS, Decoder, loss
+from decoders import loss
 from harness import report
 from harness.collectives import traffic
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import rootfree_optax as rf
 
@@ -27,12 +29,13 @@ PODS = {
     "7B": (("v5e:16x16", (256,)), ("v5e:16x16", (16, 16))),
     "70B": (("v5p:8x8x8", (512,)), ("v5p:8x8x8", (64, 8))),
 }
-TITLE = "One {program} on {topology} as {mesh}, {tree} decoder, {parameters:.2f} billion float32 parameters"
+TITLE = "{program} of the {tree} decoder, {parameters:.2f} billion float32 parameters, on {topology} as {mesh}"
 CAPTION = (
-    "Per chip. state: of the optimizer, and over the plan's bytes / chips. arguments: parameters, state and what else is "
-    "given. temporary: what is needed besides. FLOPs: a loop's body counts once. sent: results of collectives, over the "
-    "chip's float32 gradient; in refresh: within the branch that refreshes. busiest: the most factor work of a chip, "
-    "over the mean."
+    "Per chip. state: of the optimizer; /plan: the factors' over the plan's bytes / chips. arguments: parameters, state and what "
+    "else is given. temporary: what is needed besides. GFLOP: a loop's body counts once. busiest: the most factor "
+    "work of a chip over the mean. collectives: ag all-gather, ar all-reduce, a2a all-to-all, cp permute, rs "
+    "reduce-scatter; sent: bytes of their results, over the chip's float32 gradient; in refresh: of those within the "
+    "branch that refreshes."
 )
 COLUMNS = (
     report.Column("method", "method"),
@@ -63,27 +66,51 @@ def mesh_of(topology: str, sizes: Sequence[int]) -> Mesh:
     return Mesh(np.array(devices).reshape(sizes), names, axis_types=(AxisType.Auto,) * len(sizes))
 
 
+def stack_of_layers() -> dict[str, Any]:
+    """Returns the shapes of the matrices of 12 layers of width 768: 144 blocks of 768×768."""
+    d = 768
+    layer = {**dict.fromkeys(("query", "key", "value", "out"), (d, d)), "up": (d, 4 * d), "down": (4 * d, d)}
+    return {f"layer_{index}": dict(layer) for index in range(12)}
+
+
+def layer_specs() -> dict[str, Any]:
+    """Returns their shardings, each matrix's side of width 768 over 'data'."""
+    into, out_of = PartitionSpec("data"), PartitionSpec(None, "data")
+    layer = {"query": into, "key": into, "value": into, "out": out_of, "up": into, "down": out_of}
+    return {f"layer_{index}": dict(layer) for index in range(12)}
+
+
 def placed(shapes: Any, specs: Any, mesh: Mesh) -> Any:
     """Returns float32 `jax.ShapeDtypeStruct`s with shardings; an axis that a mesh axis does not divide stays whole."""
     is_shape = lambda node: isinstance(node, tuple)
 
     def place(shape: tuple[int, ...], spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-        entries = [name if name and length % mesh.shape[name] == 0 else None for length, name in zip(shape, spec)]
+        names = [*spec, *(None for _ in shape[len(spec) :])]
+        divides = lambda name, length: name is not None and length % mesh.shape[name] == 0
+        entries = [name if divides(name, length) else None for name, length in zip(names, shape, strict=True)]
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*entries)))
 
     return jax.tree.map(place, shapes, specs, is_leaf=is_shape)
 
 
 def methods(layout: rf.Layout, block_axes: tuple[str, ...], *, dtype: str = "bfloat16") -> dict[str, Any]:
-    """Returns the optimizers by name; of two refresh intervals, the first has the refresh in every step."""
+    """Returns the optimizers by name, each made when called; psgd's only where psgdax is installed."""
     make = functools.partial(
         rf.sirf_shampoo, 1e-3, batch_size=256, layout=layout, preconditioner_dtype=dtype, block_axes=block_axes
     )
-    return {"adamw": optax.adamw(1e-3), "sirf, T=1": make(), "sirf, T=10": make(update_every=10)}
+    others = {"adamw": lambda: optax.adamw(1e-3), "muon": lambda: optax.contrib.muon(1e-3)}
+    if importlib.util.find_spec("psgdax") is not None:
+        others["psgd"] = lambda: importlib.import_module("psgdax").kron(1e-3)
+    return {**others, "sirf": make, "sirf, T=10": lambda: make(update_every=10)}
 
 
 def measure(
-    tx: optax.GradientTransformationExtraArgs, params: Any, layout: rf.Layout | None, tokens: Any = None
+    tx: optax.GradientTransformationExtraArgs,
+    params: Any,
+    layout: rf.Layout | None,
+    tokens: Any = None,
+    *,
+    apply: bool = True,
 ) -> dict[str, Any]:
     """Returns what one compiled step costs a chip.
 
@@ -92,6 +119,7 @@ def measure(
       params: `jax.ShapeDtypeStruct`s with shardings.
       layout: of the Kronecker method, or None for another.
       tokens: for a whole training step, its input; without, the gradients are given.
+      apply: whether the step's updates are added to parameters; else they are its result.
     """
     structs = jax.eval_shape(tx.init, params)
     shardings = rf.state_shardings(tx, params)
@@ -101,11 +129,11 @@ def measure(
     def step(params: Any, state: Any, given: Any) -> Any:
         gradients = given if tokens is None else jax.grad(loss)(params, given)
         updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
+        return optax.apply_updates(params, updates) if apply else updates, state
 
     of_params = jax.tree.map(lambda struct: struct.sharding, params)
     start = time.perf_counter()
-    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(of_params, shardings))
+    jitted = jax.jit(step, donate_argnums=(0, 1) if apply else 1, out_shardings=(of_params, shardings))
     compiled = jitted.lower(params, state, params if tokens is None else tokens).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
