@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rootfree_optax.layout.axes import Shape
+from rootfree_optax.layout.split import Cut
 from rootfree_optax.sharding import AnyMesh
 
 Axes = tuple[str, ...]
@@ -96,31 +97,47 @@ def _restricted(spec: PartitionSpec, axes: Axes) -> PartitionSpec:
     return PartitionSpec(*(tuple(name for name in names if name in axes) for names in entries))
 
 
-def itinerary(mesh: AnyMesh, axes: Axes, shape: Shape) -> list[PartitionSpec]:
+def route(mesh: AnyMesh, axes: Axes, shape: Shape) -> list[PartitionSpec]:
     """Returns the shardings that a stack takes one after another, until its leading axis is split over `axes`.
 
-    The compiler exchanges parts over one mesh axis well, and over several at once by gathering everything. So each
-    mesh axis first splits an axis of the blocks, where it divides one, and then comes over by itself.
+    The compiler exchanges what splits one axis for what splits another, and everything else by gathering the whole.
 
     Args:
       mesh: the mesh in use.
       axes: of the mesh.
       shape: of the stack, whose first axis counts blocks.
     """
+    shards = math.prod(mesh.shape[axis] for axis in axes)
     if sum(size > 1 for size in mesh.shape.values()) <= 1:
         return [PartitionSpec(axes)]
-    within: list[Axes] = [() for _ in shape[1:]]
-    for turn, axis in enumerate(axes):
-        for dim in [(turn + offset) % len(within) for offset in range(len(within))]:
-            if shape[1 + dim] % math.prod(mesh.shape[name] for name in (*within[dim], axis)) == 0:
-                within[dim] += (axis,)
-                break
-    stops = []
-    for number in range(len(axes) + 1):
-        arrived = axes[:number]
-        still = [tuple(name for name in names if name not in arrived) for names in within]
-        stops.append(PartitionSpec(arrived or None, *still))
-    return stops
+    within = next((dim for dim, length in enumerate(shape[1:], 1) if length % shards == 0), None)
+    return [*([] if within is None else [_split_only(within, axes)]), PartitionSpec(axes)]
+
+
+def placed_for_cuts(mesh: AnyMesh, axes: Axes, array: jax.Array, cuts: Sequence[Cut], first: int) -> jax.Array:
+    """Returns a tensor, or blocks cut from it, split within blocks, so that cutting and merging stay on each device.
+
+    Which of the tensor's axes is split must be known from the cuts alone: one of which each device's part lies within a
+    block, or is made of blocks, and of which the blocks divide in turn. If there is none, the compiler decides.
+
+    Args:
+      mesh: the mesh in use.
+      axes: what the array is split over.
+      array: [*layers, *lengths] or [*layers, *counts, *block].
+      cuts: of the lengths.
+      first: the axis of the array that is the first of the lengths or of the block.
+    """
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+    fits = lambda cut: len(cut.runs) == 1 and cut.piece % shards == 0 and shards % cut.runs[0].count == 0
+    # Of a whole axis every device's part is within the block already.
+    within = (
+        min((cut.runs[0].count, index) for index, cut in enumerate(cuts) if fits(cut)) if any(map(fits, cuts)) else None
+    )
+    return array if within is None else move(mesh, array, [_split_only(first + within[1], axes)])
+
+
+def _split_only(dim: int, axes: Axes) -> PartitionSpec:
+    return PartitionSpec(*(None for _ in range(dim)), axes)
 
 
 def move(mesh: AnyMesh, array: jax.Array, stops: Sequence[PartitionSpec]) -> jax.Array:

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from rootfree_optax import partition
 from rootfree_optax.layout import Plan
+from rootfree_optax.layout.split import Placed, as_it_is
 from rootfree_optax.layout.stack import Stack, padded_lengths
 from rootfree_optax.sharding import AnyMesh, mesh_in_use
 
@@ -114,13 +115,19 @@ class ShardedPlan:
 
     def blocks(self, tree: Any, name: str, sample_axis: bool) -> tuple[jax.Array, ...]:
         """Returns what `pack` does, whole."""
-        pack = functools.partial(self.plan.pack, name=name)
+        pack = functools.partial(self.plan.pack, name=name, placed=self._placed)
         stacks = jax.vmap(pack, out_axes=1)(tree) if sample_axis else pack(tree)
         return tuple(map(_padded, stacks, self.lengths))
 
     def tree(self, stacks: Sequence[jax.Array], like: Any) -> Any:
         """Returns what `unpack` does, of whole stacks."""
         return self.plan.unpack([array[: stack.count] for array, stack in zip(stacks, self.stacks, strict=True)], like)
+
+    @property
+    def _placed(self) -> Placed:
+        if not self.axes or self.is_local:
+            return as_it_is
+        return functools.partial(partition.placed_for_cuts, self._mesh, self.axes)
 
     def _own_part(self, stack: jax.Array) -> jax.Array:
         length = stack.shape[0] // self.shards
@@ -148,8 +155,7 @@ def _to_stacks(plan: ShardedPlan, tree: Any, name: str, sample_axis: bool) -> tu
     def to_stacks(tree: Any) -> tuple[jax.Array, ...]:
         blocks = plan.blocks(tree, name, sample_axis)
         return tuple(
-            partition.move(plan._mesh, stack, partition.itinerary(plan._mesh, plan.axes, stack.shape))
-            for stack in blocks
+            partition.move(plan._mesh, stack, partition.route(plan._mesh, plan.axes, stack.shape)) for stack in blocks
         )
 
     return partition.partitioned(plan._mesh, to_stacks, [PartitionSpec(plan.axes)] * len(plan.stacks), tree)
@@ -161,7 +167,7 @@ def _from_stacks(plan: ShardedPlan, stacks: tuple[jax.Array, ...], like: Any) ->
 
     def to_leaves(stacks: tuple[jax.Array, ...], like: Any) -> tuple[jax.Array, ...]:
         # Without its last stop, where the stacks are, and backwards.
-        stops = [partition.itinerary(plan._mesh, plan.axes, stack.shape)[-2::-1] for stack in stacks]
+        stops = [partition.route(plan._mesh, plan.axes, stack.shape)[-2::-1] for stack in stacks]
         whole = [partition.move(plan._mesh, stack, back) for stack, back in zip(stacks, stops, strict=True)]
         pairs = zip(jax.tree.leaves(plan.tree(whole, like)), jax.tree.leaves(like), strict=True)
         return tuple(shard_alike(leaf, other)[0] for leaf, other in pairs)

@@ -14,6 +14,7 @@ from rootfree_optax.layout import table
 from rootfree_optax.layout.axes import Shape
 from rootfree_optax.layout.factors import dense_factors, find_factors
 from rootfree_optax.layout.rules import DTypeRule
+from rootfree_optax.layout.split import Placed, as_it_is
 from rootfree_optax.layout.stack import Placement, Stack, stack, unstack
 from rootfree_optax.layout.unit import Unit
 
@@ -56,7 +57,7 @@ class Plan:
     placements: tuple[tuple[Placement, ...], ...]
     empty: tuple[tuple[str, Shape], ...] = ()
 
-    def pack(self, tree: Any, name: str = "gradients") -> tuple[jax.Array, ...]:
+    def pack(self, tree: Any, name: str = "gradients", placed: Placed = as_it_is) -> tuple[jax.Array, ...]:
         """Returns the blocks of a tree like the parameters, one array [count, *shape] for each stack.
 
         The dtype of a stack is the widest among its members'. A parameter without a gradient (None) becomes NaN.
@@ -64,6 +65,7 @@ class Plan:
         Args:
           tree: arrays of the parameters' shapes.
           name: what the tree is called in an error.
+          placed: what is done to arrays on their way to blocks, see `split`.
 
         Raises:
           ValueError: for a tree unlike the parameters, or a group of which some parameters have a gradient and others
@@ -82,15 +84,16 @@ class Plan:
                     )
                 pieces += [None] * len(unit.stacks)
             else:
-                pieces += unit.to_blocks(arrays)
+                pieces += unit.to_blocks(arrays, placed)
         return stack(pieces, [place for places in self.placements for place in places], self.stacks)
 
-    def unpack(self, stacks: Sequence[jax.Array], like: Any) -> Any:
+    def unpack(self, stacks: Sequence[jax.Array], like: Any, placed: Placed = as_it_is) -> Any:
         """Returns the tree whose blocks are given: the inverse of `pack`.
 
         Args:
           stacks: [count, *shape] for each stack.
           like: the tree that was packed. Each array gets the dtype of its leaf; None stays None.
+          placed: what is done to arrays on their way from blocks, see `split`.
 
         Raises:
           ValueError: for stacks or a tree unlike the plan's.
@@ -104,7 +107,7 @@ class Plan:
         arrays = {path: jnp.zeros(shape) for path, shape in self.empty}
         for unit, places in zip(self.units, self.placements, strict=True):
             if any(leaves[path] is not None for path in unit.paths):
-                arrays |= zip(unit.paths, unit.from_blocks(unstack(stacks, places)), strict=True)
+                arrays |= zip(unit.paths, unit.from_blocks(unstack(stacks, places), placed), strict=True)
         results = [None if leaf is None else arrays[path].astype(leaf.dtype) for path, leaf in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(like, is_leaf=lambda leaf: leaf is None), results)
 

@@ -7,7 +7,8 @@ shapes. All blocks of one shape come out of one reshape and transposition.
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import jax
 
@@ -63,39 +64,55 @@ def block_count(window: Sequence[Run]) -> int:
     return math.prod(run.count for run in window)
 
 
-def split(array: jax.Array, cuts: Sequence[Cut]) -> tuple[jax.Array, ...]:
+Placed: TypeAlias = Callable[[jax.Array, Sequence[Cut], int], jax.Array]
+
+
+def as_it_is(array: jax.Array, cuts: Sequence[Cut], first: int) -> jax.Array:
+    """Returns the array: what is done on the way to blocks and back where nothing need be moved between devices."""
+    del cuts, first
+    return array
+
+
+def split(array: jax.Array, cuts: Sequence[Cut], placed: Placed = as_it_is) -> tuple[jax.Array, ...]:
     """Cuts each layer's tensor into blocks.
 
     Args:
       array: [*layers, *lengths], the lengths being those of `cuts`.
       cuts: one per axis of a layer.
+      placed: what is done to the tensor, and to the blocks before their axes of counts are merged, [*layers, *counts,
+        *block]; it takes the array, the cuts and the first axis of the tensor or block.
 
     Returns:
       For each window one array [n, *block], in which n counts the layers and, within a layer, the blocks in row-major
       order.
     """
-    return tuple(_to_blocks(_slice(array, window), window) for window in windows(cuts))
+    array = placed(array, cuts, array.ndim - len(cuts))
+    return tuple(_to_blocks(_slice(array, window), cuts, window, placed) for window in windows(cuts))
 
 
-def join(blocks: Sequence[jax.Array], cuts: Sequence[Cut], layer_shape: Shape) -> jax.Array:
+def join(blocks: Sequence[jax.Array], cuts: Sequence[Cut], layer_shape: Shape, placed: Placed = as_it_is) -> jax.Array:
     """Puts blocks of one dtype together again: the inverse of `split`.
 
     Args:
       blocks: for each window one array [n, *block].
       cuts: one per axis of a layer.
       layer_shape: the lengths of the layer axes.
+      placed: see `split`.
 
     Returns:
       [*layers, *lengths].
     """
-    parts = [_from_blocks(array, window, layer_shape) for array, window in zip(blocks, windows(cuts), strict=True)]
+    parts = [
+        _from_blocks(array, cuts, window, layer_shape, placed)
+        for array, window in zip(blocks, windows(cuts), strict=True)
+    ]
     for axis in reversed(range(len(cuts))):
         group = len(cuts[axis].runs)
         if group > 1:
             neighbours = [parts[i : i + group] for i in range(0, len(parts), group)]
             parts = [jax.lax.concatenate(pair, len(layer_shape) + axis) for pair in neighbours]
     (array,) = parts
-    return array
+    return placed(array, cuts, len(layer_shape))
 
 
 def _slice(array: jax.Array, window: Sequence[Run]) -> jax.Array:
@@ -121,13 +138,17 @@ def _interleaved(window: Sequence[Run], layer_shape: Shape) -> tuple[Shape, tupl
     return tuple(shape), (*counts, *lengths)
 
 
-def _to_blocks(array: jax.Array, window: Sequence[Run]) -> jax.Array:
+def _to_blocks(array: jax.Array, cuts: Sequence[Cut], window: Sequence[Run], placed: Placed) -> jax.Array:
     shape, permutation = _interleaved(window, array.shape[: array.ndim - len(window)])
-    return array.reshape(shape).transpose(permutation).reshape(-1, *block_shape(window))
+    blocks = array.reshape(shape).transpose(permutation)
+    return placed(blocks, cuts, blocks.ndim - len(window)).reshape(-1, *block_shape(window))
 
 
-def _from_blocks(blocks: jax.Array, window: Sequence[Run], layer_shape: Shape) -> jax.Array:
+def _from_blocks(
+    blocks: jax.Array, cuts: Sequence[Cut], window: Sequence[Run], layer_shape: Shape, placed: Placed
+) -> jax.Array:
     shape, permutation = _interleaved(window, layer_shape)
     inverse = sorted(range(len(permutation)), key=permutation.__getitem__)
     permuted = blocks.reshape(tuple(shape[axis] for axis in permutation))
+    permuted = placed(permuted, cuts, permuted.ndim - len(window))
     return permuted.transpose(inverse).reshape(*layer_shape, *(run.stop - run.start for run in window))

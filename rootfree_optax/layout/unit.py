@@ -36,16 +36,16 @@ class Unit:
     cuts: tuple[split.Cut, ...]
     stacks: tuple[Stack, ...]
 
-    def to_blocks(self, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    def to_blocks(self, arrays: Sequence[jax.Array], placed: split.Placed = split.as_it_is) -> tuple[jax.Array, ...]:
         """Returns the blocks [n, *block] of each of the unit's stacks."""
         dtype = widest(array.dtype for array in arrays)
         tensor = join_members([array.astype(dtype) for array in arrays], self.rule, self.axes.layers)
-        return split.split(to_axes(tensor, self.axes), self.cuts)
+        return split.split(to_axes(tensor, self.axes), self.cuts, placed)
 
-    def from_blocks(self, blocks: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    def from_blocks(self, blocks: Sequence[jax.Array], placed: split.Placed = split.as_it_is) -> tuple[jax.Array, ...]:
         """Returns the parameters' arrays: the inverse of `to_blocks`."""
         dtype = widest(array.dtype for array in blocks)
-        tensor = split.join([array.astype(dtype) for array in blocks], self.cuts, self.axes.layer_shape)
+        tensor = split.join([array.astype(dtype) for array in blocks], self.cuts, self.axes.layer_shape, placed)
         return split_members(from_axes(tensor, self.axes), self.rule, self.shapes, self.axes.layers)
 
     def block_indices(self) -> Iterator[list[tuple[Shape, Shape]]]:

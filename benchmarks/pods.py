@@ -1,0 +1,135 @@
+"""Programs of one optimizer step for TPU pods, compiled ahead of time, without a TPU, beside other optimizers.
+
+Needs `pip install -e '.[tpu]'`; with psgdax, psgd's update is among the methods. The sections, all by default:
+
+    blocks  the 144 blocks of 12 layers of width 768 on v5e:4x4, in float32 and with bfloat16 factors
+    update  the optimizer's update of decoders of 125 million to 70 billion parameters, gradients given
+    step    a whole training step, sequences of 2048 tokens, one for each chip
+
+    python benchmarks/pods.py blocks
+    python benchmarks/pods.py update --trees 7B --methods adamw "sirf, T=10"
+
+Each table is written to a JSON file of its own.
+"""
+
+import argparse
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+# Before jax is imported: the programs are for chips that this machine does not have, and it asks nobody for them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax
+import jax.numpy as jnp
+import trees
+from decoders import DECODERS
+from harness import machine, report
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.progress import track
+from sections import pods
+
+import rootfree_optax as rf
+
+SECTIONS = ("blocks", "update", "step")
+DEFAULT_METHODS = ("adamw", "sirf, T=10")
+
+
+def _show_and_write(options: argparse.Namespace, name: str, settings: dict[str, Any], records: Any) -> None:
+    description = machine.describe()
+    report.write_json(options.output / f"pods_{name}.json", machine=description, settings=settings, records=records)
+    caption = f"{pods.CAPTION}\nCompiled on {machine.summary(description)}"
+    report.show(Console(), pods.TITLE.format(**settings), caption, pods.COLUMNS, records)
+
+
+def _watch(names: Sequence[str], description: str) -> Any:
+    return track(names, description=description, console=Console(stderr=True), transient=True)
+
+
+def run_blocks(options: argparse.Namespace) -> None:
+    """Compiles the update of 144 blocks."""
+    topology, sizes = "v5e:4x4", (16,)
+    mesh = pods.mesh_of(topology, sizes)
+    shapes = pods.stack_of_layers()
+    params = pods.placed(shapes, pods.layer_specs(), mesh)
+    layout, records = rf.Layout(block_size=768), []
+    dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    for name in _watch(list(dtypes), "144 blocks"):
+        transformation = rf.scale_by_sirf_shampoo(
+            batch_size=256, layout=layout, preconditioner_dtype=name, block_axes=mesh.axis_names, update_every=10
+        )
+        record = pods.measure(transformation, params, layout, apply=False)
+        shard = record["gradient_bytes"]
+        records.append(
+            {
+                "method": f"scale_by_sirf, {name}",
+                **record,
+                "flops_ratio": record["flops"] / record["plan_flops"],
+                "temporary_ratio": record["temporary_bytes"] / (2 * shard),
+            }
+        )
+    settings = {
+        "program": "The direction",
+        "tree": "12-layer",
+        "topology": topology,
+        "mesh": "16",
+        "parameters": trees.size(shapes) / 1e9,
+    }
+    _show_and_write(options, "blocks", settings, records)
+
+
+def run_trees(options: argparse.Namespace, *, whole_step: bool) -> None:
+    """Compiles the update, or a whole step, of the decoders."""
+    for tree in options.trees:
+        decoder = DECODERS[tree]
+        layout = rf.Layout(block_size=decoder.block_size, stacked={"^layers/": 1})
+        for topology, sizes in pods.PODS[tree]:
+            mesh = pods.mesh_of(topology, sizes)
+            specs = decoder.specs("data", "model" if len(sizes) > 1 else None)
+            params = pods.placed(decoder.shapes, specs, mesh)
+            by_sequence = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+            tokens = jax.ShapeDtypeStruct((mesh.size, pods.LENGTH + 1), jnp.int32, sharding=by_sequence)
+            records = []
+            every = pods.methods(layout, mesh.axis_names)
+            name = f"{'step' if whole_step else 'update'}_{tree}_{topology.replace(':', '_')}_{len(sizes)}d"
+            settings = {
+                "program": "A training step" if whole_step else "The update",
+                "tree": tree,
+                "topology": topology,
+                "mesh": "×".join(map(str, sizes)),
+                "parameters": trees.size(decoder.shapes) / 1e9,
+                "block_size": decoder.block_size,
+            }
+            for method in _watch(options.methods, f"{tree} on {topology} {settings['mesh']}"):
+                of_plan = layout if method.startswith("sirf") else None
+                record = pods.measure(every[method](), params, of_plan, tokens if whole_step else None)
+                records.append({"method": method, **record})
+            _show_and_write(options, name, settings, records)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the chosen sections: each prints its tables and writes its JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="section", help=f"any of {', '.join(SECTIONS)} (all)")
+    parser.add_argument("--trees", nargs="+", choices=DECODERS, default=list(DECODERS), help="(all)")
+    parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, help="adamw muon psgd sirf 'sirf, T=10'")
+    default_output = pathlib.Path(__file__).parent / "results"
+    parser.add_argument("--output", type=pathlib.Path, default=default_output, help="folder (benchmarks/results)")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"sections must be among {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
+    runs = {
+        "blocks": run_blocks,
+        "update": functools.partial(run_trees, whole_step=False),
+        "step": functools.partial(run_trees, whole_step=True),
+    }
+    for name in options.sections or SECTIONS:
+        runs[name](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Programs for TPU topologies, compiled ahead of time without a TPU: bytes, operations and traffic of each chip."""
+
+import functools
+import importlib
+import importlib.util
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from decoders import loss
+from harness import report
+from harness.collectives import traffic
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import rootfree_optax as rf
+
+BATCH_PER_CHIP, LENGTH = 1, 2048
+
+# The topology of each tree: its name, and the mesh's sizes, of which a second one is for tensor parallelism.
+PODS = {
+    "125M": (("v5e:4x4", (16,)), ("v5e:4x4", (4, 4))),
+    "1.3B": (("v5e:4x4", (16,)), ("v5e:16x16", (256,))),
+    "7B": (("v5e:16x16", (256,)), ("v5e:16x16", (16, 16))),
+    "70B": (("v5p:8x8x8", (512,)), ("v5p:8x8x8", (64, 8))),
+}
+TITLE = "{program} of the {tree} decoder, {parameters:.2f} billion float32 parameters, on {topology} as {mesh}"
+CAPTION = (
+    "Per chip. state: of the optimizer; /plan: the factors' over the plan's bytes / chips. arguments: parameters, "
+    "state and what else is given. temporary: what is needed besides. GFLOP: a loop's body counts once. busiest: the most "
+    "factor work of a chip over the mean. collectives: ag all-gather, ar all-reduce, a2a all-to-all, cp permute, rs "
+    "reduce-scatter; sent: bytes of their results, over the chip's float32 gradient; in refresh: of those within the "
+    "branch that refreshes."
+)
+COLUMNS = (
+    report.Column("method", "method"),
+    report.Column("state_bytes", "state\nMB", ".1f", 1e-6),
+    report.Column("state_ratio", "state\n/plan", ".3f"),
+    report.Column("argument_bytes", "argu-\nments", ".1f", 1e-6),
+    report.Column("temporary_bytes", "tempo-\nrary", ".1f", 1e-6),
+    report.Column("flops", "GFLOP", ".1f", 1e-9),
+    report.Column("busiest", "busi-\nest", ".3f"),
+    report.Column("collectives", "collectives"),
+    report.Column("sent_ratio", "sent\n/grad.", ".2f"),
+    report.Column("sent_in_refresh", "in re-\nfresh", ".0f"),
+    report.Column("compile_seconds", "compile\ns", ".1f"),
+)
+_SHORT = {
+    "all-gather": "ag",
+    "all-reduce": "ar",
+    "all-to-all": "a2a",
+    "collective-permute": "cp",
+    "reduce-scatter": "rs",
+}
+
+
+def mesh_of(topology: str, sizes: Sequence[int]) -> Mesh:
+    """Returns a mesh of the chips of a TPU topology, none of which need exist."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    names = ("data", "model")[: len(sizes)]
+    return Mesh(np.array(devices).reshape(sizes), names, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def stack_of_layers() -> dict[str, Any]:
+    """Returns the shapes of the matrices of 12 layers of width 768: 144 blocks of 768×768."""
+    d = 768
+    layer = {**dict.fromkeys(("query", "key", "value", "out"), (d, d)), "up": (d, 4 * d), "down": (4 * d, d)}
+    return {f"layer_{index}": dict(layer) for index in range(12)}
+
+
+def layer_specs() -> dict[str, Any]:
+    """Returns their shardings, each matrix's side of width 768 over 'data'."""
+    into, out_of = PartitionSpec("data"), PartitionSpec(None, "data")
+    layer = {"query": into, "key": into, "value": into, "out": out_of, "up": into, "down": out_of}
+    return {f"layer_{index}": dict(layer) for index in range(12)}
+
+
+def placed(shapes: Any, specs: Any, mesh: Mesh) -> Any:
+    """Returns float32 `jax.ShapeDtypeStruct`s with shardings; an axis that a mesh axis does not divide stays whole."""
+    is_shape = lambda node: isinstance(node, tuple)
+
+    def place(shape: tuple[int, ...], spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        names = [*spec, *(None for _ in shape[len(spec) :])]
+        divides = lambda name, length: name is not None and length % mesh.shape[name] == 0
+        entries = [name if divides(name, length) else None for name, length in zip(names, shape, strict=True)]
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*entries)))
+
+    return jax.tree.map(place, shapes, specs, is_leaf=is_shape)
+
+
+def methods(layout: rf.Layout, block_axes: tuple[str, ...], *, dtype: str = "bfloat16") -> dict[str, Any]:
+    """Returns the optimizers by name, each made when called; psgd's only where psgdax is installed."""
+    make = functools.partial(
+        rf.sirf_shampoo, 1e-3, batch_size=256, layout=layout, preconditioner_dtype=dtype, block_axes=block_axes
+    )
+    others = {"adamw": lambda: optax.adamw(1e-3), "muon": lambda: optax.contrib.muon(1e-3)}
+    if importlib.util.find_spec("psgdax") is not None:
+        others["psgd"] = lambda: importlib.import_module("psgdax").kron(1e-3)
+    return {**others, "sirf": make, "sirf, T=10": lambda: make(update_every=10)}
+
+
+def measure(
+    tx: optax.GradientTransformationExtraArgs,
+    params: Any,
+    layout: rf.Layout | None,
+    tokens: Any = None,
+    *,
+    apply: bool = True,
+) -> dict[str, Any]:
+    """Returns what one compiled step costs a chip.
+
+    Args:
+      tx: the optimizer.
+      params: `jax.ShapeDtypeStruct`s with shardings.
+      layout: of the Kronecker method, or None for another.
+      tokens: for a whole training step, its input; without, the gradients are given.
+      apply: whether the step's updates are added to parameters; else they are its result.
+    """
+    structs = jax.eval_shape(tx.init, params)
+    shardings = rf.state_shardings(tx, params)
+    place = lambda struct, sharding: jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=sharding)
+    state = jax.tree.map(place, structs, shardings)
+
+    def step(params: Any, state: Any, given: Any) -> Any:
+        gradients = given if tokens is None else jax.grad(loss)(params, given)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates) if apply else updates, state
+
+    of_params = jax.tree.map(lambda struct: struct.sharding, params)
+    start = time.perf_counter()
+    jitted = jax.jit(step, donate_argnums=(0, 1) if apply else 1, out_shardings=(of_params, shardings))
+    compiled = jitted.lower(params, state, params if tokens is None else tokens).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    sent, within = traffic(compiled.as_text())
+    gradient = chip_bytes(params)
+    record = {
+        "state_bytes": chip_bytes(state),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "gradient_bytes": gradient,
+        "flops": compiled.cost_analysis().get("flops"),
+        "collectives": " ".join(f"{number}{_SHORT[kind]}" for kind, number in sorted(sent.count.items())),
+        "collective_counts": dict(sent.count),
+        "collective_bytes": dict(sent.size),
+        "sent_ratio": sent.total_size / gradient,
+        "sent_in_refresh": within.total_size,
+        "compile_seconds": seconds,
+    }
+    return record if layout is None else {**record, **_of_plan(layout, params, state)}
+
+
+def _of_plan(layout: rf.Layout, params: Any, state: Any) -> dict[str, Any]:
+    """Returns how evenly a plan's state and work are divided: padding is what makes it uneven."""
+    plan = layout.plan(params)
+    has_factors = lambda node: hasattr(node, "factors")
+    [node] = [node for node in jax.tree.leaves(state, is_leaf=has_factors) if has_factors(node)]
+    first = jax.tree.leaves(node.factors)[0].sharding
+    chips = first.num_devices
+    dtype = jax.tree.leaves(node.factors)[0].dtype
+    work = lambda stack: stack.refresh_flops + stack.apply_flops
+    busiest = sum(-(-stack.count // chips) * work(stack) // stack.count for stack in plan.stacks)
+    return {
+        "state_ratio": chip_bytes((node.factors, node.momenta)) * chips / plan.state_bytes(dtype),
+        "busiest": busiest * chips / sum(map(work, plan.stacks)),
+        "plan_flops": sum(map(work, plan.stacks)) / chips,
+        "blocks": len(plan.blocks),
+    }
+
+
+def chip_bytes(tree: Any) -> int:
+    """Returns the bytes of a tree's arrays on one chip."""
+    local = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(map(local, jax.tree.leaves(tree)))

@@ -1,0 +1,67 @@
+"""The benchmark of pods reads programs rightly, and on a real TPU topology the work is divided as promised."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+PROGRAM = """
+%inner (p: f32[4]) -> f32[4] {
+  %a = f32[8,4]{1,0} all-gather(%p), dimensions={0}
+}
+%kept (p: f32[4]) -> f32[4] {
+}
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %s = (bf16[4,4]{1,0}, bf16[16,4]{1,0}, u32[]) all-gather-start(%p), dimensions={0}
+  %d = bf16[16,4]{1,0} all-gather-done(%s)
+  %w = f32[4] while(%p), condition=%kept, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %c = f32[4] conditional(%q, %p, %p), branch_computations={%inner, %kept}
+}
+"""
+
+
+def test_traffic_counts_loops_by_their_turns_and_knows_what_is_conditional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from harness.collectives import traffic
+
+    everything, conditional = traffic(PROGRAM)
+    assert everything.count == {"all-gather": 1 + 3 + 1}
+    assert everything.size == {"all-gather": 2 * 16 * 4 + 4 * 4 * 8 * 4}
+    assert conditional.size == {"all-gather": 4 * 8 * 4}
+
+
+SCRIPT = """
+import pods
+from sections import pods as section
+import rootfree_optax as rf
+
+mesh = section.mesh_of("v5e:4x4", (16,))
+params = section.placed(section.stack_of_layers(), section.layer_specs(), mesh)
+layout = rf.Layout(block_size=768)
+tx = rf.scale_by_sirf_shampoo(
+    batch_size=256, layout=layout, preconditioner_dtype="bfloat16", block_axes="data", update_every=10
+)
+record = section.measure(tx, params, layout, apply=False)
+shard = record["gradient_bytes"]
+assert abs(record["flops"] / record["plan_flops"] - 1) < 0.05, record
+assert record["sent_in_refresh"] == 0, record
+assert record["sent_ratio"] <= 4, record
+assert set(record["collective_counts"]) == {"all-to-all"}, record
+assert record["temporary_bytes"] <= 2 * shard, record  # the gradient's shard and a stack's, which is as large
+assert record["busiest"] == record["state_ratio"] == 1, record
+"""
+
+
+@pytest.mark.tpu
+def test_sixteen_chips_share_the_work_of_144_blocks() -> None:
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: pip install -e '.[tpu]'")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "PYTHONPATH": str(BENCHMARKS)}
+    # A process of its own: only one at a time may load libtpu, and this one may have its devices set already.
+    run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

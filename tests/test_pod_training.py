@@ -1,0 +1,44 @@
+"""The example for pods trains on eight simulated devices, learns, and goes on from its checkpoint on another mesh."""
+
+import json
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import matplotlib.image
+import numpy as np
+import pod_training
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion() -> Iterator[None]:
+    """Optax's own schedules and flax promote integers to floats, as the defaults of JAX allow."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def test_trains_over_a_mesh_and_goes_on_on_another(tmp_path: pathlib.Path) -> None:
+    sizes = ["--layers", "1", "--width", "32", "--heads", "2", "--length", "16", "--batch-size", "8"]
+    settings = [*sizes, "--steps", "12", "--save-every", "8"]
+    whole = pod_training.main([*settings, "--tensor", "2", "--output", str(tmp_path / "whole")])
+    assert len(whole) == 12
+    assert abs(whole[0] - np.log(256)) < 1
+    assert whole[-1] < whole[0] - 0.2
+    record = json.loads((tmp_path / "whole" / "pod_training.json").read_text())
+    assert record["losses"] == whole
+    assert np.isfinite(record["validation_loss"])
+    picture = matplotlib.image.imread(tmp_path / "whole" / "pod_training.png")[..., :3]
+    assert picture.min() < 0.5
+
+    checkpoints = tmp_path / "part" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (tmp_path / "whole" / "checkpoints" / "8").rename(checkpoints / "8")
+    part = pod_training.main([*settings, "--tensor", "4", "--output", str(tmp_path / "part")])
+    assert part[:8] == whole[:8]
+    np.testing.assert_allclose(part[8:], whole[8:], rtol=2e-2)  # activations are in bfloat16
+
+
+def test_refuses_a_mesh_that_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="must divide the number of devices, 8, got 3"):
+        pod_training.make_mesh(3)
