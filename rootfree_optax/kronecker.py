@@ -177,12 +177,11 @@ def scale_by_sirf_shampoo(
         factors, momenta, products = stacks.refresh_when(
             due, plan, refresh_block, curvatures, (factors, momenta, products)
         )
-        by, matrices = (
-            (factor_update.precondition_by_squares, products)
-            if cache_products
-            else (factor_update.precondition, factors)
+        precondition = functools.partial(
+            factor_update.precondition_by_squares if cache_products else factor_update.precondition, precision=precision
         )
-        directions = stacks.precondition(plan, functools.partial(by, precision=precision), gradients, matrices)
+        matrices = products if cache_products else factors
+        directions = stacks.precondition(plan, precondition, gradients, matrices)
         count = optax.safe_increment(state.count)
         new_state = ScaleBySirfShampooState(count, factors, momenta, products, started)
         return stacks.unpack(plan, directions, updates), new_state
