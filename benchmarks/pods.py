@@ -2,6 +2,7 @@
 
 Needs `pip install -e '.[tpu]'`; with psgdax, psgd's update is among the methods. The sections, all by default:
 
+    balance how evenly the stacks of each decoder divide over chips; compiles nothing, and needs no libtpu
     blocks  the 144 blocks of 12 layers of width 768 on v5e:4x4, in float32 and with bfloat16 factors
     update  the optimizer's update of decoders of 125 million to 70 billion parameters, gradients given
     step    a whole training step, sequences of 2048 tokens, one for each chip
@@ -35,7 +36,7 @@ from sections import pods
 
 import rootfree_optax as rf
 
-SECTIONS = ("blocks", "update", "step")
+SECTIONS = ("balance", "blocks", "update", "step")
 DEFAULT_METHODS = ("adamw", "sirf, T=10")
 
 
@@ -48,6 +49,20 @@ def _show_and_write(options: argparse.Namespace, name: str, settings: dict[str, 
 
 def _watch(names: Sequence[str], description: str) -> Any:
     return track(names, description=description, console=Console(stderr=True), transient=True)
+
+
+def run_balance(options: argparse.Namespace) -> None:
+    """Counts blocks."""
+    records = []
+    for tree in options.trees:
+        decoder = DECODERS[tree]
+        plan = rf.Layout(block_size=decoder.block_size, stacked={"^layers/": 1}).plan(trees.abstract(decoder.shapes))
+        for chips in (16, 256, 512):
+            told = pods.balance(plan, chips, jnp.bfloat16)
+            records.append({"tree": tree, "chips": chips, "block_size": decoder.block_size, **told})
+    description = machine.describe()
+    report.write_json(options.output / "pods_balance.json", machine=description, settings={}, records=records)
+    report.show(Console(), pods.BALANCE_TITLE, pods.BALANCE_CAPTION, pods.BALANCE_COLUMNS, records)
 
 
 def run_blocks(options: argparse.Namespace) -> None:
@@ -123,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"sections must be among {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
     runs = {
+        "balance": run_balance,
         "blocks": run_blocks,
         "update": functools.partial(run_trees, whole_step=False),
         "step": functools.partial(run_trees, whole_step=True),

@@ -32,10 +32,10 @@ PODS = {
 TITLE = "{program} of the {tree} decoder, {parameters:.2f} billion float32 parameters, on {topology} as {mesh}"
 CAPTION = (
     "Per chip. state: of the optimizer; /plan: the factors' over the plan's bytes / chips. arguments: parameters, "
-    "state and what else is given. temporary: what is needed besides. GFLOP: a loop's body counts once. busiest: the most "
-    "factor work of a chip over the mean. collectives: ag all-gather, ar all-reduce, a2a all-to-all, cp permute, rs "
-    "reduce-scatter; sent: bytes of their results, over the chip's float32 gradient; in refresh: of those within the "
-    "branch that refreshes."
+    "state and what else is given. temporary: what is needed besides. GFLOP: a loop's body counts once. busiest: the "
+    "most factor work of a chip over the mean. collectives: ag all-gather, ar all-reduce, a2a all-to-all, cp permute, "
+    "rs reduce-scatter; sent: bytes of their results, over the chip's float32 gradient; in refresh: of those within "
+    "the branch that refreshes."
 )
 COLUMNS = (
     report.Column("method", "method"),
@@ -49,6 +49,21 @@ COLUMNS = (
     report.Column("sent_ratio", "sent\n/grad.", ".2f"),
     report.Column("sent_in_refresh", "in re-\nfresh", ".0f"),
     report.Column("compile_seconds", "compile\ns", ".1f"),
+)
+BALANCE_TITLE = "How evenly padded stacks divide, factors and momenta in bfloat16"
+BALANCE_CAPTION = (
+    "factors: bytes on a chip, with momenta and padding; /plan: over the plan's bytes / chips. busiest: the most "
+    "factor work of a chip, refresh and application, over the mean without padding."
+)
+BALANCE_COLUMNS = (
+    report.Column("tree", "tree"),
+    report.Column("chips", "chips", ".0f"),
+    report.Column("block_size", "block\nsize", ".0f"),
+    report.Column("blocks", "blocks", ".0f"),
+    report.Column("stacks", "stacks", ".0f"),
+    report.Column("factor_bytes", "factors\nMB", ".1f", 1e-6),
+    report.Column("state_ratio", "factors\n/plan", ".3f"),
+    report.Column("busiest", "busiest", ".3f"),
 )
 _SHORT = {
     "all-gather": "ag",
@@ -157,19 +172,28 @@ def measure(
 
 def _of_plan(layout: rf.Layout, params: Any, state: Any) -> dict[str, Any]:
     """Returns how evenly a plan's state and work are divided: padding is what makes it uneven."""
-    plan = layout.plan(params)
     has_factors = lambda node: hasattr(node, "factors")
     [node] = [node for node in jax.tree.leaves(state, is_leaf=has_factors) if has_factors(node)]
-    first = jax.tree.leaves(node.factors)[0].sharding
-    chips = first.num_devices
-    dtype = jax.tree.leaves(node.factors)[0].dtype
+    first = jax.tree.leaves(node.factors)[0]
+    told = balance(layout.plan(params), first.sharding.num_devices, first.dtype)
+    kept = chip_bytes((node.factors, node.momenta))
+    assert kept == told["factor_bytes"], f"a chip has {kept} bytes of factors, the padding tells {told['factor_bytes']}"
+    return told
+
+
+def balance(plan: rf.Plan, chips: int, dtype: Any) -> dict[str, Any]:
+    """Returns what padding to a multiple of the chips makes of a plan's factors, momenta and work."""
     work = lambda stack: stack.refresh_flops + stack.apply_flops
-    busiest = sum(-(-stack.count // chips) * work(stack) // stack.count for stack in plan.stacks)
+    blocks_of_a_chip = lambda stack: -(-stack.count // chips)
+    of_a_chip = lambda number: sum(number(stack) * blocks_of_a_chip(stack) // stack.count for stack in plan.stacks)
+    factor_bytes = of_a_chip(lambda stack: stack.state_bytes(jnp.dtype(dtype)))
     return {
-        "state_ratio": chip_bytes((node.factors, node.momenta)) * chips / plan.state_bytes(dtype),
-        "busiest": busiest * chips / sum(map(work, plan.stacks)),
+        "factor_bytes": factor_bytes,
+        "state_ratio": factor_bytes * chips / plan.state_bytes(jnp.dtype(dtype)),
+        "busiest": of_a_chip(work) * chips / sum(map(work, plan.stacks)),
         "plan_flops": sum(map(work, plan.stacks)) / chips,
         "blocks": len(plan.blocks),
+        "stacks": len(plan.stacks),
     }
 
 
