@@ -77,7 +77,7 @@ def refresh(
     batch_size: ArrayLike,
     precision: jax.lax.PrecisionLike = None,
 ) -> tuple[tuple[Parts, ...]]:
-    """Refreshes a block's factors, Sₙ ← (1 − β₂) Sₙ + β₂ Hₙ, all from the old ones; unless they come out non-finite.
+    """Refreshes a block's factors, Sₙ ← (1 − β₂) Sₙ + β₂ Hₙ, all from the old ones, if they have Cholesky factors.
 
     Args:
       gradient: G, [d₁, …, d_N] or [samples, d₁, …, d_N].
@@ -104,7 +104,9 @@ def refresh(
         )
         for n, s in enumerate(matrices)
     )
-    keep = all_finite(new)
+    # An S that has lost positive definiteness to rounding, as after a gradient a million times as large, would make every
+    # later direction NaN: its Cholesky factor is.
+    keep = all_finite((new, [cholesky(s) for (s,) in new]))
     return (jax.tree.map(functools.partial(jnp.where, keep), new, factors),)
 
 

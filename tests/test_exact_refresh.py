@@ -95,6 +95,7 @@ def test_a_single_large_gradient_neither_shows_nor_lasts_as_long_as_with_inverse
         [factors] = [[plan.factors(jax.tree.map(lambda leaf, t=t: leaf[t], states))["w"] for t in (29, 59)]]
         before, after = (np.prod([np.trace(of(matrix)) for matrix in matrices]) for matrices in factors)
         steps = np.abs(directions["w"]).max(axis=(1, 2))
+        assert np.all(np.isfinite(steps))
         return after / before, steps[30] / steps[29]
 
     lasting, shown = sizes(scale_by_exact(damping=0.0), lambda k: np.linalg.inv(k @ k.T))
