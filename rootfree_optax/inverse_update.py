@@ -104,8 +104,8 @@ def refresh(
         )
         for n, s in enumerate(matrices)
     )
-    # An S that has lost positive definiteness to rounding, as after a gradient a million times as large, would make every
-    # later direction NaN: its Cholesky factor is.
+    # An S that rounding has made indefinite, as after a gradient a million times as large, has no Cholesky factor and
+    # would make every later direction NaN.
     keep = all_finite((new, [cholesky(s) for (s,) in new]))
     return (jax.tree.map(functools.partial(jnp.where, keep), new, factors),)
 
