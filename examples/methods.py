@@ -6,47 +6,14 @@ Another optimizer joins by one entry in `METHODS` and one run of tune_digits.py.
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
-import numpy as np
 import optax
 from jax.typing import ArrayLike
+from searching import Method, Range, adamw
 
 import rootfree_optax as rf
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-
-
-class Range(NamedTuple):
-    """A log-uniform distribution of a hyperparameter, or of one minus it."""
-
-    low: float
-    high: float
-    of_one_minus: bool = False
-
-    def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        """Returns n draws."""
-        draws = np.exp(rng.uniform(np.log(self.low), np.log(self.high), n))
-        return 1 - draws if self.of_one_minus else draws
-
-    def __str__(self) -> str:
-        low, high = (1 - self.high, 1 - self.low) if self.of_one_minus else (self.low, self.high)
-        return f"{low:.4g} to {high:.4g}"
-
-
-class Method(NamedTuple):
-    """An optimizer: `build(learning_rate, batch_size, **others)` and a range for each hyperparameter."""
-
-    label: str
-    build: Callable[..., optax.GradientTransformation]
-    ranges: Mapping[str, Range]
-
-
-def adamw(learning_rate: optax.Schedule, batch_size: ArrayLike, **others: ArrayLike) -> optax.GradientTransformation:
-    """Returns `optax.adamw`."""
-    del batch_size
-    return optax.adamw(learning_rate, **others)
 
 
 def sgd(

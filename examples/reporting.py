@@ -82,7 +82,11 @@ def print_search(method: Method, record: Mapping[str, Any], seconds: float) -> N
     table.add_column("chosen", justify="right")
     for name, limits in method.ranges.items():
         table.add_row(name, str(limits), f"{record['chosen'][name]:.4g}")
-    table.add_row("validation error %", "", f"{100 * record['validation_error']:.2f}")
+    if "validation_error" in record:
+        table.add_row("validation error %", "", f"{100 * record['validation_error']:.2f}")
+    if "validation_loss" in record:
+        losses = np.array(record["validation_loss"], float)
+        table.add_row("validation loss", "", f"{losses.mean():.3f}")
     console.print(table)
 
 

@@ -14,7 +14,7 @@ from convnet import GROUPS, WIDTHS
 from flax import linen as nn
 from flax.training.train_state import TrainState
 from methods import tuned_settings
-from training import warmup_cosine
+from searching import warmup_cosine
 
 import rootfree_optax as rf
 

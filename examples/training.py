@@ -1,7 +1,7 @@
 """One training run as pure functions of hyperparameters and seed, for `jax.vmap` over either and for `jax.jit`."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,13 +11,9 @@ from convnet import WIDTHS, ConvNet
 from flax import nnx
 from image_data import ImageData, Split
 from jax.typing import ArrayLike
-from methods import Method
+from searching import Hyperparameters, Method
 
-WARMUP_FRACTION = 0.1
 EVALUATION_BATCH = 256
-
-
-Hyperparameters = Mapping[str, ArrayLike]
 
 
 class TrainingState(NamedTuple):
@@ -67,9 +63,7 @@ class Run(NamedTuple):
 
     def optimizer(self, hyperparameters: Hyperparameters) -> optax.GradientTransformation:
         """Returns the method's transformation; the network's loss averages `batch_size` terms."""
-        others = dict(hyperparameters)
-        schedule = warmup_cosine(others.pop("learning_rate"), self.epochs * self.steps_per_epoch)
-        return self.method.build(schedule, batch_size=self.batch_size, **others)
+        return self.method.optimizer(hyperparameters, self.epochs * self.steps_per_epoch, self.batch_size)
 
 
 def run_on(data: ImageData, method: Method, epochs: int, batch_size: int, widths: Sequence[int] = WIDTHS) -> Run:
@@ -78,12 +72,6 @@ def run_on(data: ImageData, method: Method, epochs: int, batch_size: int, widths
     if not 0 < batch_size <= train_size:
         raise ValueError(f"batch_size must lie between 1 and the {train_size} training images, got {batch_size}.")
     return Run(method, Network(channels, data.classes, tuple(widths)), train_size, epochs, batch_size)
-
-
-def warmup_cosine(learning_rate: ArrayLike, steps: int) -> optax.Schedule:
-    """Returns the schedule that all methods share: a linear warm-up, then a cosine to zero."""
-    unit = optax.warmup_cosine_decay_schedule(0.0, 1.0, int(WARMUP_FRACTION * steps), steps)
-    return lambda count: learning_rate * unit(count)  # Optax's own schedule wants a Python number as its peak
 
 
 def mean_loss(network: Network, params: nnx.State, images: jax.Array, labels: jax.Array) -> jax.Array:

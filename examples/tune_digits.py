@@ -10,11 +10,10 @@ possible because every hyperparameter may be a traced array.
 
 import argparse
 import functools
-import json
 import operator
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import image_data
@@ -27,14 +26,13 @@ from flax import nnx
 from image_data import ImageData, Split
 from methods import METHODS, RESULTS
 from rich.progress import Progress
+from searching import Outcomes, Settings, rows, to_json
 from training import Network, Run, initial_params, run_on, train
 
 FIRST_SEED = 1000  # the seeds that train_digits.py reports are others
 AT_ONCE = 32
 
-Settings = Mapping[str, np.ndarray]  # [trials] values of each hyperparameter
 Program = Callable[[dict[str, jax.Array], nnx.State, jax.Array], dict[str, jax.Array]]
-Outcomes = dict[str, np.ndarray]  # [trials, seeds] of what was measured
 
 
 def program_of(run: Run, data: ImageData) -> Program:
@@ -73,8 +71,7 @@ def measure(
 
 def search(run: Run, data: ImageData, trials: int, seeds: int, finalists: int, final_seeds: int) -> dict[str, Any]:
     """Returns the record of a search: all trials, the finalists, and the chosen settings."""
-    rng = np.random.default_rng(0)
-    settings = {name: limits.draw(rng, trials).astype(np.float32) for name, limits in run.method.ranges.items()}
+    settings = run.method.draw(trials)
     first_seeds = range(FIRST_SEED, FIRST_SEED + seeds)
     more_seeds = range(FIRST_SEED + seeds, FIRST_SEED + seeds + final_seeds)
     program = program_of(run, data)
@@ -97,26 +94,6 @@ def search(run: Run, data: ImageData, trials: int, seeds: int, finalists: int, f
 def ranking(outcomes: Outcomes) -> np.ndarray:
     """Returns the trials' indices, best first: by mean validation error, equal ones by mean validation loss."""
     return np.lexsort((outcomes["validation_loss"].mean(axis=1), outcomes["validation_error"].mean(axis=1)))
-
-
-def rows(settings: Settings, outcomes: Outcomes) -> list[dict[str, float | None]]:
-    """Returns one dictionary per trial, of its settings and the means of its outcomes (None if not finite)."""
-    columns = dict(settings) | {name: values.mean(axis=1) for name, values in outcomes.items()}
-    return [
-        {name: float(values[i]) if np.isfinite(values[i]) else None for name, values in columns.items()}
-        for i in range(len(next(iter(columns.values()))))
-    ]
-
-
-def to_json(record: Mapping[str, Any]) -> str:
-    """Returns JSON with one line for each entry, and for each trial."""
-    lines = []
-    for key, value in record.items():
-        text = json.dumps(value)
-        if isinstance(value, list):
-            text = "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]"
-        lines.append(f" {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,6 +16,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import reporting
+import searching
 import train_digits
 import train_digits_linen
 import training
@@ -91,7 +92,7 @@ def test_ranking_puts_diverged_trials_last_and_breaks_ties_by_loss() -> None:
         "validation_loss": np.array([[0.5, np.nan], [0.9, 0.7], [0.7, 0.8], [0.1, 0.1]]),
     }
     assert tune_digits.ranking(outcomes).tolist() == [2, 1, 3, 0]
-    rows = tune_digits.rows({"momentum": np.arange(4.0)}, outcomes)
+    rows = searching.rows({"momentum": np.arange(4.0)}, outcomes)
     assert rows[0] == {"momentum": 0.0, "validation_error": 0.55, "validation_loss": None}
 
 
@@ -106,7 +107,7 @@ def test_draws_fill_their_range(name: str) -> None:
 
 
 def test_every_method_has_a_warmup_and_a_cosine_to_zero() -> None:
-    schedule = training.warmup_cosine(0.5, 100)
+    schedule = searching.warmup_cosine(0.5, 100)
     steps = jnp.array([0, 5, 10, 55, 100])
     np.testing.assert_allclose(jax.vmap(schedule)(steps), [0, 0.25, 0.5, 0.25, 0], atol=1e-6)
 
