@@ -21,9 +21,9 @@ import reporting
 from characters import corpus
 from characters.corpus import Corpus
 from characters.methods import METHODS, RESULTS
-from characters.training import SEGMENT, SEQUENCE, Run, start, train_segment
+from characters.training import SEGMENT, SEQUENCE, Network, Run, initial_params, start, train_segment
+from characters.trials import of_one_type, train
 from rich.table import Table
-from tune_characters import train
 
 REFERENCE = "adamw"
 STYLES = {  # one colour a family, one dash a variant
@@ -40,7 +40,7 @@ STYLES = {  # one colour a family, one dash a variant
 
 def run_of(record: Mapping[str, Any]) -> Run:
     """Returns the run that a record is of."""
-    return Run(METHODS[record["optimizer"]], record["width"], record["layers"], record["batch_size"])
+    return Run(METHODS[record["optimizer"]], Network(record["width"], record["layers"]), record["batch_size"])
 
 
 def validation_curves(record: Mapping[str, Any]) -> np.ndarray:
@@ -56,8 +56,8 @@ def milliseconds_per_step(records: Mapping[str, Mapping[str, Any]], data: Corpus
         task = bar.add_task("step time", total=(rounds + 1) * len(records), status="")
         for turn in range(rounds + 1):  # the first one compiles
             for name, record in records.items():
-                run, chosen = run_of(record), record["chosen"]
-                state = states.pop(name) if turn else start(run, chosen, key)
+                run, chosen = run_of(record), of_one_type(record["chosen"])
+                state = states.pop(name) if turn else start(run, chosen, initial_params(run.network, key))
                 begin = time.perf_counter()
                 state, _ = train_segment(run, chosen, record["steps"], turn * SEGMENT, key, data.train, state)
                 states[name] = jax.block_until_ready(state)

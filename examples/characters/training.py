@@ -25,13 +25,11 @@ class TrainingState(NamedTuple):
     opt_state: optax.OptState
 
 
-class Run(NamedTuple):
-    """What is static about a training run: it compiles into the program, whereas text and numbers are arguments."""
+class Network(NamedTuple):
+    """What fixes the transformer besides its parameters."""
 
-    method: Method
     width: int = 64
     layers: int = 2
-    batch_size: int = 32  # sequences
 
     def model(self, key: jax.Array) -> Transformer:
         """Returns a newly initialised transformer."""
@@ -42,17 +40,31 @@ class Run(NamedTuple):
         return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: self.model(jax.random.key(0)))), params)
 
 
-def mean_loss(run: Run, params: nnx.State, text: jax.Array) -> jax.Array:
+class Run(NamedTuple):
+    """What is static about a training run: it compiles into the program, whereas text and numbers are arguments."""
+
+    method: Method
+    network: Network = Network()
+    batch_size: int = 32  # sequences
+
+
+def mean_loss(network: Network, params: nnx.State, text: jax.Array) -> jax.Array:
     """Returns the cross-entropy of each next character, averaged over sequences [n, sequence + 1]."""
-    logits = run.with_params(params)(text[:, :-1])
+    logits = network.with_params(params)(text[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:].astype(jnp.int32)).mean()
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def start(run: Run, hyperparameters: Hyperparameters, key: jax.Array) -> TrainingState:
+def initial_params(network: Network, key: jax.Array) -> nnx.State:
+    """Returns newly initialised parameters."""
+    return nnx.state(network.model(key), nnx.Param)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def start(run: Run, hyperparameters: Hyperparameters, params: nnx.State) -> TrainingState:
     """Returns the state before the first step."""
-    params = nnx.state(run.model(key), nnx.Param)
-    return TrainingState(params, run.method.optimizer(hyperparameters, SEGMENT, run.batch_size).init(params))
+    optimizer = run.method.optimizer(hyperparameters, SEGMENT, run.batch_size)  # whose length no state depends on
+    return TrainingState(params, optimizer.init(params))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=6)
@@ -72,7 +84,7 @@ def train_segment(
         params, opt_state = state
         starts = jax.random.randint(jax.random.fold_in(key, count), (run.batch_size, 1), 0, train.size - SEQUENCE)
         text = train[starts + jnp.arange(SEQUENCE + 1)]
-        loss, gradients = jax.value_and_grad(mean_loss, argnums=1)(run, params, text)
+        loss, gradients = jax.value_and_grad(mean_loss, argnums=1)(run.network, params, text)
         updates, opt_state = optimizer.update(gradients, opt_state, params)
         return TrainingState(optax.apply_updates(params, updates), opt_state), loss
 
@@ -81,7 +93,7 @@ def train_segment(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def validate(run: Run, params: nnx.State, validation: jax.Array) -> jax.Array:
+def validate(network: Network, params: nnx.State, validation: jax.Array) -> jax.Array:
     """Returns the mean loss on sequences whose number is a multiple of `EVALUATION_BATCH`."""
     batches = validation.reshape(-1, EVALUATION_BATCH, validation.shape[-1])
-    return jax.lax.map(functools.partial(mean_loss, run, params), batches).mean()
+    return jax.lax.map(functools.partial(mean_loss, network, params), batches).mean()
