@@ -62,6 +62,11 @@ SIRF_PUBLISHED = {
     "damping": DAMPING,
     "momentum": MOMENTUM,
 }
+SIRF_EXACT = SIRF_PUBLISHED | {"preconditioner_lr": Range(0.01, 0.3)}
+
+sirf_exact = functools.partial(
+    rf.sirf_shampoo, update_every=10, refresh="exact", initial_scale="first_gradient", riemannian_momentum=None
+)
 
 METHODS: dict[str, Method] = {
     "adamw": Method(
@@ -89,5 +94,9 @@ METHODS: dict[str, Method] = {
     "sirf_published": Method("SIRF published, T=1", functools.partial(rf.sirf_shampoo, update_every=1), SIRF_PUBLISHED),
     "sirf_published_t10": Method(
         "SIRF published, T=10", functools.partial(rf.sirf_shampoo, update_every=10), SIRF_PUBLISHED
+    ),
+    "sirf_exact": Method("SIRF exact, T=10", sirf_exact, SIRF_EXACT),
+    "sirf_exact_bfloat16": Method(
+        "SIRF exact, bfloat16", functools.partial(sirf_exact, preconditioner_dtype="bfloat16"), SIRF_EXACT
     ),
 }
