@@ -4,10 +4,11 @@
     python examples/widths_characters.py --refresh exact --widths 32 64 128
     python examples/widths_characters.py --report
 
-A search at one width chooses the setting. Every width is then trained with that setting, and searched in its
-neighbourhood; how far the one setting's loss lies above each width's own best is what counts. The factors are
-refreshed at every tenth step, by the published refresh or by the exact one, with the same budget. Writes
-widths_REFRESH.json, prints a table of all that have been written, and draws widths.png.
+A search at one width chooses the setting: one β₂, one damping, and a learning rate in inverse proportion to the width
+(gradients shrink as the width grows, and directions are as their inverses). Every width is then trained with that
+setting, and searched in its neighbourhood; how far the one setting's loss lies above each width's own best is what
+counts. The factors are refreshed at every tenth step, by the published refresh or by the exact one, with the same
+budget. Writes widths_REFRESH.json, prints a table of all that have been written, and draws widths.png.
 """
 
 import argparse
@@ -155,8 +156,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=2, help="fresh ones, of the one setting and of the best")
     parser.add_argument("--base-width", type=int, default=64, help="the width whose search chooses the one setting")
     parser.add_argument("--base-trials", type=int, default=32)
-    parser.add_argument("--learning-rate-exponent", type=float, default=0.0, help="e: it is scaled by (width/base)^e")
-    parser.add_argument("--steps", type=int, default=300, help=f"a multiple of {SEGMENT}")
+    parser.add_argument("--learning-rate-exponent", type=float, default=-1.0, help="e: it is scaled by (width/base)^e")
+    parser.add_argument("--steps", type=int, default=200, help=f"a multiple of {SEGMENT}")
     parser.add_argument("--batch-size", type=int, default=8, help=f"sequences of {SEQUENCE} characters")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--output", type=pathlib.Path, metavar="DIR", default=RESULTS)
