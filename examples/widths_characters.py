@@ -17,7 +17,7 @@ import functools
 import json
 import pathlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -77,11 +77,15 @@ def number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def study(refresh: str, data: Corpus, options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the record of one refresh."""
-    published = METHODS[REFRESHES[refresh]]
-    method = dataclasses.replace(published, build=functools.partial(published.build, layout=LAYOUT))
+def study(refresh: str, data: Corpus, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yields the record of one refresh after every width."""
+    of_refresh = METHODS[REFRESHES[refresh]]
+    method = dataclasses.replace(of_refresh, build=functools.partial(of_refresh.build, layout=LAYOUT))
     run = lambda width: Run(method, Network(width, options.layers), options.batch_size)
+    kept = ("steps", "batch_size", "layers", "base_width", "base_trials", "trials", "seeds", "learning_rate_exponent")
+    record = {"refresh": refresh, "python": platform.python_version()}
+    record |= {key: getattr(options, key) for key in kept}
+    record["neighbourhood"] = {name: f"{limits} times" for name, limits in NEIGHBOURHOOD.items()}
     with reporting.progress_bar() as bar:
         budget = Budget(options.steps, options.base_trials, 4, 1)
         base = choose(run(options.base_width), data, budget, bar)
@@ -91,11 +95,7 @@ def study(refresh: str, data: Corpus, options: argparse.Namespace) -> dict[str, 
             setting = base["chosen"] | {"learning_rate": base["chosen"]["learning_rate"] * scale}
             settings = neighbours(setting, options.trials)
             found.append(at_width(run(width), data, options.steps, settings, options.seeds, bar, f"width {width}"))
-    kept = ("steps", "batch_size", "layers", "base_width", "base_trials", "trials", "seeds", "learning_rate_exponent")
-    record = {"refresh": refresh, "python": platform.python_version()}
-    record |= {"searched" if key == "trials" else key: getattr(options, key) for key in kept}
-    record["neighbourhood"] = {name: f"{limits} times" for name, limits in NEIGHBOURHOOD.items()}
-    return record | {"chosen": base["chosen"], "base": base["trials"], "widths": found}
+            yield record | {"chosen": base["chosen"], "base": base["trials"], "widths": found}
 
 
 def print_table(records: Mapping[str, Mapping[str, Any]]) -> None:
@@ -171,7 +171,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.report:
         data = corpus.load(SEQUENCE)
         for refresh in options.refresh:
-            file(refresh).write_text(to_json(study(refresh, data, options)))
+            for record in study(refresh, data, options):
+                file(refresh).write_text(to_json(record))
     records = {refresh: json.loads(file(refresh).read_text()) for refresh in REFRESHES if file(refresh).is_file()}
     print_table(records)
     draw(options.output / "widths.png", records)
