@@ -30,7 +30,6 @@ STYLES = {  # one colour a family, one dash a variant
     "adamw": ("#595959", "-"),
     "rf_rmsprop": ("#E69F00", "-"),
     "muon": ("#009E73", "-"),
-    "muon_hidden": ("#009E73", "--"),
     "sirf_published": ("#56B4E9", "-"),
     "sirf_published_t10": ("#56B4E9", "--"),
     "sirf_exact": ("#D55E00", "-"),

@@ -16,7 +16,7 @@ import reporting
 import tune_characters
 import widths_characters
 from characters import corpus
-from characters.methods import METHODS, is_hidden_matrix
+from characters.methods import METHODS
 from characters.training import SEQUENCE, Network, Run
 from characters.trials import Budget, choose, train
 from flax import nnx
@@ -57,13 +57,6 @@ def test_logits_depend_on_the_past_alone() -> None:
     )
     np.testing.assert_allclose(logits[:, :40], others[:, :40], atol=1e-5)
     assert jnp.abs(logits[:, 40:] - others[:, 40:]).max(axis=-1).min() > 1e-3
-
-
-def test_muon_of_hidden_matrices_leaves_out_embeddings_and_output() -> None:
-    params = nnx.state(SMALL.model(jax.random.key(0)), nnx.Param)
-    names = {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params) if is_hidden_matrix(path)}
-    assert len(names) == 6
-    assert all("blocks" in name and "norm" not in name for name in names)
 
 
 def test_one_program_serves_all_trials_and_one_that_diverges_comes_last(data: corpus.Corpus) -> None:

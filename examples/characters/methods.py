@@ -6,7 +6,6 @@ Another optimizer joins by one entry in `METHODS` and one run of tune_characters
 import functools
 import pathlib
 
-import jax
 import optax
 from jax.typing import ArrayLike
 from searching import Method, Range, adamw
@@ -30,32 +29,11 @@ def muon(
     return optax.contrib.muon(learning_rate, adam_learning_rate=adam, **others)
 
 
-def muon_hidden(
-    learning_rate: optax.Schedule, batch_size: ArrayLike, **others: ArrayLike
-) -> optax.GradientTransformation:
-    """Returns Muon for the matrices within blocks alone, as its authors use it; the others get AdamW, too."""
-    hidden = lambda path, _: optax.contrib.MuonDimensionNumbers() if is_hidden_matrix(path) else None
-    dimension_numbers = functools.partial(jax.tree_util.tree_map_with_path, hidden)
-    return muon(learning_rate, batch_size, muon_weight_dimension_numbers=dimension_numbers, **others)
-
-
-def is_hidden_matrix(path: tuple) -> bool:
-    """Returns whether a parameter's key path is that of a matrix within a block."""
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return "blocks" in name and "kernel" in name
-
-
 def rf_rmsprop(learning_rate: optax.Schedule, batch_size: int, **others: ArrayLike) -> optax.GradientTransformation:
     """Returns RF-RMSProp, for which every character is a term of the loss."""
     return rf.rf_rmsprop(learning_rate, batch_size=batch_size * SEQUENCE, **others)
 
 
-MUON = {
-    "learning_rate": Range(2e-3, 2e-1),
-    "beta": MOMENTUM,
-    "weight_decay": DECOUPLED_DECAY,
-    "adam_ratio": Range(0.05, 1),
-}
 SIRF_PUBLISHED = {
     "learning_rate": Range(3e-5, 3e-3),
     "preconditioner_lr": Range(0.03, 0.8),
@@ -79,8 +57,16 @@ METHODS: dict[str, Method] = {
             "weight_decay": DECOUPLED_DECAY,
         },
     ),
-    "muon": Method("Muon", muon, MUON),
-    "muon_hidden": Method("Muon, hidden only", muon_hidden, MUON),
+    "muon": Method(
+        "Muon",
+        muon,
+        {
+            "learning_rate": Range(2e-3, 2e-1),
+            "beta": MOMENTUM,
+            "weight_decay": DECOUPLED_DECAY,
+            "adam_ratio": Range(0.05, 1),
+        },
+    ),
     "rf_rmsprop": Method(
         "RF-RMSProp",
         rf_rmsprop,
