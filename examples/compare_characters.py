@@ -2,9 +2,11 @@
 
     python examples/compare_characters.py
     python examples/compare_characters.py --optimizer adamw muon --rounds 5
+    python examples/compare_characters.py --measure time
 
 Reads what tune_characters.py wrote, measures the time of a step by turns, trains each chosen setting for half as many
-steps, too, and prints a table; writes comparison.json (the table's numbers) and comparison.png (the curves).
+steps, too, and prints a table; writes comparison.json (the table's numbers) and comparison.png (the curves). What
+`--measure` leaves out is taken from comparison.json.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from characters.trials import of_one_type, train
 from rich.table import Table
 
 REFERENCE = "adamw"
+MEASURED = ("time", "half")
 STYLES = {  # one colour a family, one dash a variant
     "adamw": ("#595959", "-"),
     "rf_rmsprop": ("#E69F00", "-"),
@@ -66,8 +69,8 @@ def milliseconds_per_step(records: Mapping[str, Mapping[str, Any]], data: Corpus
     return {name: 1e3 * float(np.median(seconds)) / SEGMENT for name, seconds in durations.items()}
 
 
-def shorter_runs(records: Mapping[str, Mapping[str, Any]], data: Corpus, seeds: int) -> dict[str, list[float]]:
-    """Returns the validation losses of the chosen settings after half as many steps, the schedule shortened as well."""
+def shorter_runs(records: Mapping[str, Mapping[str, Any]], data: Corpus, seeds: int) -> dict[str, dict[str, Any]]:
+    """Returns the statistics of the losses after half as many steps, the schedule shortened as well."""
     losses: dict[str, list[float]] = {name: [] for name in records}
     with reporting.progress_bar() as bar:
         task = bar.add_task("half the steps", total=seeds * len(records), status="")
@@ -77,11 +80,11 @@ def shorter_runs(records: Mapping[str, Mapping[str, Any]], data: Corpus, seeds: 
                 curves = train(run_of(record), data, steps, record["chosen"], seed)
                 losses[name].append(float(curves.validation_loss[-1]))
                 bar.update(task, advance=1, status=f"{METHODS[name].label} {losses[name][-1]:.3f}")
-    return losses
+    return {name: statistics(np.array(values)) for name, values in losses.items()}
 
 
 def summarize(
-    records: Mapping[str, Mapping[str, Any]], milliseconds: Mapping[str, float], shorter: Mapping[str, list[float]]
+    records: Mapping[str, Mapping[str, Any]], milliseconds: Mapping[str, float], shorter: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Returns the numbers of the table, by optimizer; losses of runs that diverged are counted, not averaged."""
     target = statistics(validation_curves(records[REFERENCE])[:, -1])["mean"]
@@ -92,7 +95,7 @@ def summarize(
         steps = int(reached[0] + 1) * SEGMENT if reached.size else None
         summary[name] = {
             "validation_loss": statistics(curves[:, -1]),
-            "validation_loss_of_half_the_steps": statistics(np.array(shorter[name])),
+            "validation_loss_of_half_the_steps": shorter[name],
             "steps_to_reference_loss": steps,
             "milliseconds_per_step": milliseconds[name],
             "seconds_to_reference_loss": None if steps is None else 1e-3 * steps * milliseconds[name],
@@ -171,6 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(METHODS)
     parser.add_argument("--optimizer", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=names)
+    parser.add_argument("--measure", nargs="*", choices=MEASURED, default=MEASURED, help="half: half the steps")
     parser.add_argument("--rounds", type=int, default=15, help=f"of {SEGMENT} steps of each, for the step time")
     parser.add_argument("--shorter-seeds", type=int, default=5, help="of the runs of half the steps")
     parser.add_argument(
@@ -182,12 +186,24 @@ def main(arguments: list[str] | None = None) -> None:
 
     data = corpus.load(SEQUENCE)
     records = {name: json.loads((options.results / f"{name}.json").read_text()) for name in options.optimizer}
-    milliseconds = milliseconds_per_step(records, data, options.rounds)
-    summary = summarize(records, milliseconds, shorter_runs(records, data, options.shorter_seeds))
+    file = options.results / "comparison.json"
+    known = json.loads(file.read_text()) if len(options.measure) < len(MEASURED) else {}
+    of_known = lambda key: {name: known[name][key] for name in records}
+    milliseconds = (
+        milliseconds_per_step(records, data, options.rounds)
+        if "time" in options.measure
+        else of_known("milliseconds_per_step")
+    )
+    shorter = (
+        shorter_runs(records, data, options.shorter_seeds)
+        if "half" in options.measure
+        else of_known("validation_loss_of_half_the_steps")
+    )
+    summary = summarize(records, milliseconds, shorter)
     reference = records[REFERENCE]
     title = f"characters: width {reference['width']}, {reference['steps']} steps, {reference['fresh_seeds']} seeds"
     print_table(title, summary)
-    (options.results / "comparison.json").write_text(json.dumps(summary, indent=1) + "\n")
+    file.write_text(json.dumps(summary, indent=1) + "\n")
     draw(options.results / "comparison.png", f"{title} (mean and range)", records, summary)
 
 

@@ -88,6 +88,8 @@ def test_tunes_and_compares(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtur
     compare_characters.main(
         ["--optimizer", *names, "--rounds", "1", "--shorter-seeds", "1", "--results", str(tmp_path)]
     )
+    capsys.readouterr()
+    compare_characters.main(["--optimizer", *names, "--measure", "--results", str(tmp_path)])
     printed = capsys.readouterr().out
     summary = json.loads((tmp_path / "comparison.json").read_text())
     picture = matplotlib.image.imread(tmp_path / "comparison.png")[..., :3]
@@ -110,7 +112,8 @@ def test_a_seed_that_diverges_is_counted_and_reaches_nothing() -> None:
     record = {"optimizer": "adamw", "validation_curves": seeds}
     lost = {"optimizer": "muon", "validation_curves": [[1.0, 1.0], [1.0, None]]}
     times = {"adamw": 2.0, "muon": 3.0}
-    summary = compare_characters.summarize({"adamw": record, "muon": lost}, times, {name: [1.0] for name in times})
+    half = {name: compare_characters.statistics(np.array([1.0, np.nan])) for name in times}
+    summary = compare_characters.summarize({"adamw": record, "muon": lost}, times, half)
     assert summary["adamw"]["validation_loss"] == {"mean": 1.5, "standard_error": 0.5, "diverged": 0}
     assert summary["adamw"]["steps_to_reference_loss"] == 40
     np.testing.assert_allclose(summary["adamw"]["seconds_to_reference_loss"], 0.08)
