@@ -140,9 +140,9 @@ def draw(path: pathlib.Path, records: Mapping[str, Mapping[str, Any]]) -> None:
         axes.set(xscale="log", xlabel="width")
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
-        axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
+    figure.legend(*loss_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
