@@ -201,17 +201,18 @@ def _multiplied(
 ) -> jax.Array:
     """Returns G multiplied along every axis by `apply`, which is homogeneous of `degree` in the matrix.
 
-    Each matrix enters divided by a power of two near its largest entry, and so do G and the products on the way where
-    the matrix's dtype has a narrower range than theirs (float16); the result is scaled back. So no intermediate leaves
-    half precision's range before the result itself does.
+    Where the matrices' dtype has a narrower range than the accumulation dtype (float16), each of them enters divided by
+    a power of two near its largest entry, and so do G and the products on the way; the result is scaled back. So no
+    intermediate leaves that range before the result itself does. Elsewhere this would be two passes over the factors
+    for nothing: `balance` keeps them so close that an intermediate is out of range only where the result is, too.
     """
     direction = upcast(gradient)
     rescale = jnp.ones((), direction.dtype)
     for axis, (structure, parts) in enumerate(zip(structures, matrices, strict=True)):
-        scale = power_of_two(exponent_of(max_abs(parts))).astype(rescale.dtype)
         if jnp.finfo(parts[0].dtype).maxexp < jnp.finfo(direction.dtype).maxexp:
+            scale = power_of_two(exponent_of(max_abs(parts))).astype(rescale.dtype)
             unit = power_of_two(exponent_of(jnp.max(jnp.abs(direction)))).astype(rescale.dtype)
-            direction, rescale = direction / unit, rescale * unit
-        direction = apply(structure, times_scalar(parts, 1 / scale), direction, axis)
-        rescale = rescale * scale**degree
+            direction, parts = direction / unit, times_scalar(parts, 1 / scale)
+            rescale = rescale * unit * scale**degree
+        direction = apply(structure, parts, direction, axis)
     return direction * rescale
