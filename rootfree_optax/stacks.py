@@ -185,21 +185,24 @@ def precondition(
 
 def _directions(shared: Any, gradients: Stacks, factors: Stacks) -> Stacks:
     stacks, (function, arguments, keywords) = shared
-    directions = tuple(
-        jax.vmap(functools.partial(function, *arguments, structures=stack.structures, **keywords))(*block)
-        for stack, *block in zip(stacks, gradients, factors, strict=True)
-    )
     finite = tuple(map(jax.vmap(all_finite), gradients))
 
-    def show_non_finite() -> Stacks:
+    def preconditioned() -> Stacks:
         return tuple(
-            jax.vmap(jnp.where)(keep, direction, gradient.astype(direction.dtype))
-            for keep, direction, gradient in zip(finite, directions, gradients, strict=True)
+            jax.vmap(functools.partial(function, *arguments, structures=stack.structures, **keywords))(*block)
+            for stack, *block in zip(stacks, gradients, factors, strict=True)
         )
 
-    # Not a plain `where`: the compiler would fuse it into each parameter's update, a program of its own each time.
+    def with_non_finite_shown() -> Stacks:
+        return tuple(
+            jax.vmap(jnp.where)(keep, direction, gradient.astype(direction.dtype))
+            for keep, direction, gradient in zip(finite, preconditioned(), gradients, strict=True)
+        )
+
+    # Not a plain `where`: the compiler would fuse it into each parameter's update, a program of its own each time. And
+    # not after the products: a branch that hands on what it is given copies it.
     everything = functools.reduce(jnp.logical_and, map(jnp.all, finite), jnp.asarray(True))
-    return jax.lax.cond(everything, lambda: directions, show_non_finite)
+    return jax.lax.cond(everything, preconditioned, with_non_finite_shown)
 
 
 def unpack(plan: ShardedPlan, directions: Stacks, updates: optax.Updates) -> optax.Updates:
