@@ -56,8 +56,8 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
       >>> preconditioner, _, momentum, _ = jax.jit(tx.init, out_shardings=shardings)(params)
       >>> momentum.momentum.sharding.spec == spec
       True
-      >>> preconditioner.count.sharding.spec
-      P()
+      >>> preconditioner.count.sharding.is_fully_replicated
+      True
     """
     leaves = [_named_sharding(leaf) for leaf in jax.tree.leaves(params)]
     meshes = list(dict.fromkeys(sharding.mesh for sharding in leaves if sharding is not None))
