@@ -152,14 +152,19 @@ def _each_block(
     stacks: Sequence[Stack], block_function: Any, curvatures: Stacks, state: tuple[Stacks, ...], *more: Stacks
 ) -> tuple[Stacks, ...]:
     """Returns the state that a function of one block makes of each."""
-    function, arguments, keywords = block_function
     filled = [of_stacks or ((),) * len(stacks) for of_stacks in state]
     each = [
-        jax.vmap(functools.partial(function, *arguments, structures=stack.structures, **keywords))(*block)
+        _of_stack(block_function, stack)(*block)
         for stack, *block in zip(stacks, curvatures, *filled, *more, strict=True)
     ]
     new = zip(*each, strict=True)
     return tuple(of_stacks and tuple(result) for of_stacks, result in zip(state, new, strict=True))
+
+
+def _of_stack(block_function: Any, stack: Stack) -> Callable[..., Any]:
+    """Returns what a function of one block, as `_as_tree` takes it apart, does for a whole stack."""
+    function, arguments, keywords = block_function
+    return jax.vmap(functools.partial(function, *arguments, structures=stack.structures, **keywords))
 
 
 def _as_tree(function: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
@@ -184,12 +189,12 @@ def precondition(
 
 
 def _directions(shared: Any, gradients: Stacks, factors: Stacks) -> Stacks:
-    stacks, (function, arguments, keywords) = shared
+    stacks, precondition_block = shared
     finite = tuple(map(jax.vmap(all_finite), gradients))
 
     def preconditioned() -> Stacks:
         return tuple(
-            jax.vmap(functools.partial(function, *arguments, structures=stack.structures, **keywords))(*block)
+            _of_stack(precondition_block, stack)(*block)
             for stack, *block in zip(stacks, gradients, factors, strict=True)
         )
 
