@@ -14,7 +14,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax.factor_step import times_scalar
-from rootfree_optax.factor_update import all_finite, is_first
+from rootfree_optax.factor_update import is_first
 from rootfree_optax.layout.rules import DTypeRule, dtypes_of
 from rootfree_optax.layout.stack import Stack
 from rootfree_optax.sharded_plan import ShardedPlan
@@ -177,7 +177,7 @@ def _as_tree(function: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[An
 def precondition(
     plan: ShardedPlan, precondition_block: Callable[..., jax.Array], gradients: Stacks, factors: Stacks
 ) -> Stacks:
-    """Returns the stacks of directions; a block of the gradient that is not finite is its own direction.
+    """Returns the stacks of directions.
 
     Args:
       plan: the plan of the stacks.
@@ -190,24 +190,8 @@ def precondition(
 
 def _directions(shared: Any, gradients: Stacks, factors: Stacks) -> Stacks:
     stacks, precondition_block = shared
-    finite = tuple(map(jax.vmap(all_finite), gradients))
-
-    def preconditioned() -> Stacks:
-        return tuple(
-            _of_stack(precondition_block, stack)(*block)
-            for stack, *block in zip(stacks, gradients, factors, strict=True)
-        )
-
-    def with_non_finite_shown() -> Stacks:
-        return tuple(
-            jax.vmap(jnp.where)(keep, direction, gradient.astype(direction.dtype))
-            for keep, direction, gradient in zip(finite, preconditioned(), gradients, strict=True)
-        )
-
-    # Not a plain `where`: the compiler would fuse it into each parameter's update, a program of its own each time. And
-    # not after the products: a branch that hands on what it is given copies it.
-    everything = functools.reduce(jnp.logical_and, map(jnp.all, finite), jnp.asarray(True))
-    return jax.lax.cond(everything, preconditioned, with_non_finite_shown)
+    blocks = zip(stacks, gradients, factors, strict=True)
+    return tuple(_of_stack(precondition_block, stack)(*block) for stack, *block in blocks)
 
 
 def unpack(plan: ShardedPlan, directions: Stacks, updates: optax.Updates) -> optax.Updates:
