@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from rootfree_optax import factor_update, sharded_plan, stacks
+from rootfree_optax import factor_update, refreshing, sharded_plan, stacks
 from rootfree_optax import hyperparameters as hyper
 from rootfree_optax.factor_step import exact_factor, published_factor
 from rootfree_optax.hyperparameters import UpdateEvery
@@ -47,6 +47,7 @@ def scale_by_sirf_shampoo(
     *,
     batch_size: ArrayLike | None = None,
     update_every: UpdateEvery = 1,
+    staggered: bool = False,
     layout: Layout = Layout(),  # noqa: B008  # a frozen value
     preconditioner_dtype: DTypeRule = None,
     refresh: Refresh = "published",
@@ -83,6 +84,8 @@ def scale_by_sirf_shampoo(
       batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
       update_every: T ≥ 1, the factors are refreshed at every T-th update, the first one included; or a callable from
         the number of past updates to whether this one refreshes, for example `growing_interval(10)`.
+      staggered: whether every update refreshes a T-th of the blocks, in turn, so that no update takes longer than
+        others. T is a Python int then.
       layout: how parameters become blocks, and the structure of their factors.
       preconditioner_dtype: floating-point dtype of the factors, or a tuple of one per (squeezed, merged) axis, or a
         mapping from the number of axes to either; by default the widest dtype of the parameters in a stack.
@@ -127,6 +130,7 @@ def scale_by_sirf_shampoo(
     require_dtype_rule(preconditioner_dtype)
     keeps_momentum = riemannian_momentum is not None and not hyper.is_zero(riemannian_momentum)
     _require_valid(preconditioner_lr, riemannian_momentum if keeps_momentum else None, refresh, initial_scale)
+    period = hyper.require_static_interval(update_every) if staggered else 1
     waits_for_gradient = isinstance(initial_scale, str)
 
     def init(params: optax.Params) -> ScaleBySirfShampooState:
@@ -172,11 +176,12 @@ def scale_by_sirf_shampoo(
 
         factors, momenta, products, started = state.factors, state.momenta, state.products, state.started
         if waits_for_gradient:
-            factors, products, started = stacks.start(plan, start_block, curvatures, (factors, products, started))
-        due = hyper.is_due(update_every, state.count)
-        factors, momenta, products = stacks.refresh_when(
-            due, plan, refresh_block, curvatures, (factors, momenta, products)
-        )
+            factors, products, started = refreshing.start(plan, start_block, curvatures, (factors, products, started))
+        if staggered:
+            refresh_stacks = functools.partial(refreshing.refresh_in_turn, state.count, period)
+        else:
+            refresh_stacks = functools.partial(refreshing.refresh_when, hyper.is_due(update_every, state.count))
+        factors, momenta, products = refresh_stacks(plan, refresh_block, curvatures, (factors, momenta, products))
         precondition = functools.partial(
             factor_update.precondition_by_squares if cache_products else factor_update.precondition, precision=precision
         )
