@@ -131,10 +131,13 @@ def exact_factor(
 ) -> Parts:
     """Returns K ← K (I + 2β₂·step)^(−1/2), with which S = (K Kᵀ)⁻¹ becomes (1 − β₂)·S + β₂·H.
 
+    Where that is not in the structure, the root is what comes nearest to it, see `Structure.times_inverse_root`: of the
+    whole M = I + 2β₂·step, not of its projection, K C has the least Tr(CᵀMC) − 2 log|det C|.
+
     The step is at least −I/2, whatever the gradient, so that the root is one of a matrix that is at least 1 − β₂.
 
     Args:
-      structure: the factor's structure, one that is closed under transposition.
+      structure: the factor's structure, one that has an inverse root.
       factor: the parts of K.
       step: the parts of the step, in the accumulation dtype.
       preconditioner_lr: β₂, in [0, 1).

@@ -1,6 +1,7 @@
 """Inverse-free root-free Shampoo as a transformation: plan, pack, refresh, precondition, unpack."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from rootfree_optax.hyperparameters import UpdateEvery
 from rootfree_optax.layout import Layout
 from rootfree_optax.layout.rules import DTypeRule, require_dtype_rule
 from rootfree_optax.sharded_plan import BlockAxes, ShardedPlan
+from rootfree_optax.structures.base import Structure
 
 Refresh = Literal["published", "exact"]
 InitialScale = ArrayLike | Literal["first_gradient"]
@@ -89,12 +91,14 @@ def scale_by_sirf_shampoo(
       layout: how parameters become blocks, and the structure of their factors.
       preconditioner_dtype: floating-point dtype of the factors, or a tuple of one per (squeezed, merged) axis, or a
         mapping from the number of axes to either; by default the widest dtype of the parameters in a stack.
-      refresh: "published", or "exact", for structures that are closed under transposition: dense, diagonal and
-        block-diagonal ones.
+      refresh: "published", or "exact", for structures whose refresh has a closed form: dense, diagonal and
+        block-diagonal ones, hierarchical ones, and those with a corner that the diagonal's columns reach
+        (`triltopleftdiag`, `triubottomrightdiag`). Where (1 − β₂)·S + β₂·H leaves the structure, K becomes the one
+        within it whose K Kᵀ is nearest to the inverse by the Kullback–Leibler divergence.
       initial_scale: s > 0, the curvature before the first step: the factors of N axes start at s^(−1/2N)·I. Or
         "first_gradient": each block's s is B·mean(g²) + λ over the non-zero entries of its first non-zero gradient.
       cache_products: whether K Kᵀ is kept in the state, as large as K, which halves the products of a step without
-        refresh. For structures as with the exact refresh.
+        refresh. For structures that are closed under transposition: dense, diagonal and block-diagonal ones.
       block_axes: name of a mesh axis, or a tuple of names, over which the blocks of every stack are divided, state and
         work; None divides nothing. The mesh is that of `jax.set_mesh`, or else the one that the arrays are on; inside
         `jax.shard_map` over these axes the state is a device's own part. See `state_shardings`.
@@ -136,9 +140,9 @@ def scale_by_sirf_shampoo(
     def init(params: optax.Params) -> ScaleBySirfShampooState:
         plan = sharded_plan.for_parameters(layout.plan(params), block_axes, params)
         if refresh == "exact":
-            _require_symmetric(plan, "refresh='exact'", "refresh='published'")
+            _require_inverse_roots(plan)
         if cache_products:
-            _require_symmetric(plan, "cache_products=True", "cache_products=False")
+            _require_symmetric(plan)
         curvature = 1.0 if isinstance(initial_scale, str) else initial_scale
         factors = stacks.initial_factors(plan, params, preconditioner_dtype, curvature=curvature)
         momenta = stacks.zeros_like(plan, factors) if keeps_momentum else ()
@@ -210,11 +214,26 @@ def _require_valid(preconditioner_lr: Any, riemannian_momentum: Any, refresh: An
             )
 
 
-def _require_symmetric(plan: ShardedPlan, option: str, other: str) -> None:
+def _require_inverse_roots(plan: ShardedPlan) -> None:
+    for name, structure in _structures(plan):
+        if not structure.has_inverse_root:
+            raise ValueError(
+                "refresh='exact' needs structures whose refresh has a closed form (dense, diagonal, block-diagonal, "
+                "hierarchical, triltopleftdiag, triubottomrightdiag), "
+                f"got {structure.name!r} at {name!r}. Use refresh='published' for others."
+            )
+
+
+def _require_symmetric(plan: ShardedPlan) -> None:
+    for name, structure in _structures(plan):
+        if not structure.is_symmetric:
+            raise ValueError(
+                "cache_products=True needs structures that are closed under transposition (dense, diagonal, "
+                f"block-diagonal), got {structure.name!r} at {name!r}. Use cache_products=False for others."
+            )
+
+
+def _structures(plan: ShardedPlan) -> Iterator[tuple[str, Structure]]:
     for block in plan.plan.blocks:
         for structure in plan.stacks[block.stack].structures:
-            if not structure.is_symmetric:
-                raise ValueError(
-                    f"{option} needs structures that are closed under transposition (dense, diagonal, "
-                    f"block-diagonal), got {structure.name!r} at {block.name!r}. Use {other} for others."
-                )
+            yield block.name, structure
