@@ -31,7 +31,7 @@ TREES: dict[str, Callable[[], trees.Shapes]] = {
 }
 SHARE = "share"
 # Two realistic sizes of model and batch: (layers, width, tokens a step).
-TRAINING = ((4, 256, 4096), (6, 384, 8192))
+TRAINING = ((4, 256, 4096), (2, 512, 4096))
 
 
 def run_tree(options: argparse.Namespace, tree: str, watch: Any) -> None:

@@ -64,7 +64,7 @@ def measure(
     batch = jax.random.randint(jax.random.key(0), (tokens // context, context + 1), 0, shapes["embedding"][0])
     gradient = jax.jit(jax.grad(_loss))
     sirf = methods.sirf_methods(block_size)
-    chosen = {name: sirf[name].make() for name in ("sirf", "sirf *", "sirf *, staggered", "sirf *, bfloat16")}
+    chosen = {name: sirf[name].make() for name in ("sirf *", "sirf *, staggered")}
     chosen = {"adamw": optax.adamw(1e-3), **chosen}
     whole = lambda params: jax.grad(_loss)(params, batch)
     gradients = gradient(params, batch)
