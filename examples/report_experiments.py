@@ -53,10 +53,10 @@ def main(arguments: list[str] | None = None) -> None:
     numbers = summary.summarize(records)
     (options.results / "summary.json").write_text(json.dumps(finite(numbers), indent=1) + "\n")
     (options.results / "tables.md").write_text(tables.report(records, numbers))
-    figures.draw_tests(options.results / "tests.png", records, numbers)
-    figures.draw_curves(options.results / "curves.png", records)
-    figures.draw_trials(options.results / "trials.png", records)
-    figures.draw_regrets(options.results / "regrets.png", records, numbers)
+    figures.save(figures.draw_tests(records, numbers), options.results / "tests.png")
+    figures.save(figures.draw_curves(records), options.results / "curves.png")
+    figures.save(figures.draw_trials(records), options.results / "trials.png")
+    figures.save(figures.draw_regrets(records, numbers), options.results / "regrets.png")
     print_tests(numbers)
 
 

@@ -53,7 +53,7 @@ def run_suite(tasks: dict[str, Task], options: argparse.Namespace, bar: Progress
                 value = np.array(record["tested"][f"test_{record['reported']}"], float).mean()
                 bar.console.print(
                     f"{task:23}{name:26}{record['reported']} {value:.4f}{record['seconds']:7.1f} s"
-                    f"{record['trials_per_minute']:6.0f} trials a minute"
+                    f"{record['trials_per_minute']:6.0f} trials/min"
                 )
             bar.advance(progress)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 from experiments.methods import METHODS
 from experiments.summary import ABLATIONS, Records, label_of
@@ -56,8 +57,8 @@ def name_rows(panel: plt.Axes, names: Sequence[str], *, shown: bool) -> None:
     panel.set_ylim(len(names) - 0.5, -0.5)
 
 
-def draw_tests(path: pathlib.Path, records: Records, summary: Mapping[str, Any]) -> None:
-    """Writes what every tuned method reaches on test data: every seed, and the mean with its standard deviation."""
+def draw_tests(records: Records, summary: Mapping[str, Any]) -> plt.Figure:
+    """Draws what every tuned method reaches on test data: every seed, and the mean with its standard deviation."""
     figure, axes = panels(records, 3.4)
     names = [name for name in STYLES if name not in ABLATIONS and any(name in row for row in records.values())]
     for index, (task, methods) in enumerate(records.items()):
@@ -71,12 +72,13 @@ def draw_tests(path: pathlib.Path, records: Records, summary: Mapping[str, Any])
                     scale * test["mean"], row, xerr=scale * test["std"], color=STYLES[name][0], fmt="o", markersize=4
                 )
         axes[index].set_xlabel("test error, %" if scale == 100 else "test loss, nats per character")
+        axes[index].set_xlim(left=max(0, axes[index].get_xlim()[0]))
         name_rows(axes[index], names, shown=index % 3 == 0)
-    save(figure, path)
+    return figure
 
 
-def draw_curves(path: pathlib.Path, records: Records) -> None:
-    """Writes the validation curves of the tuned methods: means over seeds."""
+def draw_curves(records: Records) -> plt.Figure:
+    """Draws the validation curves of the tuned methods: means over seeds."""
     figure, axes = panels(records, 3)
     for panel, methods in zip(axes, records.values(), strict=False):
         for name in (name for name in STYLES if name in methods and name not in ABLATIONS):
@@ -88,14 +90,15 @@ def draw_curves(path: pathlib.Path, records: Records) -> None:
             panel.plot(steps, curves.mean(axis=0), dash, color=color, label=METHODS[name].label, linewidth=1.3)
         panel.set(xlabel="step", yscale="log", ylabel="validation error, %" if scale == 100 else "validation loss")
         panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("{x:g}" if scale == 1 else "")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if scale == 100 else (1, 2, 2.5, 3, 4)))
+        panel.yaxis.set_minor_formatter("")
     handles = {label: line for panel in axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
-    save(figure, path)
+    return figure
 
 
-def draw_trials(path: pathlib.Path, records: Records) -> None:
-    """Writes all trials of every search as points, their median as a bar; those that are not finite are counted."""
+def draw_trials(records: Records) -> plt.Figure:
+    """Draws all trials of every search as points, their median as a bar; those that are not finite are counted."""
     figure, axes = panels(records, 3.6)
     names = [name for name in STYLES if any(name in row for row in records.values())]
     for index, methods in enumerate(records.values()):
@@ -109,13 +112,13 @@ def draw_trials(path: pathlib.Path, records: Records) -> None:
             axes[index].plot([np.median(values)] * 2, [row - 0.4, row + 0.4], color=STYLES[name][0], linewidth=2)
         axes[index].set_xlabel("validation error of trials, %" if scale == 100 else "validation loss of trials")
         if scale == 1:
-            axes[index].set_xlim(right=6)
+            axes[index].set_xlim(2, 6)  # the uniform distribution's loss is 4.6
         name_rows(axes[index], names, shown=index % 3 == 0)
-    save(figure, path)
+    return figure
 
 
-def draw_regrets(path: pathlib.Path, records: Records, summary: Mapping[str, Any]) -> None:
-    """Writes by how many per cent untuned settings exceed tuned ones, as a table of colours."""
+def draw_regrets(records: Records, summary: Mapping[str, Any]) -> plt.Figure:
+    """Draws by how many per cent untuned settings exceed tuned ones, as a table of colours."""
     defaults = summary["defaults"]
     values = np.array(
         [[row["tasks"].get(task, {}).get("regret", np.nan) for task in records] for row in defaults.values()]
@@ -124,9 +127,17 @@ def draw_regrets(path: pathlib.Path, records: Records, summary: Mapping[str, Any
     axes.imshow(100 * values, cmap="RdYlGn_r", vmin=-20, vmax=100, aspect="auto")
     for row, column in np.ndindex(*values.shape):
         if not np.isnan(values[row, column]):
-            axes.text(column, row, f"{100 * values[row, column]:+.0f}", ha="center", va="center", fontsize=9)
+            axes.text(
+                column,
+                row,
+                f"{100 * values[row, column]:+.0f}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if values[row, column] > 0.8 else "black",
+            )
     labels = [f"{METHODS[name].label}, lr {row['learning_rate']:.2g}" for name, row in defaults.items()]
     axes.set_yticks(range(len(labels)), labels)
     axes.set_xticks(range(len(records)), [label_of(task).replace(", ", ",\n") for task in records], fontsize=8)
     axes.set_title("Untuned against tuned: excess of the test error or loss, %", fontsize=10)
-    save(figure, path)
+    return figure

@@ -60,6 +60,10 @@ def report(records: Records, summary: Mapping[str, Any]) -> str:
         row = defaults[name]["tasks"][task]
         return "diverged" if not np.isfinite(row["regret"]) or row["diverged"] else f"{100 * row['regret']:+.0f} %"
 
+    def one_setting(task: str, name: str) -> str:
+        value = summary["one_setting"].get(name, {"tasks": {}})["tasks"].get(task, np.inf)
+        return "diverged" if np.isinf(value) else f"{100 * value:+.0f} %"
+
     sizes = markdown(
         ["task", "parameters", "B", "steps"],
         [
@@ -95,6 +99,13 @@ def report(records: Records, summary: Mapping[str, Any]) -> str:
             "### Regret of the defaults\n",
             f"At one learning rate for all tasks: {rates}.\n",
             by_task(records, regret),
+            "### Excess of the one trial that is best for all tasks\n",
+            by_task(records, one_setting),
+            "\n".join(
+                f"- {METHODS[name].label}: " + ", ".join(f"{key} {value:.2g}" for key, value in row["settings"].items())
+                for name, row in summary["one_setting"].items()
+            )
+            + "\n",
             "### Aims\n",
             judged,
         ]
