@@ -23,6 +23,7 @@ STYLES = {  # one colour a family, one dash a variant
     "sirf_bfloat16": ("#0072B2", ":"),
     "sirf_hierarchical": ("#56B4E9", "--"),
     "sirf_exact": ("#D55E00", "-"),
+    "distributed_shampoo": ("#882255", "--"),
     "rf_rmsprop_without_terms": ("#E69F00", ":"),
     "rf_rmsprop_from_zero": ("#E69F00", "-."),
 }

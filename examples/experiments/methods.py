@@ -18,7 +18,7 @@ from methods import COUPLED_DECAY, DAMPING, DECAY, DECOUPLED_DECAY, MOMENTUM, sg
 from searching import Method, Range, adamw
 
 import rootfree_optax as rf
-from experiments.distributed_shampoo import PACKAGE, distributed_shampoo
+from experiments.distributed_shampoo import EVERY, PACKAGE, distributed_shampoo
 
 LEARNING_RATES = 5  # at which untuned settings are tried
 
@@ -161,10 +161,15 @@ METHODS: dict[str, Candidate] = {
     ),
     "sirf_exact": Candidate(f"SIRF-Shampoo, exact, T={EXACT_EVERY}", exact, EXACT, KRONECKER_DEFAULTS),
     "distributed_shampoo": Candidate(
-        "Distributed Shampoo (root)",
+        f"Distributed Shampoo (root), T={EVERY}",
         distributed_shampoo,
-        {"learning_rate": Range(1e-4, 1e-1), "weight_decay": COUPLED_DECAY},
-        {"weight_decay": 0.0},
+        {
+            "learning_rate": Range(3e-4, 1e-1),
+            "beta1": MOMENTUM,
+            "beta2": DECAY,
+            "matrix_epsilon": Range(1e-8, 5e-4),
+        },
+        {"beta1": 0.9, "beta2": 0.999, "matrix_epsilon": 1e-6},
     ),
     "rf_rmsprop_without_terms": Candidate(
         "RF-RMSProp without B",

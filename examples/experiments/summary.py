@@ -125,6 +125,22 @@ def one_setting(records: Records, name: str) -> dict[str, Any]:
     return {"settings": settings, "tasks": {task: float(ratio[index] - 1) for task, ratio in ratios.items()}}
 
 
+def explained(record: Record, key: str, bins: int = 4) -> float:
+    """Returns the share of the variance among the trials' ranks that lies between the quarters of a hyperparameter."""
+    trials = record["trials"]
+    values = [trial[f"validation_{record['reported']}"] for trial in trials]
+    ranks = np.argsort(np.argsort([np.inf if value is None else value for value in values])).astype(float)
+    quarters = np.array_split(ranks[np.argsort([trial[key] for trial in trials])], bins)
+    between = sum(len(quarter) * (quarter.mean() - ranks.mean()) ** 2 for quarter in quarters)
+    return float(between / (len(ranks) * ranks.var()))
+
+
+def knobs(records: Records, name: str) -> dict[str, float]:
+    """Returns, for each hyperparameter, `explained` averaged over the tasks; three 63rds would be chance."""
+    rows = [methods[name] for methods in records.values() if name in methods]
+    return {key: float(np.mean([explained(record, key) for record in rows])) for key in rows[0]["chosen"]}
+
+
 def summarize(records: Records) -> dict[str, Any]:
     """Returns the numbers of the report."""
     tasks = {}
@@ -149,6 +165,7 @@ def summarize(records: Records) -> dict[str, Any]:
         "tasks": tasks,
         "defaults": defaults,
         "one_setting": {name: one_setting(records, name) for name in names if name not in ABLATIONS},
+        "knobs": {name: knobs(records, name) for name in names if name not in ABLATIONS},
         "goals": goals(tasks) + default_goals(defaults),
     }
 

@@ -106,6 +106,15 @@ def report(records: Records, summary: Mapping[str, Any]) -> str:
                 for name, row in summary["one_setting"].items()
             )
             + "\n",
+            "### Which hyperparameter decides: share of the trials' variance in rank, mean over tasks\n",
+            "\n".join(
+                f"- {METHODS[name].label}: "
+                + ", ".join(
+                    f"{key} {100 * value:.0f} %" for key, value in sorted(row.items(), key=lambda item: -item[1])
+                )
+                for name, row in summary["knobs"].items()
+            )
+            + "\n",
             "### Aims\n",
             judged,
         ]
