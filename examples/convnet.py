@@ -54,12 +54,16 @@ def convolve_patches(
     ones = all(size == 1 for key in ("lhs_dilation", "rhs_dilation") for size in settings[key])
     if padding != "SAME" or tuple(strides) != (1, 1) or not ones or settings["feature_group_count"] != 1:
         raise NotImplementedError(f"Only plain convolutions are supported, got {strides=}, {padding=}, {settings}.")
-    height, width = kernel.shape[:2]
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    return jnp.matmul(patches(images, *kernel.shape[:2]), matrix, precision=settings["precision"])
+
+
+def patches(images: jax.Array, height: int, width: int) -> jax.Array:
+    """Returns each pixel's surroundings, [n, rows, columns, height·width·channels], with zeros beyond the edges."""
     padded = jnp.pad(images, ((0, 0), (height // 2, height // 2), (width // 2, width // 2), (0, 0)))
     shifted = [
         padded[:, row : row + images.shape[1], column : column + images.shape[2]]
         for row in range(height)
         for column in range(width)
     ]
-    matrix = kernel.reshape(-1, kernel.shape[-1])
-    return jnp.matmul(jnp.concatenate(shifted, axis=-1), matrix, precision=settings["precision"])
+    return jnp.concatenate(shifted, axis=-1)

@@ -1,4 +1,4 @@
-"""Images for the examples: scikit-learn's handwritten digits, or CIFAR-10/100 read from a folder.
+"""Images for the examples: scikit-learn's handwritten digits, CIFAR-10/100 or a folder of pictures such as ImageWoof.
 
 Everything is kept in memory, as float32 of shape [n, height, width, channels] with mean zero and variance one.
 """
@@ -11,11 +11,13 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 from sklearn.datasets import load_digits
 
 SPLIT_SEED = 0
 CIFAR_SHAPE = (3, 32, 32)
 CIFAR_PIXELS = 3 * 32 * 32
+PICTURE_FOLDERS = ("train", "val")  # as ImageWoof has them, with one folder per class in each
 
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images and labels
@@ -39,9 +41,11 @@ class ImageData(NamedTuple):
 
 
 def load(directory: pathlib.Path | None = None, train_size: int | None = None) -> ImageData:
-    """Returns the digits, or the CIFAR data in `directory`; `train_size` limits the images to train on."""
+    """Returns the digits, or the CIFAR data or pictures in `directory`; `train_size` limits the images to train on."""
     if directory is None:
         return load_handwritten_digits(300 if train_size is None else train_size)
+    if all((directory / part).is_dir() for part in PICTURE_FOLDERS):
+        return load_pictures(directory, train_size)
     return load_cifar(directory, train_size)
 
 
@@ -72,11 +76,38 @@ def load_cifar(directory: pathlib.Path, train_size: int | None = None) -> ImageD
     name, classes, (*train_files, test_file), read = complete[0]
     batches = [read(directory / file) for file in train_files]
     images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    return _with_validation(name, classes, (images, labels), read(directory / test_file), train_size)
+
+
+def load_pictures(directory: pathlib.Path, train_size: int | None = None, size: int = 32) -> ImageData:
+    """Returns pictures from train/CLASS/ and val/CLASS/, cut to their middle square and scaled to `size` pixels.
+
+    What is in val/ is the test split; a tenth of train/, drawn once and for all, is the validation split.
+    """
+    classes = sorted(path.name for path in (directory / "train").iterdir() if path.is_dir())
+
+    def read(part: str) -> Arrays:
+        paths = [(path, label) for label, name in enumerate(classes) for path in (directory / part / name).iterdir()]
+        images = np.stack([_middle_square(path, size) for path, _ in sorted(paths)])
+        return images, np.array([label for _, label in sorted(paths)])
+
+    return _with_validation(directory.name, len(classes), *(read(part) for part in PICTURE_FOLDERS), train_size)
+
+
+def _with_validation(name: str, classes: int, training: Arrays, test: Arrays, train_size: int | None) -> ImageData:
+    images, labels = training
     order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
     validation, train = np.split(order, [len(images) // 10])
     train = train[:train_size]
-    parts = [(images[train], labels[train]), (images[validation], labels[validation]), read(directory / test_file)]
-    return _standardized(name, classes, *parts)
+    return _standardized(name, classes, (images[train], labels[train]), (images[validation], labels[validation]), test)
+
+
+def _middle_square(path: pathlib.Path, size: int) -> np.ndarray:
+    with Image.open(path) as picture:
+        side = min(picture.size)
+        left, top = ((length - side) // 2 for length in picture.size)
+        square = picture.convert("RGB").crop((left, top, left + side, top + side))
+        return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _standardized(name: str, classes: int, *parts: Arrays) -> ImageData:

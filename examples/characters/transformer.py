@@ -32,11 +32,11 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """Attention, then two layers with a GELU between them; both normalise their input and add to it."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, expansion: int, *, rngs: nnx.Rngs):
         self.attention_norm, self.mlp_norm = (nnx.LayerNorm(width, rngs=rngs) for _ in range(2))
         self.attention = Attention(width, rngs=rngs)
-        self.up = nnx.Linear(width, 4 * width, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(4 * width, width, use_bias=False, rngs=rngs)
+        self.up = nnx.Linear(width, expansion * width, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(expansion * width, width, use_bias=False, rngs=rngs)
 
     def __call__(self, x: jax.Array, sequence: int) -> jax.Array:
         """Returns the block's output, [n·sequence, width], of an x of that shape."""
@@ -47,12 +47,12 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Learned positions, blocks, a last normalisation, and a matrix of its own for the output."""
 
-    def __init__(self, width: int, layers: int, sequence: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, layers: int, sequence: int, expansion: int = 4, *, rngs: nnx.Rngs):
         if width % HEAD_DIM:
             raise ValueError(f"width must be a multiple of {HEAD_DIM}, got {width}.")
         self.characters = nnx.Embed(VOCABULARY, width, rngs=rngs)
         self.positions = nnx.Embed(sequence, width, rngs=rngs)
-        self.blocks = nnx.List(Block(width, rngs=rngs) for _ in range(layers))
+        self.blocks = nnx.List(Block(width, expansion, rngs=rngs) for _ in range(layers))
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.output = nnx.Linear(width, VOCABULARY, use_bias=False, rngs=rngs)
 

@@ -1,0 +1,189 @@
+"""The optimizers, the ranges they are tuned in, and the values that they have untuned.
+
+Untuned values are the defaults of rootfree_optax or Optax, with zero for what is off by default. A learning rate has
+no default: it is recommended from the results, as the one of five spread over its range that does best overall.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import optax
+from characters.methods import muon
+from jax.typing import ArrayLike
+from methods import COUPLED_DECAY, DAMPING, DECAY, DECOUPLED_DECAY, MOMENTUM, sgd
+from searching import Method, Range, adamw
+
+import rootfree_optax as rf
+from experiments.distributed_shampoo import EVERY, PACKAGE, distributed_shampoo
+
+LEARNING_RATES = 5  # at which untuned settings are tried
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Candidate(Method):
+    """A method with its untuned values, and what is held fixed but given at run time, so that programs are shared."""
+
+    defaults: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def untuned(self) -> dict[str, np.ndarray]:
+        """Returns the defaults at each of a few learning rates, spread evenly over the logarithm of their range."""
+        low, high, _ = self.ranges["learning_rate"]
+        positions = (np.arange(LEARNING_RATES) + 0.5) / LEARNING_RATES
+        rates = {"learning_rate": low * (high / low) ** positions}
+        return rates | {name: np.full(LEARNING_RATES, value) for name, value in self.defaults.items()}
+
+
+def rmsprop(
+    learning_rate: optax.Schedule,
+    batch_size: ArrayLike,
+    decay: ArrayLike,
+    eps: ArrayLike,
+    momentum: ArrayLike,
+    weight_decay: ArrayLike,
+) -> optax.GradientTransformation:
+    """Returns RMSProp with weight decay and heavy-ball momentum where RF-RMSProp has them."""
+    del batch_size
+    return optax.chain(
+        optax.scale_by_rms(decay, eps),
+        optax.add_decayed_weights(weight_decay),
+        optax.trace(momentum),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def rf_rmsprop(
+    learning_rate: optax.Schedule, batch_size: int, counts_terms: ArrayLike, **others: Any
+) -> optax.GradientTransformation:
+    """Returns RF-RMSProp; `counts_terms` of zero leaves the factor B out."""
+    return rf.rf_rmsprop(learning_rate, batch_size=1 + counts_terms * (batch_size - 1.0), **others)
+
+
+RF_RMSPROP = {
+    "learning_rate": Range(1e-3, 1),
+    "decay": DECAY,
+    "damping": DAMPING,
+    "momentum": MOMENTUM,
+    "weight_decay": COUPLED_DECAY,
+}
+KRONECKER = {
+    "learning_rate": Range(1e-4, 1e-1),
+    "preconditioner_lr": Range(1e-2, 5e-1),
+    "damping": DAMPING,
+    "momentum": MOMENTUM,
+    "weight_decay": COUPLED_DECAY,
+}
+EXACT = KRONECKER | {"learning_rate": Range(3e-5, 3e-2), "preconditioner_lr": Range(1e-2, 3e-1)}
+RF_RMSPROP_DEFAULTS = {"decay": 0.99, "damping": 1e-4, "momentum": 0.0, "weight_decay": 0.0}
+KRONECKER_DEFAULTS = {"preconditioner_lr": 0.05, "damping": 1e-4, "momentum": 0.9, "weight_decay": 0.0}
+FROM_ONE_WITH_TERMS = {"counts_terms": 1.0, "initial_scale": 1.0}
+EXACT_EVERY = 5
+exact = functools.partial(
+    rf.sirf_shampoo,
+    update_every=EXACT_EVERY,
+    refresh="exact",
+    initial_scale="first_gradient",
+    riemannian_momentum=None,
+)
+
+METHODS: dict[str, Candidate] = {
+    "sgd": Candidate(
+        "SGD with momentum",
+        sgd,
+        {"learning_rate": Range(3e-3, 3), "momentum": MOMENTUM, "weight_decay": COUPLED_DECAY},
+        {"momentum": 0.0, "weight_decay": 0.0},
+    ),
+    "rmsprop": Candidate(
+        "RMSProp",
+        rmsprop,
+        {
+            "learning_rate": Range(1e-4, 1e-1),
+            "decay": DECAY,
+            "eps": Range(1e-10, 1e-6),
+            "momentum": MOMENTUM,
+            "weight_decay": COUPLED_DECAY,
+        },
+        {"decay": 0.9, "eps": 1e-8, "momentum": 0.0, "weight_decay": 0.0},
+    ),
+    "adamw": Candidate(
+        "AdamW",
+        adamw,
+        {
+            "learning_rate": Range(3e-4, 1e-1),
+            "b1": MOMENTUM,
+            "b2": DECAY,
+            "eps": Range(1e-10, 1e-6),
+            "weight_decay": DECOUPLED_DECAY,
+        },
+        {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 1e-4},
+    ),
+    "muon": Candidate(
+        "Muon",
+        muon,
+        {
+            "learning_rate": Range(2e-3, 2e-1),
+            "beta": MOMENTUM,
+            "adam_ratio": Range(0.05, 1),
+            "weight_decay": DECOUPLED_DECAY,
+        },
+        {"beta": 0.95, "adam_ratio": 1.0, "weight_decay": 0.0},
+    ),
+    "rf_rmsprop": Candidate("RF-RMSProp", rf_rmsprop, RF_RMSPROP, RF_RMSPROP_DEFAULTS, FROM_ONE_WITH_TERMS),
+    "rf_adamw": Candidate(
+        "RF-AdamW",
+        rf.rf_adamw,
+        {
+            "learning_rate": Range(1e-3, 1),
+            "b1": MOMENTUM,
+            "b2": DECAY,
+            "damping": DAMPING,
+            "weight_decay": DECOUPLED_DECAY,
+        },
+        {"b1": 0.9, "b2": 0.999, "damping": 1e-4, "weight_decay": 1e-4},
+    ),
+    "rf_shampoo": Candidate("RF-Shampoo", rf.rf_shampoo, KRONECKER, KRONECKER_DEFAULTS),
+    "sirf_shampoo": Candidate("SIRF-Shampoo", rf.sirf_shampoo, KRONECKER, KRONECKER_DEFAULTS),
+    "sirf_bfloat16": Candidate(
+        "SIRF-Shampoo, bfloat16",
+        functools.partial(rf.sirf_shampoo, preconditioner_dtype="bfloat16"),
+        KRONECKER,
+        KRONECKER_DEFAULTS,
+    ),
+    "sirf_hierarchical": Candidate(
+        "SIRF-Shampoo, hierarchical",
+        functools.partial(rf.sirf_shampoo, layout=rf.Layout(structure="hierarchical4_4")),
+        KRONECKER,
+        KRONECKER_DEFAULTS,
+    ),
+    "sirf_exact": Candidate(f"SIRF-Shampoo, exact, T={EXACT_EVERY}", exact, EXACT, KRONECKER_DEFAULTS),
+    "distributed_shampoo": Candidate(
+        f"Distributed Shampoo (root), T={EVERY}",
+        distributed_shampoo,
+        {
+            "learning_rate": Range(3e-4, 1e-1),
+            "beta1": MOMENTUM,
+            "beta2": DECAY,
+            "matrix_epsilon": Range(1e-8, 5e-4),
+        },
+        {"beta1": 0.9, "beta2": 0.999, "matrix_epsilon": 1e-6},
+    ),
+    "rf_rmsprop_without_terms": Candidate(
+        "RF-RMSProp without B",
+        rf_rmsprop,
+        RF_RMSPROP,
+        RF_RMSPROP_DEFAULTS,
+        FROM_ONE_WITH_TERMS | {"counts_terms": 0.0},
+    ),
+    "rf_rmsprop_from_zero": Candidate(
+        "RF-RMSProp, s from 0",
+        rf_rmsprop,
+        RF_RMSPROP,
+        RF_RMSPROP_DEFAULTS,
+        FROM_ONE_WITH_TERMS | {"initial_scale": 0.0},
+    ),
+}
+ABSENT = () if importlib.util.find_spec(PACKAGE) else ("distributed_shampoo",)

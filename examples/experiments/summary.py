@@ -1,0 +1,222 @@
+"""From the records of the pairs to the numbers of the report."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from experiments.methods import METHODS
+from experiments.tasks import TASKS
+
+Record = Mapping[str, Any]
+Records = Mapping[str, Mapping[str, Record]]  # by task and optimizer
+REFERENCE = "adamw"
+LEAST = 1e-3  # below this, errors count as equal
+ABLATIONS = ("rf_rmsprop_without_terms", "rf_rmsprop_from_zero")
+ROOT_FREE = ("rf_rmsprop", "rf_adamw", "rf_shampoo", "sirf_shampoo", "sirf_exact")
+
+
+def load(directory: pathlib.Path) -> dict[str, dict[str, Record]]:
+    """Returns the records in a folder, in the order of the tables of tasks and methods."""
+    records: dict[str, dict[str, Record]] = {}
+    timed = directory / "times.json"  # measured by turns, by time_experiments.py, where that was run
+    times = json.loads(timed.read_text()) if timed.is_file() else {}
+    for path in directory.glob("*/*.json"):
+        record = json.loads(path.read_text())
+        record["milliseconds_per_step"] = times.get(path.parent.name, {}).get(
+            path.stem, record["milliseconds_per_step"]
+        )
+        records.setdefault(path.parent.name, {})[path.stem] = record
+    place = lambda table, name: list(table).index(name) if name in table else len(table)
+    return {
+        task: dict(sorted(records[task].items(), key=lambda item: place(METHODS, item[0])))
+        for task in sorted(records, key=lambda name: place(TASKS, name))
+    }
+
+
+def label_of(task: str) -> str:
+    """Returns a task's name as it is shown."""
+    return TASKS[task].label if task in TASKS else task
+
+
+def statistics(values: Any) -> dict[str, float | int]:
+    """Returns mean, standard deviation and standard error of the finite values, and how many others there are."""
+    values = np.array(values, float)
+    finite = values[np.isfinite(values)]
+    deviation = finite.std(ddof=1) if finite.size > 1 else 0.0
+    return {
+        "mean": float(finite.mean()) if finite.size else float("inf"),
+        "std": float(deviation),
+        "standard_error": float(deviation / np.sqrt(max(finite.size, 1))),
+        "diverged": int(values.size - finite.size),
+    }
+
+
+def curve(record: Record) -> np.ndarray:
+    """Returns the losses [seeds, points] that speed is judged by: on fresh characters validation's, else training's."""
+    return np.array(record["tested"]["validation_loss" if record["reported"] == "loss" else "train_loss"], float)
+
+
+def steps_to(record: Record, target: float) -> int | None:
+    """Returns after which tenth of the steps the seeds' mean loss is at most the target; None if it never is."""
+    curves = curve(record)
+    reached = np.flatnonzero(curves.mean(axis=0) <= target)  # NaN compares false: all seeds have to be alive
+    return int(reached[0] + 1) * record["steps"] // curves.shape[1] if reached.size else None
+
+
+def validated(outcome: Mapping[str, Any], reported: str) -> float:
+    """Returns the mean over seeds of what the task reports, at the end, on validation data; infinite if one died."""
+    final = np.array(outcome[f"validation_{reported}"], float)[:, -1]
+    return float(final.mean()) if np.isfinite(final).all() else float("inf")
+
+
+def spread(record: Record) -> dict[str, float]:
+    """Returns the best, the first quartile and the median of the trials; diverged ones are the worst."""
+    values = np.array([trial[f"validation_{record['reported']}"] for trial in record["trials"]], float)
+    values = np.where(np.isnan(values), np.inf, values)
+    return dict(zip(("best", "quartile", "median"), np.quantile(values, (0, 0.25, 0.5), method="lower"), strict=True))
+
+
+def recommended(records: Records, name: str) -> int:
+    """Returns which of the learning rates is best for the untuned method: by mean log ratio to tuned, on validation."""
+    ratios = [
+        [
+            np.log(
+                max(validated(row, record["reported"]), LEAST)
+                / max(validated(record["tested"], record["reported"]), LEAST)
+            )
+            for row in record["defaults"]
+        ]
+        for record in (records[task][name] for task in records if name in records[task])
+    ]
+    return int(np.mean(ratios, axis=0).argmin())
+
+
+def regrets(records: Records, name: str) -> dict[str, Any]:
+    """Returns by how much untuned settings at the recommended learning rate exceed tuned ones on test data."""
+    index, by_task, rate = recommended(records, name), {}, 0.0
+    for task, methods in records.items():
+        if name in methods:
+            record, key = methods[name], f"test_{methods[name]['reported']}"
+            rate = record["defaults"][index]["learning_rate"]
+            untuned, tuned = statistics(record["defaults"][index][key]), statistics(record["tested"][key])
+            excess = untuned["mean"] / tuned["mean"] - 1
+            by_task[task] = {"untuned": untuned["mean"], "regret": excess, "diverged": untuned["diverged"]}
+    return {"learning_rate": rate, "tasks": by_task}
+
+
+def one_setting(records: Records, name: str) -> dict[str, Any]:
+    """Returns the trial that is best for all tasks, and by how much it exceeds each task's own best trial.
+
+    Every task was searched with the same draws. Both are on validation data, from one seed: as the best of many trials
+    owes something to luck, the excess is rather too large.
+    """
+    rows = {task: methods[name] for task, methods in records.items() if name in methods}
+    ratios = {}
+    for task, record in rows.items():
+        values = [trial[f"validation_{record['reported']}"] for trial in record["trials"]]
+        numbers = np.array([np.inf if value is None else max(value, LEAST) for value in values])
+        ratios[task] = numbers / numbers.min()
+    index = int(np.mean([np.log(ratio) for ratio in ratios.values()], axis=0).argmin())
+    trial = next(iter(rows.values()))["trials"][index]
+    settings = {key: trial[key] for key in next(iter(rows.values()))["chosen"]}
+    return {"settings": settings, "tasks": {task: float(ratio[index] - 1) for task, ratio in ratios.items()}}
+
+
+def explained(record: Record, key: str, bins: int = 4) -> float:
+    """Returns the share of the variance among the trials' ranks that lies between the quarters of a hyperparameter."""
+    trials = record["trials"]
+    values = [trial[f"validation_{record['reported']}"] for trial in trials]
+    ranks = np.argsort(np.argsort([np.inf if value is None else value for value in values])).astype(float)
+    quarters = np.array_split(ranks[np.argsort([trial[key] for trial in trials])], bins)
+    between = sum(len(quarter) * (quarter.mean() - ranks.mean()) ** 2 for quarter in quarters)
+    return float(between / (len(ranks) * ranks.var()))
+
+
+def knobs(records: Records, name: str) -> dict[str, float]:
+    """Returns, for each hyperparameter, `explained` averaged over the tasks; three 63rds would be chance."""
+    rows = [methods[name] for methods in records.values() if name in methods]
+    return {key: float(np.mean([explained(record, key) for record in rows])) for key in rows[0]["chosen"]}
+
+
+def summarize(records: Records) -> dict[str, Any]:
+    """Returns the numbers of the report."""
+    tasks = {}
+    for task, methods in records.items():
+        target = curve(methods[REFERENCE])[:, -1].mean() if REFERENCE in methods else -np.inf
+        tasks[task] = {}
+        for name, record in methods.items():
+            steps = steps_to(record, target)
+            tasks[task][name] = {
+                "test": statistics(record["tested"][f"test_{record['reported']}"]),
+                "validation_loss": statistics(np.array(record["tested"]["validation_loss"], float)[:, -1]),
+                "steps_to_reference_loss": steps,
+                "seconds_to_reference_loss": steps and 1e-3 * steps * record["milliseconds_per_step"],
+                "milliseconds_per_step": record["milliseconds_per_step"],
+                "trials": spread(record) | {"non_finite": record["non_finite"], "count": len(record["trials"])},
+                "trials_per_minute": record["trials_per_minute"],
+                "seconds": record["seconds"],
+            }
+    names = [name for name in METHODS if any(name in methods for methods in records.values())]
+    defaults = {name: regrets(records, name) for name in names if name not in ABLATIONS}
+    return {
+        "tasks": tasks,
+        "defaults": defaults,
+        "one_setting": {name: one_setting(records, name) for name in names if name not in ABLATIONS},
+        "knobs": {name: knobs(records, name) for name in names if name not in ABLATIONS},
+        "goals": goals(tasks) + default_goals(defaults),
+    }
+
+
+def goals(tasks: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns each aim that can be judged: what was measured, its bound, and whether it is met."""
+    rows = []
+    for task, methods in tasks.items():
+        test = {name: row["test"] for name, row in methods.items()}
+        error = lambda first, second, test=test: float(
+            np.hypot(test[first]["standard_error"], test[second]["standard_error"])
+        )
+        if task.endswith(("vgg", "resnet")) and {"rf_rmsprop", "adamw", "sgd"} <= test.keys():
+            value = test["rf_rmsprop"]["mean"]
+            rows.append(goal(task, "RF-RMSProp's error ≤ AdamW's", value, test["adamw"]["mean"]))
+            bound = test["sgd"]["mean"] + error("rf_rmsprop", "sgd")
+            rows.append(goal(task, "RF-RMSProp's error ≤ SGD's + one standard error", value, bound))
+        if task.endswith(("vit", "transformer")) and {"rf_rmsprop", "adamw"} <= test.keys():
+            value, reference = (methods[name]["validation_loss"]["mean"] for name in ("rf_rmsprop", "adamw"))
+            rows.append(goal(task, "RF-RMSProp's validation loss ≤ 1.02 AdamW's", value, 1.02 * reference))
+        if {"sirf_bfloat16", "sirf_shampoo"} <= test.keys():
+            difference = test["sirf_bfloat16"]["mean"] - test["sirf_shampoo"]["mean"]
+            allowed = error("sirf_bfloat16", "sirf_shampoo")
+            rows.append(goal(task, "SIRF bfloat16 − float32 ≤ one standard error", difference, allowed))
+        if task == "characters_transformer" and "adamw" in test:
+            rows += [
+                goal(task, f"{METHODS[name].label}: loss ≤ AdamW's", test[name]["mean"], test["adamw"]["mean"])
+                for name in ROOT_FREE
+                if name in test
+            ]
+        if task == "characters_transformer" and {"sirf_shampoo", "sirf_exact", "muon"} <= test.keys():
+            for name in ("sirf_shampoo", "sirf_exact"):
+                steps = methods[name]["steps_to_reference_loss"]
+                label = METHODS[name].label
+                half = TASKS[task].steps / 2
+                rows.append(goal(task, f"{label}: half of AdamW's steps", np.inf if steps is None else steps, half))
+                losses = (test[which]["mean"] for which in (name, "muon"))
+                rows.append(goal(task, f"{label}: loss ≤ Muon's", *losses))
+    return rows
+
+
+def default_goals(defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns whether each root-free method's defaults stay within a twentieth of the tuned optimum, task by task."""
+    return [
+        goal(task, f"{METHODS[name].label}: regret of the defaults ≤ 0.05", row["regret"], 0.05)
+        for name in ROOT_FREE
+        if name in defaults
+        for task, row in defaults[name]["tasks"].items()
+    ]
+
+
+def goal(task: str, what: str, value: float, bound: float) -> dict[str, Any]:
+    """Returns a row of the goals."""
+    return {"task": task, "what": what, "value": float(value), "bound": float(bound), "met": bool(value <= bound)}
