@@ -33,8 +33,9 @@ PODS = {
 TITLE = "{program} of the {tree} decoder, {parameters:.2f} billion float32 parameters, on {topology} as {mesh}"
 CAPTION = (
     "Per chip. state: of the optimizer; /plan: the factors' over the plan's bytes / chips. arguments: parameters, "
-    "state and what else is given. temporary: what is needed besides. GFLOP: of the products, "
-    "in loops as often as these run. busiest: the most factor work of a chip over the mean. collectives: ag all-gather, ar all-reduce, a2a all-to-all, cp permute, "
+    "state and what else is given. temporary: what is needed besides. GFLOP: of the products, in loops as often as "
+    "these run. busiest: the most factor work of a chip over the mean. collectives: ag all-gather, ar all-reduce, a2a "
+    "all-to-all, cp permute, "
     "rs reduce-scatter; sent: bytes of their results, over the chip's float32 gradient; in refresh: of those within "
     "the branch that refreshes."
 )

@@ -66,10 +66,10 @@ def measure(
     sirf = methods.sirf_methods(block_size)
     chosen = {name: sirf[name].make() for name in ("sirf *", "sirf *, staggered")}
     chosen = {"adamw": optax.adamw(1e-3), **chosen}
-    whole = lambda params: jax.grad(_loss)(params, batch)
     gradients = gradient(params, batch)
-    steps = {f"{name}: step": _training_step(tx, params, whole) for name, tx in chosen.items()}
-    steps |= {f"{name}: update": _training_step(tx, params, lambda _: gradients) for name, tx in chosen.items()}
+    steps = {f"{name}: step": _training_step(tx, params, jax.grad(_loss), batch) for name, tx in chosen.items()}
+    given = lambda params, gradients: gradients
+    steps |= {f"{name}: update": _training_step(tx, params, given, gradients) for name, tx in chosen.items()}
     steps["gradient"] = _timed(lambda _: gradient(params, batch), None)
     times = turns.take_turns(steps, periods, methods.PERIOD, watch)
     seconds = {name: turns.summary(of_method)["mean_seconds"] for name, of_method in times.items()}
@@ -86,14 +86,16 @@ def measure(
     ]
 
 
-def _training_step(tx: optax.GradientTransformation, params: Any, gradient: Callable[[Any], Any]) -> turns.Step:
+def _training_step(
+    tx: optax.GradientTransformation, params: Any, gradient: Callable[[Any, Any], Any], given: Any
+) -> turns.Step:
     @functools.partial(jax.jit, donate_argnums=0)
-    def train(carry: tuple[Any, Any]) -> tuple[Any, Any]:
+    def train(carry: tuple[Any, Any], given: Any) -> tuple[Any, Any]:
         params, state = carry
-        updates, state = tx.update(gradient(params), state, params)
+        updates, state = tx.update(gradient(params, given), state, params)
         return optax.apply_updates(params, updates), state
 
-    return _timed(train, jax.tree.map(jnp.copy, (params, tx.init(params))))
+    return _timed(lambda carry: train(carry, given), jax.tree.map(jnp.copy, (params, tx.init(params))))
 
 
 def _timed(function: Any, carry: Any) -> turns.Step:
