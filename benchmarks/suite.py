@@ -53,7 +53,11 @@ def run_tree(options: argparse.Namespace, tree: str, watch: Any) -> None:
         official_python=options.official_python,
         watch=watch,
     )
-    _show_and_write(options, f"suite_{tree}", suite, settings, records)
+    description = _write(options, f"suite_{tree}", settings, records)
+    caption = suite.CAPTION.format(**settings) + "\n" + machine.summary(description)
+    report.show(Console(), suite.TITLE.format(**settings), caption, suite.TIME_COLUMNS, records)
+    title = suite.PROGRAM_TITLE.format(**settings)
+    report.show(Console(), title, suite.PROGRAM_CAPTION, suite.PROGRAM_COLUMNS, records)
     figure.draw(options.output / f"suite_{tree}.png", suite.TITLE.format(**settings), records)
     for record in records:
         if "problem" in record:
@@ -67,16 +71,17 @@ def run_share(options: argparse.Namespace, watch: Any) -> None:
         records = share.measure(
             layers, width, tokens, block_size=options.block_size, periods=options.periods, watch=watch
         )
-        _show_and_write(options, f"share_{layers}x{width}", share, settings, records)
+        caption = share.CAPTION + "\n" + machine.summary(_write(options, f"share_{layers}x{width}", settings, records))
+        report.show(Console(), share.TITLE.format(**settings), caption, share.COLUMNS, records)
 
 
-def _show_and_write(
-    options: argparse.Namespace, name: str, section: Any, settings: dict[str, Any], records: Sequence[dict[str, Any]]
-) -> None:
+def _write(
+    options: argparse.Namespace, name: str, settings: dict[str, Any], records: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Writes the JSON and returns the machine's description."""
     description = machine.describe()
     report.write_json(options.output / f"{name}.json", machine=description, settings=settings, records=records)
-    caption = section.CAPTION.format(**settings) + "\n" + machine.summary(description)
-    report.show(Console(), section.TITLE.format(**settings), caption, section.COLUMNS, records)
+    return description
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

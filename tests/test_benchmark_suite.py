@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 import jax
+import optax
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
@@ -18,8 +19,10 @@ import rootfree_optax as rf
 def test_the_suite_compares_methods_and_names_what_is_absent(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(suite.TREES, "gpt4", lambda: trees.gpt(1, 16, 32, 16))
     monkeypatch.setitem(peers.PEERS, "gone", lambda: __import__("a_package_that_is_not_there"))
-    monkeypatch.setenv("COLUMNS", "120")
-    chosen = ["adamw", "sirf *", "sirf *, staggered", "gone", "official"]
+    longest = max(peers.PEERS, key=len)
+    monkeypatch.setitem(peers.PEERS, longest, lambda: optax.sgd(1e-3))
+    monkeypatch.setenv("COLUMNS", "80")
+    chosen = ["adamw", "sirf *", "sirf *, staggered", "gone", longest, "official"]
     with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it
         suite.main(["--trees", "gpt4", "--methods", *chosen, "--periods", "1", "--output", str(tmp_path)])
     records = {r["method"]: r for r in json.loads((tmp_path / "suite_gpt4.json").read_text())["records"]}
@@ -32,6 +35,7 @@ def test_the_suite_compares_methods_and_names_what_is_absent(tmp_path, monkeypat
     assert (tmp_path / "suite_gpt4.png").exists()
     printed = capsys.readouterr().out
     assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= 80
     assert "gone: absent" in printed
 
 

@@ -23,13 +23,18 @@ CAPTION = (
     "/floor: step with and without refresh over the least time that the products, at the measured rate of such "
     "products, or the bytes, at that of a copy, take. The methods take turns, step by step."
 )
-COLUMNS = (
+TIME_COLUMNS = (
     report.Column("method", "method"),
     report.Column("mean_seconds", "mean\nms", ".1f", 1e3),
     report.Column("max_seconds", "max\nms", ".1f", 1e3),
     report.Column("mean_over_adamw", "mean\n/adamw", ".1f"),
     report.Column("refresh_over_floor", "refresh\n/floor", ".2f"),
     report.Column("plain_over_floor", "plain\n/floor", ".2f"),
+)
+PROGRAM_TITLE = "{tree}: what compiling takes, and memory"
+PROGRAM_CAPTION = "lines: of StableHLO. temp.: what a step needs besides parameters, gradients and state."
+PROGRAM_COLUMNS = (
+    report.Column("method", "method"),
     report.Column("compile_seconds", "compile\ns", ".1f"),
     report.Column("stablehlo_lines", "lines", ".0f"),
     report.Column("temporary_bytes", "temp.\nMB", ".0f", 1e-6),
