@@ -21,7 +21,7 @@ WORKER = """
 import json, sys
 request = json.loads(sys.stdin.readline())
 assert request["shapes"][0] and request["settings"]["T"] == 10 and request["threads"] > 0
-print(json.dumps({"versions": {"torch": "0"}, "state_bytes": 0}), flush=True)
+print(json.dumps({"versions": {"torch": "0"}, "device": "cpu", "state_bytes": 0}), flush=True)
 for index, _ in enumerate(sys.stdin):
     seconds = 1.0 if index % 10 else 2.0
     print(json.dumps({"seconds": seconds, "process_seconds": 2 * seconds}), flush=True)

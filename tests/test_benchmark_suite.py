@@ -12,6 +12,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 import suite
 import trees
 from harness import peers, roofline, turns
+from sections import speed
 
 import rootfree_optax as rf
 
@@ -37,6 +38,20 @@ def test_the_suite_compares_methods_and_names_what_is_absent(tmp_path, monkeypat
     assert "…" not in printed
     assert max(map(len, printed.splitlines())) <= 80
     assert "gone: absent" in printed
+
+
+def test_the_official_optimizer_runs_where_jax_does_and_as_precisely(monkeypatch):
+    shapes = {"a": (2, 3)}
+    assert speed.official_request(shapes)["device"] == "cpu"
+    assert speed.official_request(shapes)["float32_products"] == "highest"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert speed.official_request(shapes)["device"] == "cuda"
+    assert speed.official_request(shapes)["float32_products"] == "high"
+    with jax.default_matmul_precision("highest"):
+        assert speed.official_request(shapes)["float32_products"] == "highest"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(ValueError, match="cpu and gpu, got 'tpu'"):
+        speed.official_request(shapes)
 
 
 def test_the_floor_counts_the_products_that_are_made():

@@ -1,9 +1,10 @@
 """The official PyTorch SIRFShampoo as a separate program that times its own steps on request.
 
 It runs in an environment of its own, which has PyTorch and sirfshampoo and need not have JAX, and speaks JSON, one
-object per line. It first reads {"shapes": [...], "settings": {...}, "threads": n} and answers {"versions": {...},
-"state_bytes": n}. To every further line it makes a step and answers {"seconds": t, "process_seconds": t}: what it took
-by the clock, and of CPU time.
+object per line. It first reads {"shapes": [...], "settings": {...}, "threads": n, "device": "cpu" or "cuda",
+"float32_products": "highest" or "high"} and answers {"versions": {...}, "device": name, "state_bytes": n}. "high" lets
+a GPU round the factors of float32 products to TF32. To every further line it makes a step, waits until the device is
+done, and answers {"seconds": t, "process_seconds": t}: what it took by the clock, and of CPU time.
 """
 
 import importlib.metadata
@@ -44,13 +45,20 @@ def main() -> None:
     request = json.loads(sys.stdin.readline())
     torch.manual_seed(0)
     torch.set_num_threads(request["threads"])
+    torch.set_float32_matmul_precision(request["float32_products"])
+    torch.set_default_device(request["device"])
+    is_gpu = request["device"] == "cuda"
+    wait = torch.cuda.synchronize if is_gpu else lambda: None
     optimizer = SIRFShampoo(Parameters(request["shapes"]), **request["settings"])
     packages = ("torch", "sirfshampoo", "singd")
     versions = {package: importlib.metadata.version(package) for package in packages}
-    _answer({"versions": versions, "state_bytes": _state_bytes(optimizer, request["shapes"])})
+    device = torch.cuda.get_device_name() if is_gpu else "cpu"
+    _answer({"versions": versions, "device": device, "state_bytes": _state_bytes(optimizer, request["shapes"])})
     for _ in sys.stdin:
+        wait()
         start, process_start = time.perf_counter(), time.process_time()
         optimizer.step()
+        wait()
         process_seconds, seconds = time.process_time() - process_start, time.perf_counter() - start
         _answer({"seconds": seconds, "process_seconds": process_seconds})
 

@@ -66,6 +66,26 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def official_request(shapes: trees.Shapes) -> dict[str, Any]:
+    """Returns what the official optimizer is asked: these shapes, on JAX's own kind of device, as precise in float32.
+
+    Raises:
+      ValueError: on an accelerator that PyTorch is not timed on.
+    """
+    backend = jax.default_backend()
+    devices = {"cpu": "cpu", "gpu": "cuda"}
+    if backend not in devices:
+        raise ValueError(f"the official optimizer runs on cpu and gpu, got {backend!r}. Leave out --official-python.")
+    exact = jax.config.jax_default_matmul_precision in ("highest", "float32")
+    return {
+        "shapes": trees.shapes_of(shapes),
+        "settings": OFFICIAL_SETTINGS,
+        "threads": threads(),
+        "device": devices[backend],
+        "float32_products": "highest" if exact or backend == "cpu" else "high",
+    }
+
+
 def measure(
     shapes: trees.Shapes, periods: int, official_python: str | None, *, watch: Any = iter
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -82,8 +102,7 @@ def measure(
         steps: dict[str, turns.Step] = {}
         if official_python is not None:
             worker = stack.enter_context(official.worker(official_python, WORKER))
-            request = {"shapes": trees.shapes_of(shapes), "settings": OFFICIAL_SETTINGS, "threads": threads()}
-            versions = worker.ask(request)["versions"]
+            versions = worker.ask(official_request(shapes))["versions"]
             steps[OFFICIAL] = functools.partial(_official_step, worker)
         steps |= {name: _jax_step(tx, shapes) for name, tx in (_ours() | OTHERS).items()}
         times = turns.take_turns(steps, periods, PERIOD, watch)

@@ -120,14 +120,15 @@ def _official(
     if python is None:
         return None, {"problem": "absent: no --official-python"}
     worker = stack.enter_context(official.worker(python, speed.WORKER))
-    request = {"shapes": trees.shapes_of(shapes), "settings": speed.OFFICIAL_SETTINGS, "threads": speed.threads()}
-    answer = worker.ask(request)
+    answer, problem = peers.first_error(lambda: worker.ask(speed.official_request(shapes)))
+    if answer is None:
+        return None, {"problem": problem}
 
     def step() -> tuple[float, float]:
         times = worker.ask({})
         return times["seconds"], times["process_seconds"]
 
-    return step, {"state_bytes": answer["state_bytes"], "versions": answer["versions"]}
+    return step, {key: answer[key] for key in ("state_bytes", "versions", "device")}
 
 
 def _add_floor(record: dict[str, Any], method: methods.Method, shapes: trees.Shapes) -> None:
