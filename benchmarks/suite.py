@@ -8,6 +8,10 @@ The peers are installed as `harness/peers.py` says, PyTorch's official optimizer
 `kronecker.py` says. One that is absent or broken is in the table, with the reason. On two processor cores gpt48 takes
 psgd and SOAP minutes to compile, so name them only with that time at hand. On a GPU the same commands run there; set
 `JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32` or `highest` to say how float32 is multiplied, which the JSON records.
+
+The JSON is written after every method that is compiled, so that what a run has found outlives it. jaxlib 0.10.2 lets
+the Cholesky factorizations of rf_shampoo wait for each other for ever on two processor cores; with
+`XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false` they don't.
 """
 
 import argparse
@@ -52,6 +56,7 @@ def run_tree(options: argparse.Namespace, tree: str, watch: Any) -> None:
         periods=options.periods,
         official_python=options.official_python,
         watch=watch,
+        prepared=functools.partial(_write, options, f"suite_{tree}", settings),
     )
     description = _write(options, f"suite_{tree}", settings, records)
     caption = suite.CAPTION.format(**settings) + "\n" + machine.summary(description)

@@ -66,6 +66,19 @@ def test_the_floor_counts_the_products_that_are_made():
     assert moved == pytest.approx(10**12 / roofline.copy_rate())
 
 
+def test_what_is_compiled_is_written_before_it_is_timed(tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(suite.TREES, "gpt4", lambda: {"a": (2, 3)})
+    monkeypatch.setattr(turns, "take_turns", interrupted)
+    with jax.numpy_dtype_promotion("standard"), pytest.raises(KeyboardInterrupt):
+        suite.main(["--trees", "gpt4", "--methods", "adamw", "--output", str(tmp_path)])
+    [record] = json.loads((tmp_path / "suite_gpt4.json").read_text())["records"]
+    assert record["stablehlo_lines"] > 0
+    assert "mean_seconds" not in record
+
+
 def test_periods_are_told_apart():
     seconds = iter([9.0] * 3 + [5.0, 1.0, 1.0] + [5.0, 1.0, 3.0])
     [times] = turns.take_turns({"one": lambda: (next(seconds), 0.0)}, periods=2, period=3).values()

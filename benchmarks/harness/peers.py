@@ -1,6 +1,6 @@
 """Optimizers of other packages, as Optax transformations, each refreshing its preconditioner every tenth step.
 
-    pip install psgd-jax precondition-opt
+    pip install -e .[peers]
     pip install git+https://github.com/haydn-jones/SOAP_JAX
 
 psgd-jax imports modules of Optax that newer releases have moved or dropped (`optax._src.clipping`,

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 import time
 from collections.abc import Callable, Collection
 from typing import Any
@@ -55,6 +56,7 @@ def measure(
     periods: int,
     official_python: str | None,
     watch: Any = iter,
+    prepared: Callable[[list[dict[str, Any]]], Any] = lambda records: None,
 ) -> list[dict[str, Any]]:
     """Returns one record per chosen method; one that cannot run has a "problem" in place of figures.
 
@@ -65,6 +67,7 @@ def measure(
       periods: how many periods of 10 steps are timed, after one that is not.
       official_python: the interpreter that has the official package.
       watch: wraps the iterable of steps, for a progress bar.
+      prepared: takes the records so far, once for every method that is compiled and not yet timed.
     """
     sirf, others = methods.sirf_methods(block_size), methods.other_methods(block_size)
     records: dict[str, dict[str, Any]] = {}
@@ -76,6 +79,7 @@ def measure(
             else:
                 make = sirf[name].make if name in sirf else functools.partial(others.get, name)
                 steps[name], records[name] = _prepare(name, make if name not in peers.PEERS else None, shapes)
+            prepared(_named(records))
         steps = {name: step for name, step in steps.items() if step is not None}
         times = turns.take_turns(steps, periods, methods.PERIOD, watch)
     for name, seconds in times.items():
@@ -83,6 +87,10 @@ def measure(
         if name in sirf:
             _add_floor(records[name], sirf[name], shapes)
     _compare(records)
+    return _named(records)
+
+
+def _named(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"method": name, **record} for name, record in records.items()]
 
 
@@ -92,7 +100,8 @@ def _prepare(
     tx, problem = (make(), "") if make else peers.load(name)
     if tx is None:
         return None, {"problem": problem}
-    prepared, problem = peers.first_error(functools.partial(_compiled_step, tx, shapes))
+    with contextlib.redirect_stdout(sys.stderr):  # psgd's Kron prints its size, which is no part of the tables
+        prepared, problem = peers.first_error(functools.partial(_compiled_step, tx, shapes))
     return prepared or (None, {"problem": problem})
 
 
