@@ -83,7 +83,7 @@ def run_blocks(options: argparse.Namespace) -> None:
             {
                 "method": f"scale_by_sirf, {name}",
                 **record,
-                "flops_ratio": record["flops"] / record["plan_flops"],
+                "flops_ratio": record["product_flops"] / record["plan_flops"],
                 "temporary_ratio": record["temporary_bytes"] / (2 * shard),
             }
         )

@@ -33,6 +33,27 @@ def gpt(layers: int, width: int = 256, vocabulary: int = 2048, context: int = 25
     return {**ends, **{f"layer_{index}": layer for index in range(layers)}}
 
 
+def vit(layers: int, width: int = 192, patch: int = 16, patches: int = 196, classes: int = 1000) -> Shapes:
+    """Returns a vision transformer's shapes: those of `gpt`, with patches in place of a vocabulary, and a head.
+
+    Args:
+      layers: its depth.
+      width: the model's width.
+      patch: the side of a patch, in pixels of three colours.
+      patches: how many an image has.
+      classes: outputs of the head.
+    """
+    shapes = gpt(layers, width, context=patches + 1)
+    del shapes["embedding"]
+    embedding = {"kernel": (patch, patch, 3, width), "bias": (width,)}
+    return {
+        **shapes,
+        "patches": embedding,
+        "class_token": (width,),
+        "head": {"kernel": (width, classes), "bias": (classes,)},
+    }
+
+
 _BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 

@@ -24,6 +24,7 @@ def sirf_shampoo(
     mask: MaskOrFn = None,
     batch_size: ArrayLike | None = None,
     update_every: UpdateEvery = 1,
+    staggered: bool = False,
     layout: Layout = Layout(),  # noqa: B008  # a frozen value
     preconditioner_dtype: DTypeRule = None,
     refresh: Refresh = "published",
@@ -50,6 +51,7 @@ def sirf_shampoo(
       mask: which parameters decay, see `optax.add_decayed_weights`.
       batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
       update_every: T ≥ 1: the factors are refreshed at every T-th update; or a callable, see `scale_by_sirf_shampoo`.
+      staggered: whether every update refreshes a T-th of the blocks, in turn, so that none takes long.
       layout: how parameters become blocks, and the structure of their factors.
       preconditioner_dtype: floating-point dtype of the factors, see `scale_by_sirf_shampoo`.
       refresh: "published", or "exact" (with `riemannian_momentum=None`), see `scale_by_sirf_shampoo`.
@@ -90,6 +92,7 @@ def sirf_shampoo(
             riemannian_momentum,
             batch_size=batch_size,
             update_every=update_every,
+            staggered=staggered,
             layout=layout,
             preconditioner_dtype=preconditioner_dtype,
             refresh=refresh,

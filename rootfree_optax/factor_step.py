@@ -13,8 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax.precision import accumulation_dtype, round_dithered, upcast
+from rootfree_optax.precision import accumulation_dtype, has_narrower_range, round_dithered, upcast
 from rootfree_optax.structures.base import Parts, Structure
+
+# Norms are those of entries in this unit: the square of one as large as 1e31 does not overflow, and what underflows is
+# nothing beside the one that matters, a norm above 1.
+_NORM_UNIT = 2.0**40
 
 
 def times_scalar(parts: Parts, factor: ArrayLike) -> Parts:
@@ -40,7 +44,8 @@ def factor_steps(
 
         stepₙ = Π̂( X₍ₙ₎X₍ₙ₎ᵀ + λ·Π_{j≠n} Tr(KⱼᵀKⱼ)·KₙᵀKₙ ) / (2 Π_{j≠n} dⱼ) − I/2,   X = √B·G ×₁ K₁ᵀ … ×_N K_Nᵀ
 
-    Each K enters divided by √d, so that neither X nor KᵀK leaves half precision's range on long axes.
+    A K of a dtype with a narrow range (float16) enters divided by √d, so that neither X nor KᵀK leaves that range on
+    long axes. Elsewhere the division would be one more pass over the factor, and a rounding of it.
 
     Args:
       gradient: G, [d₁, …, d_N], or [samples, d₁, …, d_N] for a mean over samples of X₍ₙ₎X₍ₙ₎ᵀ.
@@ -56,22 +61,30 @@ def factor_steps(
     dims = [structure.dim for structure in structures]
     first_axis = gradient.ndim - len(dims)
     samples = math.prod(gradient.shape[:first_axis])
-    scaled = [times_scalar(parts, 1 / math.sqrt(dim)) for parts, dim in zip(factors, dims, strict=True)]
+    is_narrow = [has_narrower_range(parts[0].dtype, accumulation_dtype(parts[0].dtype)) for parts in factors]
+    scaled = [
+        times_scalar(parts, 1 / math.sqrt(dim)) if narrow else parts
+        for parts, dim, narrow in zip(factors, dims, is_narrow, strict=True)
+    ]
+    still_to_divide = [1 if narrow else dim for dim, narrow in zip(dims, is_narrow, strict=True)]  # squares of K by
     x = upcast(gradient)
     x = x * jnp.sqrt(jnp.asarray(batch_size, x.dtype) / samples)
     for axis, (structure, parts) in enumerate(zip(structures, scaled, strict=True), start=first_axis):
         x = structure.apply_transposed(parts, x, axis, precision=precision)
-    mean_traces = [s.squared_norm(parts) / s.dim for s, parts in zip(structures, scaled, strict=True)]
+    mean_traces = [
+        s.squared_norm(parts) / divisor for s, parts, divisor in zip(structures, scaled, still_to_divide, strict=True)
+    ]
     steps = []
     for n, (structure, parts) in enumerate(zip(structures, scaled, strict=True)):
         dtype = accumulation_dtype(parts[0].dtype)
         outer = structure.project_outer(x.astype(parts[0].dtype), first_axis + n, precision=precision)
         inner = structure.project_inner(parts, precision=precision)
         other_traces = math.prod((t for j, t in enumerate(mean_traces) if j != n), start=jnp.ones((), dtype))
-        inner_weight = 0.5 * jnp.asarray(damping, dtype) * other_traces.astype(dtype) * float(math.prod(dims))
+        outer_weight = 0.5 * dims[n] / math.prod(still_to_divide)
+        inner_weight = 0.5 * jnp.asarray(damping, dtype) * other_traces.astype(dtype) * (dims[n] / still_to_divide[n])
         steps.append(
             tuple(
-                0.5 * dims[n] * o + inner_weight * i - 0.5 * identity
+                outer_weight * o + inner_weight * i - 0.5 * identity
                 for o, i, identity in zip(outer, inner, structure.identity(dtype), strict=True)
             )
         )
@@ -97,17 +110,14 @@ def published_factor(
       count: the step's number, for the dithered rounding of a half-precision factor.
       precision: of the product.
     """
-    # ‖m‖ from the entries divided by the largest, because their squares may overflow where they do not.
-    largest = jnp.maximum(1, max_abs(step))
-    unit = times_scalar(step, 1 / largest)
-    clipped = times_scalar(unit, 1 / jnp.maximum(1 / largest, jnp.sqrt(structure.squared_norm(unit))))
-    rounded = jax.tree.map(lambda m, k: m.astype(k.dtype), clipped, factor)
+    norm = jnp.sqrt(structure.squared_norm(times_scalar(step, 1 / _NORM_UNIT))) * _NORM_UNIT
+    clip = 1 / jnp.maximum(1, norm)
+    if has_narrower_range(factor[0].dtype, step[0].dtype):
+        step, clip = times_scalar(step, clip), jnp.ones_like(clip)
+    rounded = jax.tree.map(lambda m, k: m.astype(k.dtype), step, factor)
     change = structure.matmul(factor, rounded, precision=precision)
-    return jax.tree.map(
-        lambda k, c: round_dithered(upcast(k) - jnp.asarray(preconditioner_lr, c.dtype) * c, k.dtype, count),
-        factor,
-        change,
-    )
+    rate = jnp.asarray(preconditioner_lr, clip.dtype) * clip
+    return jax.tree.map(lambda k, c: round_dithered(upcast(k) - rate * c, k.dtype, count), factor, change)
 
 
 def exact_factor(
@@ -121,10 +131,13 @@ def exact_factor(
 ) -> Parts:
     """Returns K ← K (I + 2β₂·step)^(−1/2), with which S = (K Kᵀ)⁻¹ becomes (1 − β₂)·S + β₂·H.
 
+    Where that is not in the structure, the root is what comes nearest to it, see `Structure.times_inverse_root`: of the
+    whole M = I + 2β₂·step, not of its projection, K C has the least Tr(CᵀMC) − 2 log|det C|.
+
     The step is at least −I/2, whatever the gradient, so that the root is one of a matrix that is at least 1 − β₂.
 
     Args:
-      structure: the factor's structure, one that is closed under transposition.
+      structure: the factor's structure, one that has an inverse root.
       factor: the parts of K.
       step: the parts of the step, in the accumulation dtype.
       preconditioner_lr: β₂, in [0, 1).

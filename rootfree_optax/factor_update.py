@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rootfree_optax.factor_step import factor_steps, max_abs, published_factor, times_scalar
-from rootfree_optax.precision import exponent_of, power_of_two, upcast
+from rootfree_optax.precision import exponent_of, has_narrower_range, power_of_two, upcast
 from rootfree_optax.structures.base import Parts, Structure
 
 
 def _saturate(array: jax.Array, like: jax.Array) -> jax.Array:
     """Returns `array` in the dtype of `like`, entries beyond its range at the range's end."""
+    if not has_narrower_range(like.dtype, array.dtype):
+        return array.astype(like.dtype)
     limit = jnp.asarray(jnp.finfo(like.dtype).max, array.dtype)
     return jnp.clip(array, -limit, limit).astype(like.dtype)
 
@@ -136,16 +138,14 @@ def refresh(
             momenta,
             directions,
         )
-    new_factors = balance(
-        tuple(
-            refresh_factor(s, k, m, preconditioner_lr=preconditioner_lr, count=count, precision=precision)
-            for s, k, m in zip(structures, factors, directions, strict=True)
-        )
+    refreshed = tuple(
+        refresh_factor(s, k, m, preconditioner_lr=preconditioner_lr, count=count, precision=precision)
+        for s, k, m in zip(structures, factors, directions, strict=True)
     )
     new_momenta = jax.tree.map(_saturate, directions, momenta) if momenta else ()
-    keep = all_finite((new_factors, new_momenta))
+    keep = all_finite((refreshed, new_momenta))
     select = functools.partial(jax.tree.map, lambda new, old: jnp.where(keep, new, old))
-    new_factors = select(new_factors, factors)
+    new_factors = select(balance(refreshed), factors)
     squares = tuple(s.square(k, precision=precision) for s, k in zip(structures, new_factors, strict=True) if products)
     return new_factors, select(new_momenta, momenta), jax.tree.map(_saturate, squares, products)
 
@@ -157,7 +157,7 @@ def precondition(
     structures: Sequence[Structure],
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
-    """Returns G multiplied along every axis n by KₙKₙᵀ.
+    """Returns G multiplied along every axis n by KₙKₙᵀ, or G itself if it is not finite.
 
     Args:
       gradient: G, [d₁, …, d_N].
@@ -168,12 +168,8 @@ def precondition(
     Returns:
       The direction, [d₁, …, d_N], in the accumulation dtype.
     """
-
-    def apply_square(structure: Structure, parts: Parts, tensor: jax.Array, axis: int) -> jax.Array:
-        transposed = structure.apply_transposed(parts, tensor, axis, precision=precision)
-        return structure.apply(parts, transposed, axis, precision=precision)
-
-    return _multiplied(gradient, factors, structures, apply_square, degree=2)
+    apply = [(s.apply_transposed, s.apply) for s in structures]
+    return _multiplied(gradient, factors, apply, precision)
 
 
 def precondition_by_squares(
@@ -184,35 +180,33 @@ def precondition_by_squares(
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
     """Returns what `precondition` does, from the parts of each KₙKₙᵀ."""
-
-    def apply(structure: Structure, parts: Parts, tensor: jax.Array, axis: int) -> jax.Array:
-        return structure.apply(parts, tensor, axis, precision=precision)
-
-    return _multiplied(gradient, products, structures, apply, degree=1)
+    return _multiplied(gradient, products, [(s.apply,) for s in structures], precision)
 
 
 def _multiplied(
     gradient: jax.Array,
     matrices: tuple[Parts, ...],
-    structures: Sequence[Structure],
-    apply: Callable[[Structure, Parts, jax.Array, int], jax.Array],
-    *,
-    degree: int,
+    products: Sequence[Sequence[Callable[..., jax.Array]]],
+    precision: jax.lax.PrecisionLike,
 ) -> jax.Array:
-    """Returns G multiplied along every axis by `apply`, which is homogeneous of `degree` in the matrix.
+    """Returns G after one or more products with every matrix along its axis, or G itself if it is not finite.
+
+    A G that is not finite is handed on at every product. Chosen at the end, it would have to be kept until then, and
+    memory that is new at every step costs more than arithmetic on it.
 
     Where the matrices' dtype has a narrower range than the accumulation dtype (float16), each of them enters divided by
     a power of two near its largest entry, and so do G and the products on the way; the result is scaled back. So no
     intermediate leaves that range before the result itself does. Elsewhere this would be two passes over the factors
     for nothing: `balance` keeps them so close that an intermediate is out of range only where the result is, too.
     """
-    direction = upcast(gradient)
+    direction, finite = upcast(gradient), all_finite(gradient)
     rescale = jnp.ones((), direction.dtype)
-    for axis, (structure, parts) in enumerate(zip(structures, matrices, strict=True)):
-        if jnp.finfo(parts[0].dtype).maxexp < jnp.finfo(direction.dtype).maxexp:
+    for axis, (multiplications, parts) in enumerate(zip(products, matrices, strict=True)):
+        if has_narrower_range(parts[0].dtype, direction.dtype):
             scale = power_of_two(exponent_of(max_abs(parts))).astype(rescale.dtype)
             unit = power_of_two(exponent_of(jnp.max(jnp.abs(direction)))).astype(rescale.dtype)
-            direction, parts = direction / unit, times_scalar(parts, 1 / scale)
-            rescale = rescale * unit * scale**degree
-        direction = apply(structure, parts, direction, axis)
+            direction, parts = jnp.where(finite, direction / unit, direction), times_scalar(parts, 1 / scale)
+            rescale = rescale * jnp.where(finite, unit * scale ** len(multiplications), 1)
+        for multiply in multiplications:
+            direction = jnp.where(finite, multiply(parts, direction, axis, precision=precision), direction)
     return direction * rescale

@@ -88,6 +88,20 @@ def require_kronecker(preconditioner_lr: Any, damping: Any, batch_size: Any, upd
     require_at_least("update_every", update_every, 1)
 
 
+def require_static_interval(update_every: UpdateEvery) -> int:
+    """Returns an interval that is a Python int.
+
+    Raises:
+      ValueError: if it is not: how many blocks are refreshed at a time is part of the program.
+    """
+    if not isinstance(update_every, int):
+        raise ValueError(
+            f"staggered=True needs update_every as a Python int, got {update_every!r}. Under "
+            "optax.inject_hyperparams, name 'update_every' among its static_args."
+        )
+    return update_every
+
+
 def resolve_batch_size(at_update: ArrayLike | None, at_construction: ArrayLike | None) -> ArrayLike:
     """Returns the batch size of this step; the one given to `update` wins.
 

@@ -41,6 +41,18 @@ def elementwise(factor: jax.Array, excess: jax.Array, *, shift: ArrayLike) -> ja
     return upcast(factor) * jnp.where(jnp.isfinite(excess), root, jnp.nan)
 
 
+def norm_bound(matrix: jax.Array, *, precision: jax.lax.PrecisionLike = None) -> jax.Array:
+    """Returns a bound on ‖E‖₂ for symmetric E [..., d, d], at most 1.01·d^(1/4) times as large, as [..., 1, 1]."""
+    size, unit = _size_and_unit(matrix)
+    return size * _unit_norm_bound(matmul(unit, unit, precision=precision))
+
+
+def shrink_to_cover(norm: jax.Array, *, shift: ArrayLike) -> jax.Array:
+    """Returns the s ≤ 1 that brings the condition number of a·I + s·E within `LARGEST_CONDITION`, ‖E‖₂ ≤ `norm`."""
+    a = jnp.asarray(shift, norm.dtype)
+    return jnp.minimum(1, (LARGEST_CONDITION - 1) * a / jnp.maximum(norm, a))
+
+
 def times_inverse_root(
     factor: jax.Array, excess: jax.Array, *, shift: ArrayLike, precision: jax.lax.PrecisionLike = None
 ) -> jax.Array:
@@ -61,14 +73,11 @@ def times_inverse_root(
     """
     table = inverse_root_table()
     multiply = functools.partial(_multiply, dtype=factor.dtype, precision=precision)
-    # Its squares would overflow where it does not.
-    size = jnp.max(jnp.abs(excess), axis=(-2, -1), keepdims=True)
-    unit = excess / jnp.where(size > 0, size, 1)
+    size, unit = _size_and_unit(excess)
     square = multiply(unit, unit)
     a = jnp.asarray(shift, excess.dtype)
-    # ‖E‖₂ ≤ ‖E²‖_F^(1/2), which unlike ‖E‖_F is close to it even for a flat spectrum.
-    largest = _SLACK * size * jnp.sum(jnp.square(square), axis=(-2, -1), keepdims=True) ** 0.25
-    shrink = jnp.minimum(1, (LARGEST_CONDITION - 1) * a / jnp.maximum(largest, a))
+    largest = size * _unit_norm_bound(square)
+    shrink = shrink_to_cover(largest, shift=a)
     top = a + shrink * largest
     scale = shrink * size / top
     row = jnp.searchsorted(jnp.asarray(table.conditions[:-1], a.dtype), top / a, method="compare_all")
@@ -82,6 +91,17 @@ def times_inverse_root(
     k = _times(k, q, multiply)
     t = _times_square(t, q, multiply, tq=multiply(t.matrix, q.matrix))
     return _times(k, _quartic(last, t, multiply), multiply) * jax.lax.rsqrt(top)
+
+
+def _size_and_unit(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the largest entry, and the matrix divided by it: its squares would overflow where it does not."""
+    size = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
+    return size, matrix / jnp.where(size > 0, size, 1)
+
+
+def _unit_norm_bound(square: jax.Array) -> jax.Array:
+    """Returns ‖E²‖_F^(1/2), no less than ‖E‖₂, which unlike ‖E‖_F is close to it even for a flat spectrum."""
+    return _SLACK * jnp.sum(jnp.square(square), axis=(-2, -1), keepdims=True) ** 0.25
 
 
 def _multiply(left: jax.Array, right: jax.Array, *, dtype: jnp.dtype, precision: jax.lax.PrecisionLike) -> jax.Array:

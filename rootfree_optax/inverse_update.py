@@ -111,10 +111,10 @@ def refresh(
 
 
 def precondition(gradient: jax.Array, factors: tuple[Parts, ...], *, structures: Sequence[Structure]) -> jax.Array:
-    """Returns G multiplied along every axis n by Sₙ⁻¹, in the factors' dtype."""
+    """Returns G multiplied along every axis n by Sₙ⁻¹, or G itself if it is not finite, in the factors' dtype."""
     del structures
-    direction = gradient.astype(factors[0][0].dtype)
+    whole = direction = gradient.astype(factors[0][0].dtype)
     for axis, (s,) in enumerate(factors):
         lower = cholesky(s)
         direction = solve(lower, solve(lower, direction, axis), axis, transposed=True)
-    return direction
+    return jnp.where(all_finite(gradient), direction, whole)

@@ -1,6 +1,7 @@
 """Inverse-free root-free Shampoo as a transformation: plan, pack, refresh, precondition, unpack."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -8,13 +9,14 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from rootfree_optax import factor_update, sharded_plan, stacks
+from rootfree_optax import factor_update, refreshing, sharded_plan, stacks
 from rootfree_optax import hyperparameters as hyper
 from rootfree_optax.factor_step import exact_factor, published_factor
 from rootfree_optax.hyperparameters import UpdateEvery
 from rootfree_optax.layout import Layout
 from rootfree_optax.layout.rules import DTypeRule, require_dtype_rule
 from rootfree_optax.sharded_plan import BlockAxes, ShardedPlan
+from rootfree_optax.structures.base import Structure
 
 Refresh = Literal["published", "exact"]
 InitialScale = ArrayLike | Literal["first_gradient"]
@@ -47,6 +49,7 @@ def scale_by_sirf_shampoo(
     *,
     batch_size: ArrayLike | None = None,
     update_every: UpdateEvery = 1,
+    staggered: bool = False,
     layout: Layout = Layout(),  # noqa: B008  # a frozen value
     preconditioner_dtype: DTypeRule = None,
     refresh: Refresh = "published",
@@ -83,15 +86,19 @@ def scale_by_sirf_shampoo(
       batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
       update_every: T ≥ 1, the factors are refreshed at every T-th update, the first one included; or a callable from
         the number of past updates to whether this one refreshes, for example `growing_interval(10)`.
+      staggered: whether every update refreshes a T-th of the blocks, in turn, so that no update takes longer than
+        others. T is a Python int then.
       layout: how parameters become blocks, and the structure of their factors.
       preconditioner_dtype: floating-point dtype of the factors, or a tuple of one per (squeezed, merged) axis, or a
         mapping from the number of axes to either; by default the widest dtype of the parameters in a stack.
-      refresh: "published", or "exact", for structures that are closed under transposition: dense, diagonal and
-        block-diagonal ones.
+      refresh: "published", or "exact", for structures whose refresh has a closed form: dense, diagonal and
+        block-diagonal ones, hierarchical ones, and those with a corner that the diagonal's columns reach
+        (`triltopleftdiag`, `triubottomrightdiag`). Where (1 − β₂)·S + β₂·H leaves the structure, K becomes the one
+        within it whose K Kᵀ is nearest to the inverse by the Kullback–Leibler divergence.
       initial_scale: s > 0, the curvature before the first step: the factors of N axes start at s^(−1/2N)·I. Or
         "first_gradient": each block's s is B·mean(g²) + λ over the non-zero entries of its first non-zero gradient.
       cache_products: whether K Kᵀ is kept in the state, as large as K, which halves the products of a step without
-        refresh. For structures as with the exact refresh.
+        refresh. For structures that are closed under transposition: dense, diagonal and block-diagonal ones.
       block_axes: name of a mesh axis, or a tuple of names, over which the blocks of every stack are divided, state and
         work; None divides nothing. The mesh is that of `jax.set_mesh`, or else the one that the arrays are on; inside
         `jax.shard_map` over these axes the state is a device's own part. See `state_shardings`.
@@ -127,14 +134,15 @@ def scale_by_sirf_shampoo(
     require_dtype_rule(preconditioner_dtype)
     keeps_momentum = riemannian_momentum is not None and not hyper.is_zero(riemannian_momentum)
     _require_valid(preconditioner_lr, riemannian_momentum if keeps_momentum else None, refresh, initial_scale)
+    period = hyper.require_static_interval(update_every) if staggered else 1
     waits_for_gradient = isinstance(initial_scale, str)
 
     def init(params: optax.Params) -> ScaleBySirfShampooState:
         plan = sharded_plan.for_parameters(layout.plan(params), block_axes, params)
         if refresh == "exact":
-            _require_symmetric(plan, "refresh='exact'", "refresh='published'")
+            _require_inverse_roots(plan)
         if cache_products:
-            _require_symmetric(plan, "cache_products=True", "cache_products=False")
+            _require_symmetric(plan)
         curvature = 1.0 if isinstance(initial_scale, str) else initial_scale
         factors = stacks.initial_factors(plan, params, preconditioner_dtype, curvature=curvature)
         momenta = stacks.zeros_like(plan, factors) if keeps_momentum else ()
@@ -172,11 +180,12 @@ def scale_by_sirf_shampoo(
 
         factors, momenta, products, started = state.factors, state.momenta, state.products, state.started
         if waits_for_gradient:
-            factors, products, started = stacks.start(plan, start_block, curvatures, (factors, products, started))
-        due = hyper.is_due(update_every, state.count)
-        factors, momenta, products = stacks.refresh_when(
-            due, plan, refresh_block, curvatures, (factors, momenta, products)
-        )
+            factors, products, started = refreshing.start(plan, start_block, curvatures, (factors, products, started))
+        if staggered:
+            refresh_stacks = functools.partial(refreshing.refresh_in_turn, state.count, period)
+        else:
+            refresh_stacks = functools.partial(refreshing.refresh_when, hyper.is_due(update_every, state.count))
+        factors, momenta, products = refresh_stacks(plan, refresh_block, curvatures, (factors, momenta, products))
         precondition = functools.partial(
             factor_update.precondition_by_squares if cache_products else factor_update.precondition, precision=precision
         )
@@ -205,11 +214,26 @@ def _require_valid(preconditioner_lr: Any, riemannian_momentum: Any, refresh: An
             )
 
 
-def _require_symmetric(plan: ShardedPlan, option: str, other: str) -> None:
+def _require_inverse_roots(plan: ShardedPlan) -> None:
+    for name, structure in _structures(plan):
+        if not structure.has_inverse_root:
+            raise ValueError(
+                "refresh='exact' needs structures whose refresh has a closed form (dense, diagonal, block-diagonal, "
+                "hierarchical, triltopleftdiag, triubottomrightdiag), "
+                f"got {structure.name!r} at {name!r}. Use refresh='published' for others."
+            )
+
+
+def _require_symmetric(plan: ShardedPlan) -> None:
+    for name, structure in _structures(plan):
+        if not structure.is_symmetric:
+            raise ValueError(
+                "cache_products=True needs structures that are closed under transposition (dense, diagonal, "
+                f"block-diagonal), got {structure.name!r} at {name!r}. Use cache_products=False for others."
+            )
+
+
+def _structures(plan: ShardedPlan) -> Iterator[tuple[str, Structure]]:
     for block in plan.plan.blocks:
         for structure in plan.stacks[block.stack].structures:
-            if not structure.is_symmetric:
-                raise ValueError(
-                    f"{option} needs structures that are closed under transposition (dense, diagonal, "
-                    f"block-diagonal), got {structure.name!r} at {block.name!r}. Use {other} for others."
-                )
+            yield block.name, structure

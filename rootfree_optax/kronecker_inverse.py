@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from rootfree_optax import hyperparameters as hyper
-from rootfree_optax import inverse_update, sharded_plan, stacks
+from rootfree_optax import inverse_update, refreshing, sharded_plan, stacks
 from rootfree_optax.hyperparameters import UpdateEvery
 from rootfree_optax.layout import Layout, Plan
 from rootfree_optax.precision import upcast
@@ -109,7 +109,7 @@ def scale_by_rf_shampoo(
         gradients = stacks.pack(plan, updates)
         curvatures = gradients if curvature is None else stacks.pack_curvature(plan, curvature, updates)
         due = hyper.is_due(update_every, state.count)
-        (factors,) = stacks.refresh_when(due, plan, refresh, curvatures, (state.factors,))
+        (factors,) = refreshing.refresh_when(due, plan, refresh, curvatures, (state.factors,))
         directions = stacks.precondition(plan, inverse_update.precondition, gradients, factors)
         new_state = ScaleByRfShampooState(optax.safe_increment(state.count), factors)
         return stacks.unpack(plan, directions, updates), new_state

@@ -18,6 +18,11 @@ def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if jnp.finfo(dtype).bits > 32 else jnp.float32)
 
 
+def has_narrower_range(dtype: DTypeLike, other: DTypeLike) -> bool:
+    """Returns whether the largest number of a real floating-point dtype is below another's, as float16's is."""
+    return bool(jnp.finfo(dtype).maxexp < jnp.finfo(other).maxexp)
+
+
 def dtype_like(array: jax.Array, real: DTypeLike | None) -> jnp.dtype:
     """Returns the dtype for state that is real or complex as `array` is, at the precision of `real` (None: its own)."""
     own = jnp.result_type(array)  # of a Python number, too

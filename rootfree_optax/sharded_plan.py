@@ -121,7 +121,8 @@ class ShardedPlan:
 
     def tree(self, stacks: Sequence[jax.Array], like: Any) -> Any:
         """Returns what `unpack` does, of whole stacks."""
-        return self.plan.unpack([array[: stack.count] for array, stack in zip(stacks, self.stacks, strict=True)], like)
+        own = [array[: stack.count] for array, stack in zip(stacks, self.stacks, strict=True)]
+        return self.plan.unpack(own, like, equal_kernels=not self.axes)
 
     @property
     def _placed(self) -> Placed:

@@ -1,10 +1,5 @@
-"""What both Kronecker transformations do with a plan's stacks: set up, pack, refresh, precondition, unpack.
+"""What both Kronecker transformations do with a plan's stacks: set up, pack, precondition, unpack."""
 
-A stack's arrays have a leading axis of blocks; the mathematics of one block is `jax.vmap`ped over it, on each device
-over its own blocks.
-"""
-
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,13 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from rootfree_optax.each_stack import Stacks, as_tree, of_stack
 from rootfree_optax.factor_step import times_scalar
-from rootfree_optax.factor_update import all_finite, is_first
 from rootfree_optax.layout.rules import DTypeRule, dtypes_of
 from rootfree_optax.layout.stack import Stack
 from rootfree_optax.sharded_plan import ShardedPlan
-
-Stacks = Any  # a tuple over the stacks of a plan
 
 
 def initial_factors(
@@ -91,93 +84,10 @@ def pack_curvature(plan: ShardedPlan, curvature: optax.Updates, updates: optax.U
     return plan.pack(curvature, "curvature", sample_axis=has_samples)
 
 
-def start(
-    plan: ShardedPlan,
-    start_block: Callable[..., tuple[Any, ...]],
-    curvatures: Stacks,
-    state: tuple[Stacks, Stacks, Stacks],
-) -> tuple[Stacks, Stacks, Stacks]:
-    """Returns factors, products and flags after the blocks that see their first gradient have started.
-
-    Args:
-      plan: the plan of the stacks.
-      start_block: for one block, (curvature, factors, products, first, structures=…) -> (factors, products).
-      curvatures: the stacks that the curvature is estimated from.
-      state: the factors, the products K Kᵀ (or empty), and whether each block has started.
-    """
-    if not plan.stacks:
-        return state
-    return plan.on_shards(_started, (plan.stacks, _as_tree(start_block)), curvatures, state)
-
-
-def _started(shared: Any, curvatures: Stacks, state: tuple[Stacks, Stacks, Stacks]) -> tuple[Stacks, Stacks, Stacks]:
-    stacks, start_block = shared
-    factors, products, started = state
-    firsts = tuple(map(jax.vmap(is_first), curvatures, started))
-    change = lambda: _each_block(stacks, start_block, curvatures, (factors, products), firsts)
-    factors, products = jax.lax.cond(
-        functools.reduce(jnp.logical_or, map(jnp.any, firsts)), change, lambda: (factors, products)
-    )
-    return factors, products, tuple(map(jnp.logical_or, started, firsts))
-
-
-def refresh_when(
-    due: jax.Array | bool,
-    plan: ShardedPlan,
-    refresh: Callable[..., tuple[Any, ...]],
-    curvatures: Stacks,
-    state: tuple[Stacks, ...],
-) -> tuple[Stacks, ...]:
-    """Returns the state that `refresh` makes of each stack's, or the old state where it is not due.
-
-    Args:
-      due: whether to refresh, a scalar.
-      plan: the plan of the stacks.
-      refresh: for one block, (curvature, *state, structures=…) -> new state.
-      curvatures: the stacks that the curvature is estimated from.
-      state: tuples over the stacks, or empty, and then passed for each stack and returned as that.
-    """
-    if not plan.stacks:
-        return state
-    return plan.on_shards(_refreshed, (plan.stacks, due, _as_tree(refresh)), curvatures, state)
-
-
-def _refreshed(shared: Any, curvatures: Stacks, state: tuple[Stacks, ...]) -> tuple[Stacks, ...]:
-    stacks, due, refresh = shared
-    refreshed = lambda: _each_block(stacks, refresh, curvatures, state)
-    return refreshed() if due is True else jax.lax.cond(due, refreshed, lambda: state)
-
-
-def _each_block(
-    stacks: Sequence[Stack], block_function: Any, curvatures: Stacks, state: tuple[Stacks, ...], *more: Stacks
-) -> tuple[Stacks, ...]:
-    """Returns the state that a function of one block makes of each."""
-    filled = [of_stacks or ((),) * len(stacks) for of_stacks in state]
-    each = [
-        _of_stack(block_function, stack)(*block)
-        for stack, *block in zip(stacks, curvatures, *filled, *more, strict=True)
-    ]
-    new = zip(*each, strict=True)
-    return tuple(of_stacks and tuple(result) for of_stacks, result in zip(state, new, strict=True))
-
-
-def _of_stack(block_function: Any, stack: Stack) -> Callable[..., Any]:
-    """Returns what a function of one block, as `_as_tree` takes it apart, does for a whole stack."""
-    function, arguments, keywords = block_function
-    return jax.vmap(functools.partial(function, *arguments, structures=stack.structures, **keywords))
-
-
-def _as_tree(function: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """Returns a function, its bound arguments and its bound keywords."""
-    if isinstance(function, functools.partial):
-        return function.func, function.args, function.keywords
-    return function, (), {}
-
-
 def precondition(
     plan: ShardedPlan, precondition_block: Callable[..., jax.Array], gradients: Stacks, factors: Stacks
 ) -> Stacks:
-    """Returns the stacks of directions; a block of the gradient that is not finite is its own direction.
+    """Returns the stacks of directions.
 
     Args:
       plan: the plan of the stacks.
@@ -185,29 +95,13 @@ def precondition(
       gradients: the stacks of gradients.
       factors: for each stack, its factors.
     """
-    return plan.on_shards(_directions, (plan.stacks, _as_tree(precondition_block)), gradients, factors)
+    return plan.on_shards(_directions, (plan.stacks, as_tree(precondition_block)), gradients, factors)
 
 
 def _directions(shared: Any, gradients: Stacks, factors: Stacks) -> Stacks:
     stacks, precondition_block = shared
-    finite = tuple(map(jax.vmap(all_finite), gradients))
-
-    def preconditioned() -> Stacks:
-        return tuple(
-            _of_stack(precondition_block, stack)(*block)
-            for stack, *block in zip(stacks, gradients, factors, strict=True)
-        )
-
-    def with_non_finite_shown() -> Stacks:
-        return tuple(
-            jax.vmap(jnp.where)(keep, direction, gradient.astype(direction.dtype))
-            for keep, direction, gradient in zip(finite, preconditioned(), gradients, strict=True)
-        )
-
-    # Not a plain `where`: the compiler would fuse it into each parameter's update, a program of its own each time. And
-    # not after the products: a branch that hands on what it is given copies it.
-    everything = functools.reduce(jnp.logical_and, map(jnp.all, finite), jnp.asarray(True))
-    return jax.lax.cond(everything, preconditioned, with_non_finite_shown)
+    blocks = zip(stacks, gradients, factors, strict=True)
+    return tuple(of_stack(precondition_block, stack)(*block) for stack, *block in blocks)
 
 
 def unpack(plan: ShardedPlan, directions: Stacks, updates: optax.Updates) -> optax.Updates:

@@ -48,7 +48,7 @@ tx = rf.scale_by_sirf_shampoo(
 )
 record = section.measure(tx, params, layout, apply=False)
 shard = record["gradient_bytes"]
-assert abs(record["flops"] / record["plan_flops"] - 1) < 0.05, record
+assert abs(record["product_flops"] / record["plan_flops"] - 1) < 0.05, record
 assert record["sent_in_refresh"] == 0, record
 assert record["sent_ratio"] <= 4, record
 assert set(record["collective_counts"]) == {"all-to-all"}, record

@@ -77,9 +77,10 @@ def curvature_over_estimate(tx, gradients):
     return 4 * np.mean(gradients["w"] * directions["w"], axis=(1, 2))
 
 
-def test_recovers_from_gradients_a_million_times_as_large_within_an_averages_length():
+@pytest.mark.parametrize("structure", ["dense", "hierarchical2_1"])
+def test_recovers_from_gradients_a_million_times_as_large_within_an_averages_length(structure):
     recovered = int(30 + 1 / BETA)
-    found = curvature_over_estimate(scale_by_exact(damping=0.0), spiked(1e6))
+    found = curvature_over_estimate(scale_by_exact(damping=0.0, layout=rf.Layout(structure=structure)), spiked(1e6))
     assert np.all(found[recovered:] < 3)
     assert found.max() < 1e8  # of 1e12
     published = rf.scale_by_sirf_shampoo(BETA, 0.0, None, batch_size=4)
@@ -105,17 +106,19 @@ def test_a_single_large_gradient_neither_shows_nor_lasts_as_long_as_with_inverse
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("beta", [0.1, 0.95])
-def test_factors_stay_finite_and_positive(beta, dtype):
+@pytest.mark.parametrize(("structure", "beta"), [("dense", 0.1), ("dense", 0.95), ("hierarchical2_1", 0.5)])
+def test_factors_stay_finite_and_positive(structure, beta, dtype):
     """K is a product of positive definite matrices, however wild the gradients: rank one, of any size, or zero."""
     rng = np.random.default_rng(0)
     rank_one = rng.standard_normal((120, 6, 1)) * rng.standard_normal((120, 1, 6))
     sizes = 10.0 ** rng.uniform(-8, 8, (120, 1, 1)) * (rng.uniform(size=(120, 1, 1)) < 0.8)
     gradients = {"w": np.float32(rank_one * sizes)}
-    tx = scale_by_exact(preconditioner_lr=beta, damping=1e-4, preconditioner_dtype=dtype)
+    layout = rf.Layout(structure=structure)
+    tx = scale_by_exact(preconditioner_lr=beta, damping=1e-4, preconditioner_dtype=dtype, layout=layout)
     directions, states = run(tx, gradients)
-    for (factor,) in states.factors[0]:
-        signs, logarithms = np.linalg.slogdet(np.float64(factor[:, 0]))
+    factors = jax.vmap(layout.plan(params_of(gradients)).factors)(states)["w"]
+    for factor in factors:
+        signs, logarithms = np.linalg.slogdet(np.float64(factor))
         assert np.all(np.isfinite(logarithms))
         assert np.all(signs > 0)
     assert np.all(np.isfinite(directions["w"]))
@@ -204,6 +207,10 @@ def test_what_cannot_be_is_refused():
         scale_by_exact(preconditioner_lr=1.0)
     with refuses(ValueError, "riemannian_momentum", "None or 0", "0.5"):
         rf.scale_by_sirf_shampoo(refresh="exact")
-    tx = scale_by_exact(layout=rf.Layout(structure="triltoeplitz"))
-    with refuses(ValueError, "closed under transposition", "'triltoeplitz'", "'layer/w'"):
+    for structure in ("triltoeplitz", "trilbottomrightdiag"):
+        tx = scale_by_exact(layout=rf.Layout(structure=structure))
+        with refuses(ValueError, "closed form", f"'{structure}'", "'layer/w'"):
+            tx.init({"layer": {"w": jnp.zeros((3, 4))}})
+    tx = scale_by_exact(layout=rf.Layout(structure="hierarchical1_1"), cache_products=True)
+    with refuses(ValueError, "cache_products", "closed under transposition", "'hierarchical1_1'", "'layer/w'"):
         tx.init({"layer": {"w": jnp.zeros((3, 4))}})

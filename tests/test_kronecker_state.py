@@ -102,7 +102,7 @@ def decompositions(make):
     params, layout = tree_of(make)
     tx = make(layout=layout, **SETTING)
     text = jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params)).compile().as_text()
-    operations = re.findall(r"^\s+(?:ROOT )?%\S+ = (?:\([^=]*\)|\S+) ([\w-]+)\(", text, re.MULTILINE)
+    operations = re.findall(r"^\s+(?:ROOT )?%\S+ = (?:\(.*?\)|\S+) ([\w-]+)\(", text, re.MULTILINE)
     operations += re.findall(r'custom_call_target="([^"]+)"', text)
     assert {"fusion", "parameter", "tuple"} <= set(operations)
     return {name for name in operations if DECOMPOSITION.search(name)}

@@ -15,6 +15,7 @@ import optax
 from decoders import loss
 from harness import report
 from harness.collectives import traffic
+from harness.flops import product_flops
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -32,8 +33,9 @@ PODS = {
 TITLE = "{program} of the {tree} decoder, {parameters:.2f} billion float32 parameters, on {topology} as {mesh}"
 CAPTION = (
     "Per chip. state: of the optimizer; /plan: the factors' over the plan's bytes / chips. arguments: parameters, "
-    "state and what else is given. temporary: what is needed besides. GFLOP: a loop's body counts once. busiest: the "
-    "most factor work of a chip over the mean. collectives: ag all-gather, ar all-reduce, a2a all-to-all, cp permute, "
+    "state and what else is given. temporary: what is needed besides. GFLOP: of the products, in loops as often as "
+    "these run. busiest: the most factor work of a chip over the mean. collectives: ag all-gather, ar all-reduce, a2a "
+    "all-to-all, cp permute, "
     "rs reduce-scatter; sent: bytes of their results, over the chip's float32 gradient; in refresh: of those within "
     "the branch that refreshes."
 )
@@ -43,7 +45,7 @@ COLUMNS = (
     report.Column("state_ratio", "state\n/plan", ".3f"),
     report.Column("argument_bytes", "argu-\nments", ".1f", 1e-6),
     report.Column("temporary_bytes", "tempo-\nrary", ".1f", 1e-6),
-    report.Column("flops", "GFLOP", ".1f", 1e-9),
+    report.Column("product_flops", "GFLOP", ".1f", 1e-9),
     report.Column("busiest", "busi-\nest", ".3f"),
     report.Column("collectives", "collectives"),
     report.Column("sent_ratio", "sent\n/grad.", ".2f"),
@@ -160,6 +162,7 @@ def measure(
         "temporary_bytes": memory.temp_size_in_bytes,
         "gradient_bytes": gradient,
         "flops": compiled.cost_analysis().get("flops"),
+        "product_flops": product_flops(jax.make_jaxpr(step)(params, state, params if tokens is None else tokens)),
         "collectives": " ".join(f"{number}{_SHORT[kind]}" for kind, number in sorted(sent.count.items())),
         "collective_counts": dict(sent.count),
         "collective_bytes": dict(sent.size),

@@ -2,20 +2,17 @@
 
 import contextlib
 import functools
-import math
 import os
 import pathlib
-import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 import trees
-from harness import official, program, report
+from harness import official, program, report, roofline, turns
 
 import rootfree_optax as rf
 
@@ -62,7 +59,6 @@ COLUMNS = (
     report.Column("refresh_over_roofline", "refresh\n/roof", ".2f"),
     report.Column("plain_over_roofline", "plain\n/roof", ".2f"),
 )
-Step = Callable[[], tuple[float, float]]
 
 
 def threads() -> int:
@@ -83,22 +79,21 @@ def measure(
     """
     versions: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        steps: dict[str, Step] = {}
+        steps: dict[str, turns.Step] = {}
         if official_python is not None:
             worker = stack.enter_context(official.worker(official_python, WORKER))
             request = {"shapes": trees.shapes_of(shapes), "settings": OFFICIAL_SETTINGS, "threads": threads()}
             versions = worker.ask(request)["versions"]
             steps[OFFICIAL] = functools.partial(_official_step, worker)
         steps |= {name: _jax_step(tx, shapes) for name, tx in (_ours() | OTHERS).items()}
-        times = _take_turns(steps, periods, watch)
+        times = turns.take_turns(steps, periods, PERIOD, watch)
     records = [{"method": name, **_summary(seconds)} for name, seconds in times.items()]
-    rate = functools.cache(_product_rate)
     for record in records:
         _compare(record, records[0] if official_python else None)
         layout = LAYOUTS.get(record["method"].removesuffix(CACHED))
         if layout is not None:
             cached = record["method"].endswith(CACHED)
-            _add_roofline(record, layout.plan(trees.abstract(shapes)), rate, cached=cached)
+            _add_roofline(record, layout.plan(trees.abstract(shapes)), cached=cached)
     return records, versions
 
 
@@ -124,7 +119,7 @@ def _official_step(worker: official.Worker) -> tuple[float, float]:
     return answer["seconds"], answer["process_seconds"]
 
 
-def _jax_step(tx: optax.GradientTransformation, shapes: trees.Shapes) -> Step:
+def _jax_step(tx: optax.GradientTransformation, shapes: trees.Shapes) -> turns.Step:
     gradients, params = trees.normal(shapes, 1e-2), trees.normal(shapes, 1.0)
     carry = (params, tx.init(params))
     run = program.compile_step(functools.partial(program.optimizer_step, tx), carry, gradients).run
@@ -138,21 +133,9 @@ def _jax_step(tx: optax.GradientTransformation, shapes: trees.Shapes) -> Step:
     return step
 
 
-def _take_turns(steps: Mapping[str, Step], periods: int, watch: Any) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Returns each method's times of steps with and without refresh; the order is drawn anew for each step."""
-    times: dict[str, dict[str, list[tuple[float, float]]]] = {name: {"refresh": [], "plain": []} for name in steps}
-    order, shuffle = list(steps), random.Random(0).shuffle
-    for index in watch(range(PERIOD * (1 + periods))):
-        shuffle(order)
-        for name in order:
-            seconds = steps[name]()
-            if index >= PERIOD:
-                times[name]["plain" if index % PERIOD else "refresh"].append(seconds)
-    return times
-
-
-def _summary(times: Mapping[str, list[tuple[float, float]]]) -> dict[str, float]:
+def _summary(periods: list[list[turns.Seconds]]) -> dict[str, float]:
     """Returns the medians by the clock, and the means over a period of medians, of fastest steps and of CPU time."""
+    times = {"refresh": [period[0] for period in periods], "plain": [pair for period in periods for pair in period[1:]]}
     clock = {kind: [seconds for seconds, _ in pairs] for kind, pairs in times.items()}
     process = {kind: statistics.median(seconds for _, seconds in pairs) for kind, pairs in times.items()}
     median = {kind: statistics.median(seconds) for kind, seconds in clock.items()}
@@ -175,33 +158,10 @@ def _compare(record: dict[str, Any], reference: dict[str, Any] | None) -> None:
         record[f"{ratio}_ratio"] = record[f"{key}_seconds"] / reference[f"{key}_seconds"]
 
 
-def _add_roofline(
-    record: dict[str, Any], plan: rf.Plan, rate: Callable[[tuple[int, ...]], float], *, cached: bool
-) -> None:
+def _add_roofline(record: dict[str, Any], plan: rf.Plan, *, cached: bool) -> None:
     """Adds the time that the plan's operations take at the products' rates, and how many times that was measured."""
-    seconds = {"refresh": 0.0, "plain": 0.0}
-    for stack in plan.stacks:
-        if len(stack.shape) < 2:  # vectors' factors are read once per step: no product, and next to no operations
-            continue
-        longest = max(stack.shape)
-        flops = rate((stack.count, math.prod(stack.shape) // longest, longest))
-        apply = stack.apply_flops // 2 if cached else stack.apply_flops
-        square = stack.square_flops if cached else 0
-        seconds["plain"] += apply / flops
-        seconds["refresh"] += (apply + square + stack.refresh_flops) / flops
-    for kind, value in seconds.items():
+    floors = roofline.floors(plan, dtype=jnp.float32, cached=cached, step_bytes=0)
+    for kind in ("refresh", "plain"):
+        value = floors[f"{kind}_floor_seconds"]
         record[f"{kind}_roofline_seconds"] = value
         record[f"{kind}_over_roofline"] = record[f"{kind}_fastest_seconds"] / value
-
-
-def _product_rate(shape: tuple[int, ...], repeats: int = 7) -> float:
-    """Returns the operations per second of the fastest of some products [n, rows, d] · [n, d, d]."""
-    count, rows, dim = shape
-    left, right = jnp.ones((count, rows, dim)), jnp.ones((count, dim, dim))
-    multiply = jax.jit(lambda left, right: jnp.einsum("nij,njk->nik", left, right))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(multiply(left, right))
-        seconds.append(time.perf_counter() - start)
-    return 2 * count * rows * dim**2 / min(seconds)

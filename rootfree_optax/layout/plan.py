@@ -15,7 +15,7 @@ from rootfree_optax.layout.axes import Shape
 from rootfree_optax.layout.factors import dense_factors, find_factors
 from rootfree_optax.layout.rules import DTypeRule
 from rootfree_optax.layout.split import Placed, as_it_is
-from rootfree_optax.layout.stack import Placement, Stack, stack, unstack
+from rootfree_optax.layout.stack import Placement, Stack, opaque, stack, unstack
 from rootfree_optax.layout.unit import Unit
 
 
@@ -87,13 +87,17 @@ class Plan:
                 pieces += unit.to_blocks(arrays, placed)
         return stack(pieces, [place for places in self.placements for place in places], self.stacks)
 
-    def unpack(self, stacks: Sequence[jax.Array], like: Any, placed: Placed = as_it_is) -> Any:
+    def unpack(
+        self, stacks: Sequence[jax.Array], like: Any, placed: Placed = as_it_is, *, equal_kernels: bool = False
+    ) -> Any:
         """Returns the tree whose blocks are given: the inverse of `pack`.
 
         Args:
           stacks: [count, *shape] for each stack.
           like: the tree that was packed. Each array gets the dtype of its leaf; None stays None.
           placed: what is done to arrays on their way from blocks, see `split`.
+          equal_kernels: whether the program hides where in a stack each parameter's blocks begin, so that parameters of
+            one shape get one kernel, compiled once; for stacks that every device has whole.
 
         Raises:
           ValueError: for stacks or a tree unlike the plan's.
@@ -105,9 +109,11 @@ class Plan:
         leaves = trees.named_leaves(like)
         self._require_like_parameters(leaves, "the tree to unpack like")
         arrays = {path: jnp.zeros(shape) for path, shape in self.empty}
+        starts = (place.start for places in self.placements for place in places)
+        numbers = opaque((0, *starts), stacks[0]) if equal_kernels and stacks else None
         for unit, places in zip(self.units, self.placements, strict=True):
             if any(leaves[path] is not None for path in unit.paths):
-                arrays |= zip(unit.paths, unit.from_blocks(unstack(stacks, places), placed), strict=True)
+                arrays |= zip(unit.paths, unit.from_blocks(unstack(stacks, places, numbers), placed), strict=True)
         results = [None if leaf is None else arrays[path].astype(leaf.dtype) for path, leaf in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(like, is_leaf=lambda leaf: leaf is None), results)
 

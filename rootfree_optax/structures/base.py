@@ -103,22 +103,29 @@ class Structure(abc.ABC):
         del parts, precision
         raise ValueError(f"K Kᵀ needs a structure that is closed under transposition, got {self.name!r}.")
 
+    @property
+    def has_inverse_root(self) -> bool:
+        """Whether `times_inverse_root` exists: its closed form takes no more of a matrix than Π̂ of it."""
+        return self.is_symmetric
+
     def times_inverse_root(
         self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: jax.lax.PrecisionLike = None
     ) -> Parts:
-        """Returns the parts of K (a·I + E)^(−1/2), in the accumulation dtype, if the set is symmetric.
+        """Returns the parts of K C, in the accumulation dtype, C being the set's inverse root of M = a·I + E.
+
+        That is the one with the least Tr(CᵀMC) − 2 log|det C|. Where the set is symmetric and M is in it, C = M^(−1/2).
 
         Args:
           parts: of K.
-          excess: the parts of E, symmetric positive semidefinite, in the accumulation dtype.
+          excess: the parts of Π̂(E), E symmetric positive semidefinite, in the accumulation dtype.
           shift: a > 0, a scalar.
           precision: of every product.
 
         Raises:
-          ValueError: if the set is not symmetric.
+          ValueError: if the set has no inverse root in closed form.
         """
         del parts, excess, shift, precision
-        raise ValueError(f"an inverse root needs a structure that is closed under transposition, got {self.name!r}.")
+        raise ValueError(f"an inverse root in closed form needs another structure than {self.name!r}.")
 
     def zeros(self, dtype: DTypeLike) -> Parts:
         """Returns the parts of the zero matrix, of `dtype`."""

@@ -11,17 +11,16 @@ import functools
 import itertools
 import operator
 from collections.abc import Iterable
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax.precision import upcast
+from rootfree_optax.structures import elimination
 from rootfree_optax.structures.base import Flops, Parts, Structure
+from rootfree_optax.structures.elimination import Pair
 from rootfree_optax.structures.segment import Segment, apply_matrix, einsum_along, transpose
-
-Pair: TypeAlias = tuple[int, int]
 
 
 def _total(terms: Iterable[jax.Array]) -> jax.Array:
@@ -121,12 +120,21 @@ class BlockPattern(Structure):
             return super().square(parts, precision=precision)
         return self.matmul(parts, tuple(map(transpose, parts)), precision=precision)
 
+    @property
+    def has_inverse_root(self) -> bool:
+        """Whether all that couples to one segment is dense as a whole, with the blocks between its segments."""
+        return elimination.is_possible(self.segments, self.couplings)
+
     def times_inverse_root(
         self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: jax.lax.PrecisionLike = None
     ) -> Parts:
-        """Returns the parts of K (a·I + E)^(−1/2), segment by segment."""
-        if not self.is_symmetric:
+        """Returns the parts of K C: segment by segment, those with couplings by eliminating what they couple to."""
+        if not self.has_inverse_root:
             return super().times_inverse_root(parts, excess, shift=shift, precision=precision)
+        if self.couplings:
+            blocks = self._blocks(excess)
+            root = elimination.inverse_root_within(self.segments, self.couplings, blocks, shift=shift)
+            return self.matmul(tuple(map(upcast, parts)), tuple(root[pair] for pair in blocks), precision=precision)
         return tuple(
             segment.times_inverse_root(part, own, shift=shift, precision=precision)
             for segment, part, own in zip(self.segments, parts, excess, strict=True)

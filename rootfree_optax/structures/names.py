@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from rootfree_optax.structures.base import Structure
-from rootfree_optax.structures.block_pattern import BlockPattern, Pair
+from rootfree_optax.structures.block_pattern import BlockPattern
+from rootfree_optax.structures.elimination import Pair
 from rootfree_optax.structures.segment import Segment
 from rootfree_optax.structures.toeplitz import TriangularToeplitz
 

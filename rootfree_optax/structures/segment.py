@@ -104,6 +104,18 @@ class Segment:
         blocks = self._split_axis(tensor, axis)
         return einsum_along(subscripts, axis, tensor.ndim, blocks, blocks, precision=precision)
 
+    def project_product(self, left: jax.Array, right: jax.Array, *, precision: jax.lax.PrecisionLike) -> jax.Array:
+        """Returns the part of Lᵀ R for matrices [rows, dim]."""
+        if self.size == 1:
+            return jnp.sum(upcast(left) * upcast(right), axis=0)
+        blocks = (self._split_axis(matrix, 1) for matrix in (left, right))
+        subscripts = "<I>,<J>->IJ" if self.count == 1 else "<NI>,<NJ>->NIJ"
+        return einsum_along(subscripts, 1, 2, *blocks, precision=precision)
+
+    def only_diagonal(self, part: jax.Array) -> jax.Array:
+        """Returns the part without what is off its diagonal."""
+        return part * self.identity(part.dtype)
+
     @property
     def _axis_shape(self) -> tuple[int, ...]:
         return (self.size,) if self.count == 1 else (self.count, self.size)

@@ -1,0 +1,146 @@
+"""Every method on one tree: time, compilation, memory, and how far from the least time possible."""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import trees
+from harness import official, peers, program, report, roofline, turns
+
+from sections import methods, speed
+
+TITLE = "{tree}: {parameters:.2f} million parameters, {threads} threads"
+CAPTION = (
+    "sirf: rf.sirf_shampoo in blocks of {block_size}, published refresh at every 10th step unless said otherwise, "
+    "float32 factors; *: with K Kᵀ cached. official: SIRFShampoo in PyTorch, whole axes, T=10. soap keeps the "
+    "second moment of the old basis when that turns, a known defect. mean, max: of the steps of a period, "
+    "medians over periods. "
+    "/floor: step with and without refresh over the least time that the products, at the measured rate of such "
+    "products, or the bytes, at that of a copy, take. The methods take turns, step by step."
+)
+COLUMNS = (
+    report.Column("method", "method"),
+    report.Column("mean_seconds", "mean\nms", ".1f", 1e3),
+    report.Column("max_seconds", "max\nms", ".1f", 1e3),
+    report.Column("mean_over_adamw", "mean\n/adamw", ".1f"),
+    report.Column("refresh_over_floor", "refresh\n/floor", ".2f"),
+    report.Column("plain_over_floor", "plain\n/floor", ".2f"),
+    report.Column("compile_seconds", "compile\ns", ".1f"),
+    report.Column("stablehlo_lines", "lines", ".0f"),
+    report.Column("temporary_bytes", "temp.\nMB", ".0f", 1e-6),
+    report.Column("state_bytes", "state\nMB", ".0f", 1e-6),
+)
+
+
+def names(block_size: int = 256) -> list[str]:
+    """Returns the names of all methods, in the table's order."""
+    return [*methods.sirf_methods(block_size), *methods.other_methods(block_size), *peers.PEERS, speed.OFFICIAL]
+
+
+def measure(
+    shapes: trees.Shapes,
+    chosen: Collection[str],
+    *,
+    block_size: int,
+    periods: int,
+    official_python: str | None,
+    watch: Any = iter,
+) -> list[dict[str, Any]]:
+    """Returns one record per chosen method; one that cannot run has a "problem" in place of figures.
+
+    Args:
+      shapes: the parameters'.
+      chosen: among `names`.
+      block_size: of this library's blocks.
+      periods: how many periods of 10 steps are timed, after one that is not.
+      official_python: the interpreter that has the official package.
+      watch: wraps the iterable of steps, for a progress bar.
+    """
+    sirf, others = methods.sirf_methods(block_size), methods.other_methods(block_size)
+    records: dict[str, dict[str, Any]] = {}
+    steps: dict[str, turns.Step] = {}
+    with contextlib.ExitStack() as stack:
+        for name in (name for name in names(block_size) if name in chosen):
+            if name == speed.OFFICIAL:
+                steps[name], records[name] = _official(stack, shapes, official_python)
+            else:
+                make = sirf[name].make if name in sirf else functools.partial(others.get, name)
+                steps[name], records[name] = _prepare(name, make if name not in peers.PEERS else None, shapes)
+        steps = {name: step for name, step in steps.items() if step is not None}
+        times = turns.take_turns(steps, periods, methods.PERIOD, watch)
+    for name, seconds in times.items():
+        records[name] |= turns.summary(seconds)
+        if name in sirf:
+            _add_floor(records[name], sirf[name], shapes)
+    _compare(records)
+    return [{"method": name, **record} for name, record in records.items()]
+
+
+def _prepare(
+    name: str, make: Callable[[], Any] | None, shapes: trees.Shapes
+) -> tuple[turns.Step | None, dict[str, Any]]:
+    tx, problem = (make(), "") if make else peers.load(name)
+    if tx is None:
+        return None, {"problem": problem}
+    prepared, problem = peers.first_error(functools.partial(_compiled_step, tx, shapes))
+    return prepared or (None, {"problem": problem})
+
+
+def _compiled_step(tx: optax.GradientTransformation, shapes: trees.Shapes) -> tuple[turns.Step, dict[str, Any]]:
+    gradients, params = trees.normal(shapes, 1e-2), trees.normal(shapes, 1.0)
+    state = tx.init(params)
+    copy = lambda tree: jax.tree.map(lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
+    carry = copy((params, state))
+    compiled = program.compile_step(functools.partial(program.optimizer_step, tx), carry, gradients)
+
+    def step() -> tuple[float, float]:
+        nonlocal carry
+        start, process_start = time.perf_counter(), time.process_time()
+        carry = jax.block_until_ready(compiled.run(carry))
+        return time.perf_counter() - start, time.process_time() - process_start
+
+    step()  # what is broken shows now
+    carry = copy((params, state))  # so that the first step timed is one with refresh
+    return step, {**compiled.cost(), "state_bytes": program.tree_bytes(jax.eval_shape(tx.init, params))}
+
+
+def _official(
+    stack: contextlib.ExitStack, shapes: trees.Shapes, python: str | None
+) -> tuple[turns.Step | None, dict[str, Any]]:
+    if python is None:
+        return None, {"problem": "absent: no --official-python"}
+    worker = stack.enter_context(official.worker(python, speed.WORKER))
+    request = {"shapes": trees.shapes_of(shapes), "settings": speed.OFFICIAL_SETTINGS, "threads": speed.threads()}
+    answer = worker.ask(request)
+
+    def step() -> tuple[float, float]:
+        times = worker.ask({})
+        return times["seconds"], times["process_seconds"]
+
+    return step, {"state_bytes": answer["state_bytes"], "versions": answer["versions"]}
+
+
+def _add_floor(record: dict[str, Any], method: methods.Method, shapes: trees.Shapes) -> None:
+    plan = method.layout.plan(trees.abstract(shapes))
+    # Parameters and momentum are read and written, gradients and what is applied read.
+    moved = 4 * trees.size(shapes) * 5 + plan.state_bytes(method.dtype, riemannian_momentum=False)
+    record |= roofline.floors(plan, dtype=method.dtype, cached=method.cached, step_bytes=moved)
+    if method.options.get("refresh") == "exact" or method.options.get("staggered"):
+        record.pop("refresh_floor_seconds")  # the plan counts the published refresh, of all blocks at once
+    for kind in ("refresh", "plain"):
+        # At T=1 every step has a refresh, at T=2 every other of those that count as without.
+        always = kind == "plain" and method.period < methods.PERIOD
+        if f"{kind}_floor_seconds" in record and not always and not method.options.get("staggered"):
+            record[f"{kind}_over_floor"] = record[f"{kind}_seconds"] / record[f"{kind}_floor_seconds"]
+
+
+def _compare(records: dict[str, dict[str, Any]]) -> None:
+    reference = records.get("adamw", {}).get("mean_seconds")
+    for record in records.values():
+        if reference and "mean_seconds" in record:
+            record["mean_over_adamw"] = record["mean_seconds"] / reference

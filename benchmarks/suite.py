@@ -1,0 +1,107 @@
+"""Every method on every tree, beside psgd's Kron, SOAP, Distributed Shampoo, Muon and AdamW: a table, a figure, JSON.
+
+    python benchmarks/suite.py                     # the trees gpt4, resnet18 and vit, all methods that are installed
+    python benchmarks/suite.py --trees gpt12 gpt48 resnet34 --methods adamw muon sirf "sirf *" "sirf *, staggered"
+    python benchmarks/suite.py --trees share       # the optimizer's share of a training step
+
+The peers are installed as `harness/peers.py` says, PyTorch's official optimizer in an environment of its own, as
+`kronecker.py` says. One that is absent or broken is in the table, with the reason. On two processor cores gpt48 takes
+psgd and SOAP minutes to compile, so name them only with that time at hand. On a GPU the same commands run there; set
+`JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32` or `highest` to say how float32 is multiplied, which the JSON records.
+"""
+
+import argparse
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import trees
+from harness import figure, machine, report
+from rich.console import Console
+from rich.progress import track
+from sections import share, speed, suite
+
+TREES: dict[str, Callable[[], trees.Shapes]] = {
+    **{f"gpt{layers}": functools.partial(trees.gpt, layers) for layers in (4, 12, 48)},
+    **{f"resnet{depth}": functools.partial(trees.resnet, depth) for depth in (18, 34)},
+    "vit": functools.partial(trees.vit, 12),
+    "gpt124M": lambda: trees.gpt(12, 768, vocabulary=50304, context=1024),
+}
+SHARE = "share"
+# Two realistic sizes of model and batch: (layers, width, tokens a step).
+TRAINING = ((4, 256, 4096), (2, 512, 4096))
+
+
+def run_tree(options: argparse.Namespace, tree: str, watch: Any) -> None:
+    """Measures all chosen methods on one tree."""
+    shapes = TREES[tree]()
+    settings = {
+        "tree": tree,
+        "parameters": trees.size(shapes) / 1e6,
+        "block_size": options.block_size,
+        "periods": options.periods,
+        "threads": speed.threads(),
+        "float32_products": jax.config.jax_default_matmul_precision or "the backend's default",
+    }
+    records = suite.measure(
+        shapes,
+        options.methods or suite.names(options.block_size),
+        block_size=options.block_size,
+        periods=options.periods,
+        official_python=options.official_python,
+        watch=watch,
+    )
+    _show_and_write(options, f"suite_{tree}", suite, settings, records)
+    figure.draw(options.output / f"suite_{tree}.png", suite.TITLE.format(**settings), records)
+    for record in records:
+        if "problem" in record:
+            Console().print(f"{record['method']}: {record['problem']}", markup=False, highlight=False)
+
+
+def run_share(options: argparse.Namespace, watch: Any) -> None:
+    """Measures the optimizer's share of a training step, at two sizes."""
+    for layers, width, tokens in TRAINING:
+        settings = {"layers": layers, "width": width, "tokens": tokens, "block_size": options.block_size}
+        records = share.measure(
+            layers, width, tokens, block_size=options.block_size, periods=options.periods, watch=watch
+        )
+        _show_and_write(options, f"share_{layers}x{width}", share, settings, records)
+
+
+def _show_and_write(
+    options: argparse.Namespace, name: str, section: Any, settings: dict[str, Any], records: Sequence[dict[str, Any]]
+) -> None:
+    description = machine.describe()
+    report.write_json(options.output / f"{name}.json", machine=description, settings=settings, records=records)
+    caption = section.CAPTION.format(**settings) + "\n" + machine.summary(description)
+    report.show(Console(), section.TITLE.format(**settings), caption, section.COLUMNS, records)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the chosen trees: each prints its table and writes its JSON and figure when it is done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choices = [*TREES, SHARE]
+    parser.add_argument("--trees", nargs="+", default=["gpt4", "resnet18", "vit"], choices=choices, metavar="TREE")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="by the names of the table (all)")
+    parser.add_argument("--official-python", help="the interpreter of an environment with torch and sirfshampoo")
+    parser.add_argument("--block-size", type=int, default=256, help="of the factors (%(default)s)")
+    parser.add_argument("--periods", type=int, default=6, help="of 10 steps (%(default)s)")
+    default_output = pathlib.Path(__file__).parent / "results"
+    parser.add_argument("--output", type=pathlib.Path, default=default_output, help="folder (benchmarks/results)")
+    options = parser.parse_args(arguments)
+    known = suite.names(options.block_size)
+    if unknown := set(options.methods or ()) - set(known):
+        parser.error(f"methods must be among {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    for tree in options.trees:
+        console = Console(stderr=True)
+        watch = functools.partial(track, description=tree, console=console, transient=True)
+        if tree == SHARE:
+            run_share(options, watch)
+        else:
+            run_tree(options, tree, watch)
+
+
+if __name__ == "__main__":
+    main()
