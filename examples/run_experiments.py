@@ -47,6 +47,7 @@ def run_suite(tasks: dict[str, Task], options: argparse.Namespace, bar: Progress
                 bar.update(progress, status=f"{tasks[task].label}: {METHODS[name].label}")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 record = record_of(task, tasks, name, options)
+                jax.clear_caches()  # no other pair has this program, and many of them exhaust the memory for code
                 unfinished = path.with_suffix(".part")
                 unfinished.write_text(to_json(record))
                 unfinished.replace(path)

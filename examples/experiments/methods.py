@@ -18,7 +18,7 @@ from methods import COUPLED_DECAY, DAMPING, DECAY, DECOUPLED_DECAY, MOMENTUM, sg
 from searching import Method, Range, adamw
 
 import rootfree_optax as rf
-from experiments.distributed_shampoo import EVERY, PACKAGE, distributed_shampoo
+from experiments.distributed_shampoo import PACKAGE, distributed_shampoo
 
 LEARNING_RATES = 5  # at which untuned settings are tried
 
@@ -161,7 +161,7 @@ METHODS: dict[str, Candidate] = {
     ),
     "sirf_exact": Candidate(f"SIRF-Shampoo, exact, T={EXACT_EVERY}", exact, EXACT, KRONECKER_DEFAULTS),
     "distributed_shampoo": Candidate(
-        f"Distributed Shampoo (root), T={EVERY}",
+        "Distributed Shampoo",
         distributed_shampoo,
         {
             "learning_rate": Range(3e-4, 1e-1),

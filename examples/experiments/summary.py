@@ -25,9 +25,7 @@ def load(directory: pathlib.Path) -> dict[str, dict[str, Record]]:
     times = json.loads(timed.read_text()) if timed.is_file() else {}
     for path in directory.glob("*/*.json"):
         record = json.loads(path.read_text())
-        record["milliseconds_per_step"] = times.get(path.parent.name, {}).get(
-            path.stem, record["milliseconds_per_step"]
-        )
+        record["milliseconds_by_turns"] = times.get(path.parent.name, {}).get(path.stem)
         records.setdefault(path.parent.name, {})[path.stem] = record
     place = lambda table, name: list(table).index(name) if name in table else len(table)
     return {
@@ -148,13 +146,13 @@ def summarize(records: Records) -> dict[str, Any]:
         target = curve(methods[REFERENCE])[:, -1].mean() if REFERENCE in methods else -np.inf
         tasks[task] = {}
         for name, record in methods.items():
-            steps = steps_to(record, target)
+            steps, milliseconds = steps_to(record, target), record["milliseconds_by_turns"]
             tasks[task][name] = {
                 "test": statistics(record["tested"][f"test_{record['reported']}"]),
                 "validation_loss": statistics(np.array(record["tested"]["validation_loss"], float)[:, -1]),
                 "steps_to_reference_loss": steps,
-                "seconds_to_reference_loss": steps and 1e-3 * steps * record["milliseconds_per_step"],
-                "milliseconds_per_step": record["milliseconds_per_step"],
+                "seconds_to_reference_loss": steps and milliseconds and 1e-3 * steps * milliseconds,
+                "milliseconds_per_step": milliseconds,
                 "trials": spread(record) | {"non_finite": record["non_finite"], "count": len(record["trials"])},
                 "trials_per_minute": record["trials_per_minute"],
                 "seconds": record["seconds"],

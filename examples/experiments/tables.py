@@ -44,7 +44,9 @@ def report(records: Records, summary: Mapping[str, Any]) -> str:
     def speed(task: str, name: str) -> str:
         row = tasks[task][name]
         steps, seconds = row["steps_to_reference_loss"], row["seconds_to_reference_loss"]
-        return "–" if steps is None else f"{steps}, {seconds:.2f} s"
+        if steps is None:
+            return "–"
+        return str(steps) if seconds is None else f"{steps}, {seconds:.2f} s"
 
     def trials(task: str, name: str) -> str:
         scale = 100 if records[task][name]["reported"] == "error" else 1
@@ -92,7 +94,7 @@ def report(records: Records, summary: Mapping[str, Any]) -> str:
             sizes,
             "### Test error, % (characters: loss): mean ± standard deviation over seeds\n",
             by_task(records, tested, ablations=True),
-            "### Steps and seconds to AdamW's final loss\n",
+            "### Steps to AdamW's final loss, and seconds where all optimizers were timed by turns\n",
             by_task(records, speed),
             "### Trials: best / first quartile / median on validation data (not finite)\n",
             by_task(records, trials, ablations=True),
