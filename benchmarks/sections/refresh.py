@@ -21,16 +21,14 @@ INTERVALS = {"published": 2, "exact": 10}
 
 TITLE = "A refresh of stacks of dense factors, {repeats} rounds"
 CAPTION = (
-    "Milliseconds of the fastest calls, all taking turns within one run. A refresh of both factors of every block, "
-    "published, published without Riemannian momentum, and exact; exact over published, by fastest calls and by "
-    "medians. step: mean of a step's refresh and application, published every 2nd step, exact every 10th, K Kᵀ cached."
+    "Milliseconds of the fastest calls, all taking turns within one run. A refresh of both factors of n blocks, "
+    "published, with Riemannian momentum, and exact; exact over published, by fastest calls and by medians. step: mean of a step's refresh and application, published every 2nd step, exact every 10th, K Kᵀ cached."
 )
 COLUMNS = (
-    report.Column("blocks", "blocks", ".0f"),
+    report.Column("blocks", "n", ".0f"),
     report.Column("dim", "d", ".0f"),
     report.Column("dtype", "dtype"),
     report.Column("published_seconds", "pub-\nlished", ".1f", 1e3),
-    report.Column("without_momentum_seconds", "no mo-\nmentum", ".1f", 1e3),
     report.Column("exact_seconds", "exact\n", ".1f", 1e3),
     report.Column("ratio", "ratio\n", ".2f"),
     report.Column("median_ratio", "me-\ndians", ".2f"),
