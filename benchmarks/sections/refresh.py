@@ -22,7 +22,8 @@ INTERVALS = {"published": 2, "exact": 10}
 TITLE = "A refresh of stacks of dense factors, {repeats} rounds"
 CAPTION = (
     "Milliseconds of the fastest calls, all taking turns within one run. A refresh of both factors of n blocks, "
-    "published, with Riemannian momentum, and exact; exact over published, by fastest calls and by medians. step: mean of a step's refresh and application, published every 2nd step, exact every 10th, K Kᵀ cached."
+    "published, with Riemannian momentum, and exact; exact over published, by fastest calls and by medians. step: mean "
+    "of a step's refresh and application, published every 2nd step, exact every 10th, K Kᵀ cached."
 )
 COLUMNS = (
     report.Column("blocks", "n", ".0f"),
