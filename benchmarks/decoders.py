@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 HEAD = 128
 
@@ -83,7 +83,7 @@ def _rotated(x: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def _layer(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+def _layer(x: jax.Array, layer: Any) -> jax.Array:
     layer = jax.tree.map(lambda leaf: leaf.astype(x.dtype), layer)
     attention, feedforward = layer["attention"], layer["feedforward"]
     heads = lambda name, y: (y @ attention[name]).reshape(*y.shape[:2], -1, min(HEAD, attention["key"].shape[-1]))
@@ -92,18 +92,21 @@ def _layer(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
     attended = jax.nn.dot_product_attention(queries, keys, values, is_causal=True)
     x = x + attended.reshape(x.shape) @ attention["out"]
     y = _normalized(x, layer["norms"]["feedforward"])
-    return x + (jax.nn.silu(y @ feedforward["gate"]) * (y @ feedforward["up"])) @ feedforward["down"], None
+    return x + (jax.nn.silu(y @ feedforward["gate"]) * (y @ feedforward["up"])) @ feedforward["down"]
 
 
-def loss(params: Any, tokens: jax.Array) -> jax.Array:
+def loss(params: Any, tokens: jax.Array, sharding: NamedSharding) -> jax.Array:
     """Returns the mean cross-entropy of the next token, computed in bfloat16 with layers rematerialised.
 
     Args:
       params: arrays of `Decoder.shapes`.
       tokens: integers, [batch, length + 1].
+      sharding: of all activations. Without it, they would be divided as the parameters are, and summed over devices
+        after every product.
     """
-    x = params["embedding"].astype(jnp.bfloat16)[tokens[:, :-1]]
-    x, _ = jax.lax.scan(jax.checkpoint(_layer), x, params["layers"])
-    logits = _normalized(x, params["norm"].astype(x.dtype)) @ params["head"].astype(x.dtype)
+    by_sequence = lambda x: jax.lax.with_sharding_constraint(x, sharding)
+    layer = jax.checkpoint(lambda x, layer: (by_sequence(_layer(by_sequence(x), layer)), None))
+    x, _ = jax.lax.scan(layer, by_sequence(params["embedding"].astype(jnp.bfloat16)[tokens[:, :-1]]), params["layers"])
+    logits = by_sequence(_normalized(x, params["norm"].astype(x.dtype)) @ params["head"].astype(x.dtype))
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
     return -jnp.mean(jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1))

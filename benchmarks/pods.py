@@ -6,11 +6,13 @@ Needs `pip install -e '.[tpu]'`; with psgdax, psgd's update is among the methods
     blocks  the 144 blocks of 12 layers of width 768 on v5e:4x4, in float32 and with bfloat16 factors
     update  the optimizer's update of decoders of 125 million to 70 billion parameters, gradients given
     step    a whole training step, sequences of 2048 tokens, one for each chip
+    report  all records of the last two as one Markdown page, pods.md; compiles nothing
 
     python benchmarks/pods.py blocks
     python benchmarks/pods.py update --trees 7B --methods adamw "sirf, T=10"
 
-Each table is written to a JSON file of its own.
+Each table is written to a JSON file of its own, after every program. A method that the compiler refuses, as where a
+chip's memory is too small, is recorded with the reason.
 """
 
 import argparse
@@ -32,18 +34,21 @@ from harness import machine, report
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import track
-from sections import pods
+from sections import pods, pods_report
 
 import rootfree_optax as rf
 
-SECTIONS = ("balance", "blocks", "update", "step")
+SECTIONS = ("balance", "blocks", "update", "step", "report")
 DEFAULT_METHODS = ("adamw", "sirf, T=10")
 
 
-def _show_and_write(options: argparse.Namespace, name: str, settings: dict[str, Any], records: Any) -> None:
-    description = machine.describe()
-    report.write_json(options.output / f"pods_{name}.json", machine=description, settings=settings, records=records)
-    caption = f"{pods.CAPTION}\nCompiled on {machine.summary(description)}"
+def _write(options: argparse.Namespace, name: str, settings: dict[str, Any], records: Any) -> None:
+    path = options.output / f"pods_{name}.json"
+    report.write_json(path, machine=machine.describe(), settings=settings, records=records)
+
+
+def _show(settings: dict[str, Any], records: Any) -> None:
+    caption = f"{pods.CAPTION}\nCompiled on {machine.summary(machine.describe())}"
     report.show(Console(), pods.TITLE.format(**settings), caption, pods.COLUMNS, records)
 
 
@@ -94,7 +99,8 @@ def run_blocks(options: argparse.Namespace) -> None:
         "mesh": "16",
         "parameters": trees.size(shapes) / 1e9,
     }
-    _show_and_write(options, "blocks", settings, records)
+    _write(options, "blocks", settings, records)
+    _show(settings, records)
 
 
 def run_trees(options: argparse.Namespace, *, whole_step: bool) -> None:
@@ -103,6 +109,9 @@ def run_trees(options: argparse.Namespace, *, whole_step: bool) -> None:
         decoder = DECODERS[tree]
         layout = rf.Layout(block_size=decoder.block_size, stacked={"^layers/": 1})
         for topology, sizes in pods.PODS[tree]:
+            across = "x".join(map(str, sizes))
+            if options.meshes and across not in options.meshes:
+                continue
             mesh = pods.mesh_of(topology, sizes)
             specs = decoder.specs("data", "model" if len(sizes) > 1 else None)
             params = pods.placed(decoder.shapes, specs, mesh)
@@ -115,15 +124,19 @@ def run_trees(options: argparse.Namespace, *, whole_step: bool) -> None:
                 "program": "A training step" if whole_step else "The update",
                 "tree": tree,
                 "topology": topology,
-                "mesh": "×".join(map(str, sizes)),
+                "mesh": across.replace("x", "×"),
                 "parameters": trees.size(decoder.shapes) / 1e9,
                 "block_size": decoder.block_size,
             }
             for method in _watch(options.methods, f"{tree} on {topology} {settings['mesh']}"):
                 of_plan = layout if method.startswith("sirf") else None
-                record = pods.measure(every[method](), params, of_plan, tokens if whole_step else None)
+                try:
+                    record = pods.measure(every[method](), params, of_plan, tokens if whole_step else None)
+                except jax.errors.JaxRuntimeError as error:  # the compiler's: a chip's memory is too small, for one
+                    record = {"error": str(error).splitlines()[0]}
                 records.append({"method": method, **record})
-            _show_and_write(options, name, settings, records)
+                _write(options, name, settings, records)  # a compilation may take many minutes
+            _show(settings, records)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -131,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="section", help=f"any of {', '.join(SECTIONS)} (all)")
     parser.add_argument("--trees", nargs="+", choices=DECODERS, default=list(DECODERS), help="(all)")
+    parser.add_argument("--meshes", nargs="+", help="of the trees' topologies, as 16x16 (all)")
     parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, help="adamw muon psgd sirf 'sirf, T=10'")
     default_output = pathlib.Path(__file__).parent / "results"
     parser.add_argument("--output", type=pathlib.Path, default=default_output, help="folder (benchmarks/results)")
@@ -142,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "blocks": run_blocks,
         "update": functools.partial(run_trees, whole_step=False),
         "step": functools.partial(run_trees, whole_step=True),
+        "report": lambda options: Console().print(f"Wrote {pods_report.write(options.output)}"),
     }
     for name in options.sections or SECTIONS:
         runs[name](options)

@@ -35,6 +35,28 @@ def test_traffic_counts_loops_by_their_turns_and_knows_what_is_conditional(monke
     assert conditional.size == {"all-gather": 4 * 8 * 4}
 
 
+def test_the_report_shows_every_record_and_what_does_not_compile(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from harness import report
+    from sections import pods_report
+
+    settings = {"program": "The update", "tree": "7B", "topology": "v5e:16x16", "mesh": "256", "parameters": 7.2}
+    records = [{"method": "adamw", "state_bytes": 2.5e6, "collectives": ""}, {"method": "muon", "error": "no memory"}]
+    report.write_json(
+        tmp_path / "pods_update.json",
+        machine={"processor": "P", "cores": 2, "jax": "1", "date": "today"},
+        settings={**settings, "block_size": 1024},
+        records=records,
+    )
+    page = pods_report.write(tmp_path).read_text()
+    assert "The update of the 7B decoder, 7.20 billion float32 parameters, on v5e:16x16 as 256" in page
+    assert "| adamw | 2.5 | – |" in page
+    assert "| none |" in page
+    assert "muon does not compile: no memory" in page
+
+
 SCRIPT = """
 import pods
 from sections import pods as section

@@ -30,8 +30,6 @@ Pair: TypeAlias = tuple[int, int]
 Blocks: TypeAlias = Mapping[Pair, jax.Array]
 
 _PRECISION = jax.lax.Precision.HIGHEST
-# What a difference may be off by, in units of the dtype's resolution of what is subtracted from.
-_ROUNDING = 64
 
 
 def corner_of(column: int, couplings: Sequence[Pair]) -> tuple[int, ...]:
@@ -118,6 +116,5 @@ def _column(
     # Whatever Y is, E_jj − M_Rjᵀ Y − Yᵀ M_Rj + Yᵀ M_RR Y is no less than zero, and stationary at the right one.
     explained = segment.project_product(y, right + residual(y), precision=_PRECISION)
     left = blocks[j, j] - (explained + transpose(explained)) / 2
-    left = left + jnp.asarray(_ROUNDING * jnp.finfo(y.dtype).eps, y.dtype) * segment.only_diagonal(blocks[j, j])
     own = _root(segment, jnp.maximum(left, 0) if segment.size == 1 else left, shift)
     return own, -segment.apply(own, y, 1, precision=_PRECISION)

@@ -112,10 +112,6 @@ class Segment:
         subscripts = "<I>,<J>->IJ" if self.count == 1 else "<NI>,<NJ>->NIJ"
         return einsum_along(subscripts, 1, 2, *blocks, precision=precision)
 
-    def only_diagonal(self, part: jax.Array) -> jax.Array:
-        """Returns the part without what is off its diagonal."""
-        return part * self.identity(part.dtype)
-
     @property
     def _axis_shape(self) -> tuple[int, ...]:
         return (self.size,) if self.count == 1 else (self.count, self.size)

@@ -46,7 +46,7 @@ def inverse_roots(structure, factor, excesses):
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_nothing_within_the_pattern_is_better_and_no_step_unbounded(name):
-    structure, excesses = PATTERNS[name], [excess_of(2), excess_of(30), excess_of(30, 1e-2)]
+    structure, excesses = PATTERNS[name], [excess_of(2), excess_of(30), 30 * excess_of(30, 1e-2)]
     spikes = [size * excesses[0] for size in SIZES]
     cs = inverse_roots(structure, structure.identity(jnp.float32), excesses + spikes)
     assert np.all(np.linalg.slogdet(cs)[0] > 0)
@@ -54,7 +54,7 @@ def test_nothing_within_the_pattern_is_better_and_no_step_unbounded(name):
     for c, excess in zip(cs, excesses, strict=False):
         # The derivative of Tr(CᵀMC) − 2 log|det C| along C·N is zero for every N of the pattern.
         whitened = c.T @ (SHIFT * identity + excess) @ c
-        np.testing.assert_allclose(whitened[pattern], identity[pattern], atol=2e-3)
+        np.testing.assert_allclose(whitened[pattern], identity[pattern], atol=1e-2)  # the polynomials' error, at most
         assert np.abs(whitened[~pattern]).max() > 0.1
     for c, excess in zip(cs[len(excesses) :], spikes, strict=True):
         assert np.all(np.linalg.norm(c, axis=0) < 1.1 * SHIFT**-0.5)
