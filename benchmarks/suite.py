@@ -9,9 +9,7 @@ The peers are installed as `harness/peers.py` says, PyTorch's official optimizer
 psgd and SOAP minutes to compile, so name them only with that time at hand. On a GPU the same commands run there; set
 `JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32` or `highest` to say how float32 is multiplied, which the JSON records.
 
-The JSON is written after every method that is compiled, so that what a run has found outlives it. jaxlib 0.10.2 lets
-the Cholesky factorizations of rf_shampoo wait for each other for ever on two processor cores; with
-`XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false` they don't.
+The JSON is written after every method that is compiled, so that what a run has found outlives it.
 """
 
 import argparse

@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     if missing := [name for name in options.task if name not in tasks]:
         parser.error(f"--images must name a folder of images for {' '.join(missing)}")
     if ABSENT:
-        reporting.console.print(f"absent, for want of an optional package: {', '.join(ABSENT)}")
+        reporting.console.print(f"absent, for want of an optional package or a newer Optax: {', '.join(ABSENT)}")
     with reporting.progress_bar() as bar:
         run_suite(tasks, options, bar)
 

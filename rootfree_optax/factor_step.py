@@ -13,12 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax.precision import accumulation_dtype, has_narrower_range, round_dithered, upcast
+from rootfree_optax.precision import accumulation_dtype, is_half, round_dithered, upcast
 from rootfree_optax.structures.base import Parts, Structure
-
-# Norms are those of entries in this unit: the square of one as large as 1e31 does not overflow, and what underflows is
-# nothing beside the one that matters, a norm above 1.
-_NORM_UNIT = 2.0**40
 
 
 def times_scalar(parts: Parts, factor: ArrayLike) -> Parts:
@@ -44,8 +40,8 @@ def factor_steps(
 
         stepₙ = Π̂( X₍ₙ₎X₍ₙ₎ᵀ + λ·Π_{j≠n} Tr(KⱼᵀKⱼ)·KₙᵀKₙ ) / (2 Π_{j≠n} dⱼ) − I/2,   X = √B·G ×₁ K₁ᵀ … ×_N K_Nᵀ
 
-    A K of a dtype with a narrow range (float16) enters divided by √d, so that neither X nor KᵀK leaves that range on
-    long axes. Elsewhere the division would be one more pass over the factor, and a rounding of it.
+    A K in half precision enters divided by √d, so that neither X nor KᵀK leaves its range on long axes. Elsewhere that
+    would be one more pass over the factor.
 
     Args:
       gradient: G, [d₁, …, d_N], or [samples, d₁, …, d_N] for a mean over samples of X₍ₙ₎X₍ₙ₎ᵀ.
@@ -61,12 +57,12 @@ def factor_steps(
     dims = [structure.dim for structure in structures]
     first_axis = gradient.ndim - len(dims)
     samples = math.prod(gradient.shape[:first_axis])
-    is_narrow = [has_narrower_range(parts[0].dtype, accumulation_dtype(parts[0].dtype)) for parts in factors]
+    halves = [is_half(parts[0].dtype) for parts in factors]
     scaled = [
-        times_scalar(parts, 1 / math.sqrt(dim)) if narrow else parts
-        for parts, dim, narrow in zip(factors, dims, is_narrow, strict=True)
+        times_scalar(parts, 1 / math.sqrt(dim)) if half else parts
+        for parts, dim, half in zip(factors, dims, halves, strict=True)
     ]
-    still_to_divide = [1 if narrow else dim for dim, narrow in zip(dims, is_narrow, strict=True)]  # squares of K by
+    still_to_divide = [1 if half else dim for dim, half in zip(dims, halves, strict=True)]  # squares of K by
     x = upcast(gradient)
     x = x * jnp.sqrt(jnp.asarray(batch_size, x.dtype) / samples)
     for axis, (structure, parts) in enumerate(zip(structures, scaled, strict=True), start=first_axis):
@@ -110,14 +106,17 @@ def published_factor(
       count: the step's number, for the dithered rounding of a half-precision factor.
       precision: of the product.
     """
-    norm = jnp.sqrt(structure.squared_norm(times_scalar(step, 1 / _NORM_UNIT))) * _NORM_UNIT
-    clip = 1 / jnp.maximum(1, norm)
-    if has_narrower_range(factor[0].dtype, step[0].dtype):
-        step, clip = times_scalar(step, clip), jnp.ones_like(clip)
-    rounded = jax.tree.map(lambda m, k: m.astype(k.dtype), step, factor)
+    # ‖m‖ from the entries divided by the largest, because their squares may overflow where they do not.
+    largest = jnp.maximum(1, max_abs(step))
+    unit = times_scalar(step, 1 / largest)
+    clipped = times_scalar(unit, 1 / jnp.maximum(1 / largest, jnp.sqrt(structure.squared_norm(unit))))
+    rounded = jax.tree.map(lambda m, k: m.astype(k.dtype), clipped, factor)
     change = structure.matmul(factor, rounded, precision=precision)
-    rate = jnp.asarray(preconditioner_lr, clip.dtype) * clip
-    return jax.tree.map(lambda k, c: round_dithered(upcast(k) - rate * c, k.dtype, count), factor, change)
+    return jax.tree.map(
+        lambda k, c: round_dithered(upcast(k) - jnp.asarray(preconditioner_lr, c.dtype) * c, k.dtype, count),
+        factor,
+        change,
+    )
 
 
 def exact_factor(

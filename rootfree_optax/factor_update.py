@@ -12,14 +12,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rootfree_optax.factor_step import factor_steps, max_abs, published_factor, times_scalar
-from rootfree_optax.precision import exponent_of, has_narrower_range, power_of_two, upcast
+from rootfree_optax.precision import exponent_of, power_of_two, upcast
 from rootfree_optax.structures.base import Parts, Structure
 
 
 def _saturate(array: jax.Array, like: jax.Array) -> jax.Array:
     """Returns `array` in the dtype of `like`, entries beyond its range at the range's end."""
-    if not has_narrower_range(like.dtype, array.dtype):
-        return array.astype(like.dtype)
     limit = jnp.asarray(jnp.finfo(like.dtype).max, array.dtype)
     return jnp.clip(array, -limit, limit).astype(like.dtype)
 
@@ -202,7 +200,7 @@ def _multiplied(
     direction, finite = upcast(gradient), all_finite(gradient)
     rescale = jnp.ones((), direction.dtype)
     for axis, (multiplications, parts) in enumerate(zip(products, matrices, strict=True)):
-        if has_narrower_range(parts[0].dtype, direction.dtype):
+        if jnp.finfo(parts[0].dtype).maxexp < jnp.finfo(direction.dtype).maxexp:
             scale = power_of_two(exponent_of(max_abs(parts))).astype(rescale.dtype)
             unit = power_of_two(exponent_of(jnp.max(jnp.abs(direction)))).astype(rescale.dtype)
             direction, parts = jnp.where(finite, direction / unit, direction), times_scalar(parts, 1 / scale)

@@ -17,10 +17,16 @@ from rootfree_optax.factor_update import all_finite
 from rootfree_optax.precision import upcast
 from rootfree_optax.structures import Parts, Structure
 
+# Batched factorizations on a CPU each take a thread of the pool, and wait for others of it to work on the batch: as
+# many at once as there are threads wait for ever. One matrix after another asks for no other thread.
+_cholesky_of_one = jax.custom_batching.sequential_vmap(jnp.linalg.cholesky)
+
 
 def cholesky(s: jax.Array) -> jax.Array:
     """Returns L with L Lᵀ = S."""
-    return jnp.sqrt(s) if s.ndim == 1 else jnp.linalg.cholesky(s)
+    if s.ndim == 1:
+        return jnp.sqrt(s)
+    return jax.lax.platform_dependent(s, cpu=_cholesky_of_one, default=jnp.linalg.cholesky)
 
 
 def solve(lower: jax.Array, tensor: jax.Array, axis: int, *, transposed: bool = False) -> jax.Array:

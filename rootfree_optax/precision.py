@@ -18,9 +18,9 @@ def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if jnp.finfo(dtype).bits > 32 else jnp.float32)
 
 
-def has_narrower_range(dtype: DTypeLike, other: DTypeLike) -> bool:
-    """Returns whether the largest number of a real floating-point dtype is below another's, as float16's is."""
-    return bool(jnp.finfo(dtype).maxexp < jnp.finfo(other).maxexp)
+def is_half(dtype: DTypeLike) -> bool:
+    """Returns whether a real floating-point dtype is narrower than the one that is computed in."""
+    return bool(jnp.finfo(dtype).bits < jnp.finfo(accumulation_dtype(dtype)).bits)
 
 
 def dtype_like(array: jax.Array, real: DTypeLike | None) -> jnp.dtype:

@@ -1,6 +1,7 @@
 """When the blocks of a plan's stacks start and are refreshed: all at once, or in turn; on each device its own."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -112,10 +113,10 @@ def refresh_in_turn(
     Args:
       count: the step's number.
       period: T ≥ 1.
-      plan: the plan of the stacks.
-      refresh: for one block, (curvature, *state, structures=…) -> new state.
-      curvatures: the stacks that the curvature is estimated from.
-      state: tuples over the stacks, or empty, and then passed for each stack and returned as that.
+      plan: as for `refresh_when`.
+      refresh: as for `refresh_when`.
+      curvatures: as for `refresh_when`.
+      state: as for `refresh_when`.
     """
     if not plan.stacks:
         return state
@@ -124,18 +125,17 @@ def refresh_in_turn(
 
 def _refreshed_in_turn(shared: Any, curvatures: Stacks, state: tuple[Stacks, ...]) -> tuple[Stacks, ...]:
     stacks, count, period, refresh = shared
-    turns_before = 0
+    sizes = [-(-len(curvature) // period) for curvature in curvatures]
+    turns = [-(-len(curvature) // size) for curvature, size in zip(curvatures, sizes, strict=True)]
+    begins = itertools.accumulate(turns, initial=0)  # so that stacks of few turns have them at different steps
 
-    def refreshed(stack: Stack, curvature: jax.Array, old: tuple[Any, ...]) -> tuple[Any, ...]:
-        nonlocal turns_before
-        size = -(-len(curvature) // period)
-        turns = -(-len(curvature) // size)
-        index = (count - turns_before) % period
-        turns_before += turns
+    def refreshed(stack: Stack, given: tuple[Any, ...], old: tuple[Any, ...]) -> tuple[Any, ...]:
+        curvature, size, turns, begin = given
+        index = (count - begin) % period
         turn = functools.partial(_turn, of_stack(refresh, stack), size, curvature, index)
         return turn(old) if turns == period else jax.lax.cond(index < turns, turn, lambda old: old, old)
 
-    return each_stack(refreshed, stacks, curvatures, state)
+    return each_stack(refreshed, stacks, tuple(zip(curvatures, sizes, turns, begins, strict=False)), state)
 
 
 def _turn(

@@ -125,3 +125,14 @@ def test_half_precision_gradients_are_computed_with_in_float32():
         chex.assert_trees_all_close(dense(new), [np.float32(s) for s in expected], rtol=1e-5, atol=1e-6)
         expected_direction = numpy_direction(wide, expected)
         np.testing.assert_allclose(direction, expected_direction, rtol=0, atol=1e-5 * np.abs(expected_direction).max())
+
+
+def test_a_cpu_factorizes_one_matrix_at_a_time():
+    """Several batches at once would wait for each other's threads for ever, on a machine of few."""
+    factorize = jax.jit(jax.vmap(inverse_update.cholesky))
+    matrices = jnp.stack([jnp.diag(jnp.array([4.0, scale])) for scale in (1.0, 9.0, 16.0)])
+    np.testing.assert_allclose(factorize(matrices), np.sqrt(matrices))
+    text = factorize.lower(matrices).as_text()
+    operands = [line for line in text.splitlines() if "potrf" in line or "stablehlo.cholesky" in line]
+    assert operands
+    assert all("tensor<2x2xf32>" in line and "tensor<3x2x2xf32>" not in line for line in operands)

@@ -7,6 +7,7 @@ no default: it is recommended from the results, as the one of five spread over i
 import dataclasses
 import functools
 import importlib.util
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import optax
 from characters.methods import muon
 from jax.typing import ArrayLike
 from methods import COUPLED_DECAY, DAMPING, DECAY, DECOUPLED_DECAY, MOMENTUM, sgd
+from methods import METHODS as DIGITS_METHODS
 from searching import Method, Range, adamw
 
 import rootfree_optax as rf
@@ -112,13 +114,7 @@ METHODS: dict[str, Candidate] = {
     "adamw": Candidate(
         "AdamW",
         adamw,
-        {
-            "learning_rate": Range(3e-4, 1e-1),
-            "b1": MOMENTUM,
-            "b2": DECAY,
-            "eps": Range(1e-10, 1e-6),
-            "weight_decay": DECOUPLED_DECAY,
-        },
+        DIGITS_METHODS["adamw"].ranges,
         {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 1e-4},
     ),
     "muon": Candidate(
@@ -186,4 +182,8 @@ METHODS: dict[str, Candidate] = {
         FROM_ONE_WITH_TERMS | {"initial_scale": 0.0},
     ),
 }
-ABSENT = () if importlib.util.find_spec(PACKAGE) else ("distributed_shampoo",)
+_NEEDS = {
+    "distributed_shampoo": importlib.util.find_spec(PACKAGE) is not None,
+    "muon": "adam_learning_rate" in inspect.signature(optax.contrib.muon).parameters,
+}
+ABSENT = tuple(name for name, is_met in _NEEDS.items() if not is_met)
