@@ -57,14 +57,17 @@ def _watch(names: Sequence[str], description: str) -> Any:
 
 
 def run_balance(options: argparse.Namespace) -> None:
-    """Counts blocks."""
+    """Counts blocks, in halved ones as well where those of the decoder's size are too few for so many chips."""
     records = []
     for tree in options.trees:
         decoder = DECODERS[tree]
-        plan = rf.Layout(block_size=decoder.block_size, stacked={"^layers/": 1}).plan(trees.abstract(decoder.shapes))
         for chips in (16, 256, 512):
-            told = pods.balance(plan, chips, jnp.bfloat16)
-            records.append({"tree": tree, "chips": chips, "block_size": decoder.block_size, **told})
+            block_size, uneven = decoder.block_size, True
+            while uneven:
+                layout = rf.Layout(block_size=block_size, stacked={"^layers/": 1})
+                told = pods.balance(layout.plan(trees.abstract(decoder.shapes)), chips, jnp.bfloat16)
+                records.append({"tree": tree, "chips": chips, "block_size": block_size, **told})
+                block_size, uneven = block_size // 2, told["busiest"] > pods.EVEN
     description = machine.describe()
     report.write_json(options.output / "pods_balance.json", machine=description, settings={}, records=records)
     report.show(Console(), pods.BALANCE_TITLE, pods.BALANCE_CAPTION, pods.BALANCE_COLUMNS, records)
