@@ -72,7 +72,7 @@ def scale_by_sirf_shampoo(
 
     The published refresh is a clipped first-order step: relative to K it is at most β₂, so that wide layers, long
     intervals and sudden large gradients need many refreshes. The exact one does RF-Shampoo's S ← (1 − β₂)·S + β₂·H for
-    S = (K Kᵀ)⁻¹ in one refresh, whatever the width, with an inverse root made of nine products (see `inverse_root`).
+    S = (K Kᵀ)⁻¹ in one refresh, whatever the width, with an inverse root made of eight products (see `inverse_root`).
 
     A block with a non-finite gradient, or whose factors would come out non-finite, keeps its factors; a non-finite
     block of the gradient is passed through as it is, so that `optax.apply_if_finite` works.

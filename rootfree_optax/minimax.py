@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Two short ones, whose coefficients stay small enough for half precision, then a long one for the last digits: the most
-# accurate choice for nine matrix products in all (see `inverse_root`).
-DEGREES = (1, 1, 4)
+# The most accurate choice for eight matrix products in all (see `inverse_root`).
+DEGREES = (4, 4)
 # What the polynomials cover, to 8%. A wider spectrum must be narrowed first.
 LARGEST_CONDITION = 1024.0
 _SMALLEST_CONDITION = 4.0
@@ -22,15 +21,19 @@ _ROWS_PER_OCTAVE = 4
 class Table(NamedTuple):
     """Polynomials for ever wider spectra.
 
+    The k-th polynomial qₖ is to be taken of tₖ, where t₀ = t and tₖ₊₁ = tₖ·qₖ(tₖ)²; the product of all qₖ(tₖ) then is
+    near t^(−1/2). Each is held as lead·Π(t² + a·t + b), of positive factors: the terms of a sum would cancel.
+
     Attributes:
       conditions: [rows], κ. Row i is for spectra within [1/κᵢ, 1].
-      coefficients: for each of `DEGREES` an array [rows, degree + 1], by rising powers. The k-th polynomial qₖ is to be
-        taken of tₖ, where t₀ = t and tₖ₊₁ = tₖ·qₖ(tₖ)²; the product of all qₖ(tₖ) then is near t^(−1/2).
+      leads: for each polynomial an array [rows].
+      quadratics: for each polynomial an array [rows, degree / 2, 2] of a and b.
       errors: [rows], the largest |1 − √t·Πqₖ(tₖ)| on the row's spectra.
     """
 
     conditions: np.ndarray
-    coefficients: tuple[np.ndarray, ...]
+    leads: tuple[np.ndarray, ...]
+    quadratics: tuple[np.ndarray, ...]
     errors: np.ndarray
 
 
@@ -71,6 +74,15 @@ def inverse_root_polynomial(low: float, high: float, degree: int) -> tuple[np.nd
     return best, float(least)
 
 
+def quadratic_factors(coefficients: np.ndarray) -> np.ndarray:
+    """Returns a and b of the factors t² + a·t + b, [degree / 2, 2], of a polynomial without real roots."""
+    roots = np.roots(coefficients[::-1])
+    upper = roots[roots.imag > 0]
+    if 2 * len(upper) != len(roots):
+        raise ValueError(f"the polynomial must be without real roots, got roots {roots}.")
+    return np.column_stack([-2 * upper.real, np.abs(upper) ** 2])
+
+
 @functools.cache
 def inverse_root_table() -> Table:
     """Returns the polynomials for spectra of condition numbers up to `LARGEST_CONDITION`."""
@@ -86,4 +98,7 @@ def inverse_root_table() -> Table:
             row.append(coefficients)
         rows.append(row)
         errors.append(error)
-    return Table(conditions, tuple(map(np.stack, zip(*rows, strict=True))), np.asarray(errors))
+    polynomials = list(zip(*rows, strict=True))
+    leads = tuple(np.array([coefficients[-1] for coefficients in column]) for column in polynomials)
+    quadratics = tuple(np.stack([*map(quadratic_factors, column)]) for column in polynomials)
+    return Table(conditions, leads, quadratics, np.asarray(errors))
