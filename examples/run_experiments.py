@@ -9,6 +9,7 @@ train side by side as one program. Then: python examples/report_experiments.py
 """
 
 import argparse
+import json
 import pathlib
 import platform
 
@@ -17,7 +18,7 @@ import numpy as np
 import reporting
 from experiments.methods import ABSENT, METHODS
 from experiments.tasks import IMAGE_NETWORKS, TASKS, Task, image_task
-from experiments.trials import run_pair
+from experiments.trials import Runner, run_defaults, run_pair
 from rich.progress import Progress
 from searching import to_json
 
@@ -37,20 +38,29 @@ def record_of(task: str, tasks: dict[str, Task], name: str, options: argparse.Na
     return record | run_pair(tasks[task], method, **sizes)
 
 
+def write(path: pathlib.Path, record: dict) -> None:
+    """Writes a pair's record, whole or not at all."""
+    jax.clear_caches()  # no other pair has this program, and many of them exhaust the memory for code
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(to_json(record))
+    unfinished.replace(path)
+
+
 def run_suite(tasks: dict[str, Task], options: argparse.Namespace, bar: Progress) -> None:
-    """Runs every pair that has no record yet."""
+    """Runs every pair that has no record yet, or the defaults alone of those that have."""
     progress = bar.add_task("pairs", total=len(options.task) * len(options.optimizer), status="")
     for task in options.task:
         for name in options.optimizer:
             path = options.results / task / f"{name}.json"
-            if not path.is_file():
-                bar.update(progress, status=f"{tasks[task].label}: {METHODS[name].label}")
-                path.parent.mkdir(parents=True, exist_ok=True)
+            bar.update(progress, status=f"{tasks[task].label}: {METHODS[name].label}")
+            if options.defaults_alone and path.is_file():
+                record = json.loads(path.read_text())
+                record["defaults"] = run_defaults(Runner(tasks[task], METHODS[name]), options.fresh_seeds)
+                write(path, record)
+            elif not options.defaults_alone and not path.is_file():
                 record = record_of(task, tasks, name, options)
-                jax.clear_caches()  # no other pair has this program, and many of them exhaust the memory for code
-                unfinished = path.with_suffix(".part")
-                unfinished.write_text(to_json(record))
-                unfinished.replace(path)
+                write(path, record)
                 value = np.array(record["tested"][f"test_{record['reported']}"], float).mean()
                 bar.console.print(
                     f"{task:23}{name:26}{record['reported']} {value:.4f}{record['seconds']:7.1f} s"
@@ -74,6 +84,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--images", type=pathlib.Path, metavar="DIR", help="CIFAR-10/100's files, or ImageWoof's folder"
     )
     parser.add_argument("--image-steps", type=int, default=2000, help="on those images, a multiple of ten")
+    parser.add_argument(
+        "--defaults-alone", action="store_true", help="train untuned settings again where there is a record"
+    )
     parser.add_argument("--results", type=pathlib.Path, metavar="DIR", default=RESULTS)
     options = parser.parse_args(arguments)
     tasks = dict(TASKS)

@@ -105,21 +105,29 @@ def regrets(records: Records, name: str) -> dict[str, Any]:
     return {"learning_rate": rate, "tasks": by_task}
 
 
-def one_setting(records: Records, name: str) -> dict[str, Any]:
-    """Returns the trial that is best for all tasks, and by how much it exceeds each task's own best trial.
+def trial_ratios(records: Records, name: str) -> dict[str, np.ndarray]:
+    """Returns for each task every trial's validation result over that of the task's best trial; infinite if it died.
 
-    Every task was searched with the same draws. Both are on validation data, from one seed: as the best of many trials
-    owes something to luck, the excess is rather too large.
+    Every task was searched with the same draws, so that a trial is one setting for all.
     """
-    rows = {task: methods[name] for task, methods in records.items() if name in methods}
     ratios = {}
-    for task, record in rows.items():
+    for task, record in ((task, methods[name]) for task, methods in records.items() if name in methods):
         values = [trial[f"validation_{record['reported']}"] for trial in record["trials"]]
         numbers = np.array([np.inf if value is None else max(value, LEAST) for value in values])
         ratios[task] = numbers / numbers.min()
+    return ratios
+
+
+def one_setting(records: Records, name: str) -> dict[str, Any]:
+    """Returns the trial that is best for all tasks, and by how much it exceeds each task's own best trial.
+
+    Both are on validation data, from one seed: as the best of many trials owes something to luck, the excess is rather
+    too large.
+    """
+    ratios = trial_ratios(records, name)
     index = int(np.mean([np.log(ratio) for ratio in ratios.values()], axis=0).argmin())
-    trial = next(iter(rows.values()))["trials"][index]
-    settings = {key: trial[key] for key in next(iter(rows.values()))["chosen"]}
+    record = next(methods[name] for methods in records.values() if name in methods)
+    settings = {key: record["trials"][index][key] for key in record["chosen"]}
     return {"settings": settings, "tasks": {task: float(ratio[index] - 1) for task, ratio in ratios.items()}}
 
 

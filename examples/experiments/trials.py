@@ -1,5 +1,6 @@
 """One pair of a task and an optimizer: a random search, its finalists, then fresh seeds of the best and of defaults."""
 
+import operator
 import time
 from typing import Any
 
@@ -66,28 +67,33 @@ def run_pair(
     more = run.of_seeds(final_settings, range(FIRST_SEED + 1, FIRST_SEED + 1 + final_seeds))
     final = jax.tree.map(lambda first, others: np.concatenate([first[best], others], axis=1), outcome, more)
     chosen = int(best[ranking(task, final)[0]])
-    untuned = method.untuned()
-    together = {name: np.append(values[chosen], untuned[name]) for name, values in settings.items()}
-    fresh = run.of_seeds(together, range(fresh_seeds))
-    tested = jax.tree.map(lambda array: array[0], fresh)
-    defaults = jax.tree.map(lambda array: array[1:], fresh)
+    chosen_settings = {name: values[[chosen]] for name, values in settings.items()}
+    tested = jax.tree.map(operator.itemgetter(0), run.of_seeds(chosen_settings, range(fresh_seeds)))
+    defaults = run_defaults(run, fresh_seeds)
     steady = min(run.seconds[1:])
     return {
         "fixed": dict(method.fixed),
-        "chosen": {name: float(values[chosen]) for name, values in settings.items()},
+        "chosen": {name: float(values[0]) for name, values in chosen_settings.items()},
         "non_finite": int(np.sum(~np.isfinite(outcome.validation_loss[..., -1]))),
         "seconds": time.perf_counter() - begin,
         "seconds_to_compile": run.seconds[0] - steady,
         "trials_per_minute": 60 * trials / searched,
         "milliseconds_per_step": 1e3 * steady / run.at_once / task.steps,
         "tested": numbers(tested),
-        "defaults": [
-            {"learning_rate": float(rate), **numbers(jax.tree.map(lambda array, row=row: array[row], defaults))}
-            for row, rate in enumerate(untuned["learning_rate"])
-        ],
+        "defaults": defaults,
         "finalists": rows(final_settings, last(final)),
         "trials": rows(settings, last(outcome)),
     }
+
+
+def run_defaults(run: Runner, fresh_seeds: int) -> list[dict[str, Any]]:
+    """Returns what the method's defaults reach at each learning rate, from the fresh seeds."""
+    untuned = run.method.untuned()
+    outcome = run.of_seeds(untuned, range(fresh_seeds))
+    return [
+        {"learning_rate": float(rate), **numbers(jax.tree.map(operator.itemgetter(row), outcome))}
+        for row, rate in enumerate(untuned["learning_rate"])
+    ]
 
 
 def last(outcome: Outcome) -> dict[str, np.ndarray]:
