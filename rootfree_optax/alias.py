@@ -3,7 +3,7 @@
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax.chaining import MaskOrFn, descent
+from rootfree_optax.chaining import MaskOrFn, descent, heavy_ball
 from rootfree_optax.diagonal import scale_by_rf_adam, scale_by_rf_rms
 
 
@@ -62,6 +62,7 @@ def rf_rmsprop(
       Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
       https://arxiv.org/abs/2402.03496
     """
+    velocity = None if momentum is None else heavy_ball(momentum, accumulator_dtype=accumulator_dtype)
     return optax.chain(
         scale_by_rf_rms(
             decay,
@@ -70,7 +71,7 @@ def rf_rmsprop(
             initial_scale=initial_scale,
             accumulator_dtype=accumulator_dtype,
         ),
-        *descent(learning_rate, weight_decay, mask, momentum, accumulator_dtype),
+        *descent(learning_rate, weight_decay, mask, velocity),
     )
 
 

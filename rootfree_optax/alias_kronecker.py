@@ -1,16 +1,21 @@
 """Whole Kronecker optimizers: one `optax.chain` each."""
 
+from typing import Literal
+
 import jax
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax.chaining import MaskOrFn, descent
+from rootfree_optax import hyperparameters as hyper
+from rootfree_optax.chaining import MaskOrFn, descent, heavy_ball, of_gradients
 from rootfree_optax.hyperparameters import UpdateEvery
 from rootfree_optax.kronecker import InitialScale, Refresh, scale_by_sirf_shampoo
 from rootfree_optax.kronecker_inverse import scale_by_rf_shampoo
 from rootfree_optax.layout import Layout
 from rootfree_optax.layout.rules import DTypeRule
 from rootfree_optax.sharded_plan import BlockAxes
+
+MomentumOf = Literal["directions", "gradients"]
 
 
 def sirf_shampoo(
@@ -19,6 +24,8 @@ def sirf_shampoo(
     preconditioner_lr: optax.ScalarOrSchedule = 0.05,
     damping: optax.ScalarOrSchedule = 1e-4,
     momentum: ArrayLike | None = 0.9,
+    momentum_of: MomentumOf = "directions",
+    nesterov: bool = False,
     riemannian_momentum: ArrayLike | None = 0.5,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: MaskOrFn = None,
@@ -37,7 +44,10 @@ def sirf_shampoo(
     """SIRF-Shampoo: structured Shampoo without inverses and without the square root.
 
         v ← momentum·v + G ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ + κθ
-        θ ← θ − learning_rate·v
+        θ ← θ − learning_rate·v                             (momentum_of="directions")
+
+        v ← momentum·v + G
+        θ ← θ − learning_rate·(v ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ + κθ)   (momentum_of="gradients")
 
     See `scale_by_sirf_shampoo` for the factors K.
 
@@ -46,8 +56,12 @@ def sirf_shampoo(
       preconditioner_lr: β₂ ≥ 0, the step size of the factors.
       damping: λ ≥ 0.
       momentum: α₁, heavy-ball momentum in [0, 1). None keeps no momentum state.
+      momentum_of: what v averages: "directions", as published, each by the factors of its own step; or "gradients",
+        whose average the present factors apply to, and then nothing in v is by factors of long ago.
+      nesterov: whether Nesterov's momentum takes the place of v, as in `optax.trace`.
       riemannian_momentum: α₂, in [0, 1), the factors' momentum. None or 0 keeps no state for it.
-      weight_decay: κ ≥ 0, added to the direction before momentum. None adds nothing and needs no parameters.
+      weight_decay: κ ≥ 0, added to the direction, before its momentum if it has one. None adds nothing and needs no
+        parameters.
       mask: which parameters decay, see `optax.add_decayed_weights`.
       batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
       update_every: T ≥ 1: the factors are refreshed at every T-th update; or a callable, see `scale_by_sirf_shampoo`.
@@ -85,24 +99,25 @@ def sirf_shampoo(
       Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
       https://arxiv.org/abs/2402.03496
     """
-    return optax.chain(
-        scale_by_sirf_shampoo(
-            preconditioner_lr,
-            damping,
-            riemannian_momentum,
-            batch_size=batch_size,
-            update_every=update_every,
-            staggered=staggered,
-            layout=layout,
-            preconditioner_dtype=preconditioner_dtype,
-            refresh=refresh,
-            initial_scale=initial_scale,
-            cache_products=cache_products,
-            block_axes=block_axes,
-            precision=precision,
-        ),
-        *descent(learning_rate, weight_decay, mask, momentum, accumulator_dtype),
+    preconditioner = scale_by_sirf_shampoo(
+        preconditioner_lr,
+        damping,
+        riemannian_momentum,
+        batch_size=batch_size,
+        update_every=update_every,
+        staggered=staggered,
+        layout=layout,
+        preconditioner_dtype=preconditioner_dtype,
+        refresh=refresh,
+        initial_scale=initial_scale,
+        cache_products=cache_products,
+        block_axes=block_axes,
+        precision=precision,
     )
+    links = _links(
+        preconditioner, learning_rate, weight_decay, mask, momentum, momentum_of, nesterov, accumulator_dtype
+    )
+    return optax.chain(*links)
 
 
 def rf_shampoo(
@@ -111,6 +126,8 @@ def rf_shampoo(
     preconditioner_lr: optax.ScalarOrSchedule = 0.05,
     damping: optax.ScalarOrSchedule = 1e-4,
     momentum: ArrayLike | None = 0.9,
+    momentum_of: MomentumOf = "directions",
+    nesterov: bool = False,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: MaskOrFn = None,
     batch_size: ArrayLike | None = None,
@@ -123,7 +140,10 @@ def rf_shampoo(
     """RF-Shampoo: Shampoo without the square root, with inverses.
 
         v ← momentum·v + G ×₁ S₁⁻¹ … ×_N S_N⁻¹ + κθ
-        θ ← θ − learning_rate·v
+        θ ← θ − learning_rate·v                             (momentum_of="directions")
+
+        v ← momentum·v + G
+        θ ← θ − learning_rate·(v ×₁ S₁⁻¹ … ×_N S_N⁻¹ + κθ)      (momentum_of="gradients")
 
     See `scale_by_rf_shampoo` for the factors S. For comparison and small problems; `sirf_shampoo` is the fast one.
 
@@ -132,7 +152,11 @@ def rf_shampoo(
       preconditioner_lr: β₂, in [0, 1], the step size of the factors.
       damping: λ ≥ 0.
       momentum: α₁, heavy-ball momentum in [0, 1). None keeps no momentum state.
-      weight_decay: κ ≥ 0, added to the direction before momentum. None adds nothing and needs no parameters.
+      momentum_of: what v averages: "directions", as published, each by the factors of its own step; or "gradients",
+        whose average the present factors apply to, and then nothing in v is by factors of long ago.
+      nesterov: whether Nesterov's momentum takes the place of v, as in `optax.trace`.
+      weight_decay: κ ≥ 0, added to the direction, before its momentum if it has one. None adds nothing and needs no
+        parameters.
       mask: which parameters decay, see `optax.add_decayed_weights`.
       batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
       update_every: T ≥ 1: the factors are refreshed at every T-th update; or a callable, see `scale_by_sirf_shampoo`.
@@ -165,15 +189,40 @@ def rf_shampoo(
       Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
       https://arxiv.org/abs/2402.03496
     """
-    return optax.chain(
-        scale_by_rf_shampoo(
-            preconditioner_lr,
-            damping,
-            batch_size=batch_size,
-            update_every=update_every,
-            layout=layout,
-            block_axes=block_axes,
-            precision=precision,
-        ),
-        *descent(learning_rate, weight_decay, mask, momentum, accumulator_dtype),
+    preconditioner = scale_by_rf_shampoo(
+        preconditioner_lr,
+        damping,
+        batch_size=batch_size,
+        update_every=update_every,
+        layout=layout,
+        block_axes=block_axes,
+        precision=precision,
     )
+    links = _links(
+        preconditioner, learning_rate, weight_decay, mask, momentum, momentum_of, nesterov, accumulator_dtype
+    )
+    return optax.chain(*links)
+
+
+def _links(
+    preconditioner: optax.GradientTransformationExtraArgs,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule | None,
+    mask: MaskOrFn,
+    momentum: ArrayLike | None,
+    momentum_of: MomentumOf,
+    nesterov: bool,
+    accumulator_dtype: DTypeLike | None,
+) -> tuple[optax.GradientTransformation, ...]:
+    hyper.require_choice("momentum_of", momentum_of, ("directions", "gradients"))
+    if momentum is None and (nesterov or momentum_of == "gradients"):
+        raise ValueError(
+            f"momentum must be given for nesterov={nesterov} and momentum_of={momentum_of!r}, got None. Pass a number, "
+            "or leave both at their defaults."
+        )
+    if momentum is None:
+        return preconditioner, *descent(learning_rate, weight_decay, mask)
+    velocity = heavy_ball(momentum, nesterov=nesterov, accumulator_dtype=accumulator_dtype)
+    if momentum_of == "gradients":
+        return of_gradients(velocity, preconditioner), *descent(learning_rate, weight_decay, mask)
+    return preconditioner, *descent(learning_rate, weight_decay, mask, velocity)

@@ -84,7 +84,7 @@ class HeavyBallState(NamedTuple):
 
 
 def heavy_ball(
-    momentum: ArrayLike, *, accumulator_dtype: DTypeLike | None = None
+    momentum: ArrayLike, *, nesterov: bool = False, accumulator_dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Adds up past updates, v ← momentum·v + update, as `optax.trace`, whatever the dtypes.
 
@@ -92,10 +92,11 @@ def heavy_ball(
 
     Args:
       momentum: α₁, in [0, 1). A number or a traced scalar.
+      nesterov: whether the update is update + momentum·v, with the new v, rather than v.
       accumulator_dtype: floating-point dtype of v; by default each parameter's own.
 
     Returns:
-      A transformation that replaces the updates by v, in the updates' dtype.
+      A transformation that replaces the updates by v (or Nesterov's), in the updates' dtype.
 
     Raises:
       ValueError: for a Python number outside [0, 1).
@@ -120,9 +121,71 @@ def heavy_ball(
         updates: optax.Updates, state: HeavyBallState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, HeavyBallState]:
         del params, extra_args
-        updates = trees.map_gradients(lambda u, v: _accumulate(u, momentum, v), updates, state.momentum)
+        velocity = trees.map_gradients(lambda u, v: _accumulate(u, momentum, v), updates, state.momentum)
         keep_dtype = lambda v, u: u.astype(v.dtype)
-        return updates, HeavyBallState(trees.map_accumulators(keep_dtype, state.momentum, updates))
+        new_state = HeavyBallState(trees.map_accumulators(keep_dtype, state.momentum, velocity))
+        if nesterov:
+            velocity = trees.map_gradients(lambda u, v: _accumulate(u, momentum, v), updates, velocity)
+        return velocity, new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class OfGradientsState(NamedTuple):
+    """State of `of_gradients`: that of the momentum, and that of the preconditioner."""
+
+    momentum: HeavyBallState
+    preconditioner: Any
+
+
+def of_gradients(
+    momentum: optax.GradientTransformationExtraArgs, preconditioner: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
+    """Averages gradients and preconditions their average, whose curvature is estimated from the gradients themselves.
+
+        v ← momentum·v + G,    direction = P v
+
+    A plain chain of the two would take the average for a gradient, and learn the curvature of a mini-batch far larger.
+
+    Args:
+      momentum: what averages, as `heavy_ball`.
+      preconditioner: P, whose `update` takes a `curvature`, a tree like the gradients. One that is passed on is used.
+
+    Returns:
+      A transformation whose updates are the directions.
+
+    Example:
+      >>> import jax.numpy as jnp, rootfree_optax as rf
+      >>> from rootfree_optax.chaining import heavy_ball, of_gradients
+      >>> preconditioner = rf.scale_by_sirf_shampoo(0.0, initial_scale=2.0, batch_size=1)
+      >>> tx = of_gradients(heavy_ball(0.5), preconditioner)
+      >>> state = tx.init(jnp.zeros((1, 1)))
+      >>> for _ in range(2):
+      ...     direction, state = tx.update(jnp.ones((1, 1)), state)
+      >>> print(f"{direction.item():.2f}")
+      0.75
+    """
+
+    def init(params: optax.Params) -> OfGradientsState:
+        return OfGradientsState(momentum.init(params), preconditioner.init(params))
+
+    def update(
+        updates: optax.Updates,
+        state: OfGradientsState,
+        params: optax.Params | None = None,
+        *,
+        curvature: optax.Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, OfGradientsState]:
+        average, momentum_state = momentum.update(updates, state.momentum, params)
+        direction, preconditioner_state = preconditioner.update(
+            average,
+            state.preconditioner,
+            params,
+            curvature=updates if curvature is None else curvature,
+            **extra_args,
+        )
+        return direction, OfGradientsState(momentum_state, preconditioner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -141,15 +204,14 @@ def descent(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: optax.ScalarOrSchedule | None,
     mask: MaskOrFn = None,
-    momentum: ArrayLike | None = None,
-    accumulator_dtype: DTypeLike | None = None,
+    velocity: optax.GradientTransformation | None = None,
 ) -> tuple[optax.GradientTransformation, ...]:
-    """Returns the links that make steps of directions: v ← momentum·v + direction + κθ, and −learning_rate·v.
+    """Returns the links that make steps of directions: decay, v ← velocity of (direction + κθ), and −learning_rate·v.
 
-    Weight decay and momentum of None are left out, and keep no state.
+    Weight decay and velocity of None are left out, and keep no state.
     """
     return (
         optax.identity() if weight_decay is None else add_decayed_weights(weight_decay, mask),
-        optax.identity() if momentum is None else heavy_ball(momentum, accumulator_dtype=accumulator_dtype),
+        optax.identity() if velocity is None else velocity,
         scale_by_learning_rate(learning_rate),
     )

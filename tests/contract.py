@@ -163,6 +163,8 @@ OPTIMIZERS = (
             "refresh": "exact",
             "riemannian_momentum": None,
             "initial_scale": "first_gradient",
+            "momentum_of": "gradients",
+            "nesterov": True,
             **_KRONECKER,
         },
         mechanized={"learning_rate": 1.0, "damping": 1.0},

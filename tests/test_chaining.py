@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+import rootfree_optax as rf
 from rootfree_optax.chaining import add_decayed_weights, heavy_ball, scale_by_learning_rate
 
 TREE = {"w": jnp.array([[1.0, -2.0]]), "b": jnp.array(0.5)}
@@ -18,6 +19,7 @@ TREE = {"w": jnp.array([[1.0, -2.0]]), "b": jnp.array(0.5)}
         (add_decayed_weights(0.1), optax.add_decayed_weights(0.1)),
         (add_decayed_weights(0.1, {"w": True, "b": False}), optax.add_decayed_weights(0.1, {"w": True, "b": False})),
         (heavy_ball(0.9), optax.trace(0.9)),
+        (heavy_ball(0.9, nesterov=True), optax.trace(0.9, nesterov=True)),
         (scale_by_learning_rate(0.1), optax.scale_by_learning_rate(0.1)),
         (
             scale_by_learning_rate(optax.linear_schedule(0.0, 1.0, 4)),
@@ -75,3 +77,36 @@ def test_weight_decay_without_parameters_is_an_error():
     tx = add_decayed_weights(0.1)
     with pytest.raises(ValueError, match=r"needs the parameters: call tx.update\(grads, state, params\)"):
         tx.update(TREE, tx.init(TREE))
+
+
+@pytest.mark.parametrize("make", [rf.sirf_shampoo, rf.rf_shampoo])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_of_gradients_is_preconditioned_by_the_curvature_of_the_gradients(make, nesterov):
+    options = {"preconditioner_lr": 0.3, "damping": 0.1, "batch_size": 3, "update_every": 2}
+    tx = make(0.5, momentum=0.75, momentum_of="gradients", nesterov=nesterov, weight_decay=0.25, **options)
+    alone = make(1.0, momentum=None, **options)
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)), jnp.float32)}
+    state, state_alone = tx.init(params), alone.init(params)
+    velocity = np.zeros((3, 2))
+    for seed in range(1, 5):
+        gradients = {"w": jnp.asarray(np.random.default_rng(seed).normal(size=(3, 2)), jnp.float32)}
+        updates, state = tx.update(gradients, state, params)
+        _, state_alone = alone.update(gradients, state_alone, params)
+        chex.assert_trees_all_equal(state[0].preconditioner.factors, state_alone[0].factors)
+        first, second = (np.asarray(k, np.float64) for k in rf.Layout().plan(params).factors(state_alone)["w"])
+        if make is rf.sirf_shampoo:
+            first, second = first @ first.T, second @ second.T
+        else:
+            first, second = np.linalg.inv(first), np.linalg.inv(second)
+        velocity = 0.75 * velocity + np.asarray(gradients["w"])
+        average = np.asarray(gradients["w"]) + 0.75 * velocity if nesterov else velocity
+        expected = -0.5 * (first @ average @ second + 0.25 * np.asarray(params["w"]))
+        np.testing.assert_allclose(updates["w"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"nesterov": True}, {"momentum_of": "gradients"}])
+def test_a_kind_of_momentum_without_momentum_is_an_error(options):
+    with pytest.raises(ValueError, match=r"momentum must be given for .* got None"):
+        rf.sirf_shampoo(0.1, momentum=None, batch_size=1, **options)
+    with pytest.raises(ValueError, match=r"momentum_of must be one of 'directions', 'gradients', got 'steps'"):
+        rf.rf_shampoo(0.1, batch_size=1, momentum_of="steps")
