@@ -13,7 +13,8 @@ import pytest
 
 import rootfree_optax as rf
 
-pytestmark = pytest.mark.official
+# Where singd has no product of its own for a structure, it says so.
+pytestmark = [pytest.mark.official, pytest.mark.filterwarnings("ignore:Calling naive implementation:UserWarning")]
 
 STEPS = 12
 # By the number of axes; vectors and matrices of the sizes at which a structure is more than dense.
