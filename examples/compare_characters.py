@@ -35,6 +35,8 @@ STYLES = {  # one colour a family, one dash a variant
     "muon": ("#009E73", "-"),
     "sirf_published": ("#56B4E9", "-"),
     "sirf_published_t10": ("#56B4E9", "--"),
+    "sirf_exact_plain": ("#CC79A7", "-."),
+    "sirf_exact_t1": ("#D55E00", "--"),
     "sirf_exact": ("#D55E00", "-"),
     "sirf_exact_bfloat16": ("#D55E00", ":"),
 }

@@ -35,7 +35,7 @@ from searching import Range, Settings, rows, to_json
 import rootfree_optax as rf
 
 LAYOUT = rf.Layout(block_size=512)  # the MLP's axes are four times as long as the width
-REFRESHES = {"published": "sirf_published_t10", "exact": "sirf_exact"}
+REFRESHES = {"published": "sirf_published_t10", "exact": "sirf_exact_plain"}
 NEIGHBOURHOOD = {"learning_rate": Range(1 / 4, 4), "preconditioner_lr": Range(1 / 4, 4), "damping": Range(1 / 30, 30)}
 LARGEST_PRECONDITIONER_LR = 0.9
 COLORS = {"published": "#56B4E9", "exact": "#D55E00"}

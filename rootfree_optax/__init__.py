@@ -6,6 +6,7 @@ Square-Root in Adaptive Gradient Methods? A Second-Order Perspective (ICML 2024,
 
 from rootfree_optax.alias import rf_adamw, rf_rmsprop
 from rootfree_optax.alias_kronecker import rf_shampoo, sirf_shampoo
+from rootfree_optax.averaging import averaging_schedule
 from rootfree_optax.diagonal import ScaleByRfAdamState, ScaleByRfRmsState, scale_by_rf_adam, scale_by_rf_rms
 from rootfree_optax.intervals import growing_interval
 from rootfree_optax.kronecker import ScaleBySirfShampooState, scale_by_sirf_shampoo
@@ -24,6 +25,7 @@ __all__ = [
     "ScaleByRfShampooState",
     "ScaleBySirfShampooState",
     "as_matrix",
+    "averaging_schedule",
     "flatten",
     "growing_interval",
     "rf_adamw",

@@ -5,6 +5,7 @@ Another optimizer joins by one entry in `METHODS` and one run of tune_characters
 
 import functools
 import pathlib
+from typing import Any
 
 import optax
 from jax.typing import ArrayLike
@@ -41,10 +42,26 @@ SIRF_PUBLISHED = {
     "momentum": MOMENTUM,
 }
 SIRF_EXACT = SIRF_PUBLISHED | {"preconditioner_lr": Range(0.01, 0.3)}
+SIRF_EXACT_T1 = SIRF_PUBLISHED | {"preconditioner_lr": Range(0.003, 0.1)}  # which averages over a few more steps
 
-sirf_exact = functools.partial(
-    rf.sirf_shampoo, update_every=10, refresh="exact", initial_scale="first_gradient", riemannian_momentum=None
-)
+
+def sirf_exact(
+    learning_rate: optax.Schedule, batch_size: int, preconditioner_lr: ArrayLike, update_every: int, **others: Any
+) -> optax.GradientTransformation:
+    """Returns SIRF-Shampoo with the exact refresh, an average that is right from the start, and Nesterov's momentum."""
+    return rf.sirf_shampoo(
+        learning_rate,
+        preconditioner_lr=rf.averaging_schedule(preconditioner_lr, update_every),
+        batch_size=batch_size,
+        update_every=update_every,
+        refresh="exact",
+        initial_scale="first_gradient",
+        riemannian_momentum=None,
+        momentum_of="gradients",
+        nesterov=True,
+        **others,
+    )
+
 
 METHODS: dict[str, Method] = {
     "adamw": Method(
@@ -81,8 +98,18 @@ METHODS: dict[str, Method] = {
     "sirf_published_t10": Method(
         "SIRF published, T=10", functools.partial(rf.sirf_shampoo, update_every=10), SIRF_PUBLISHED
     ),
-    "sirf_exact": Method("SIRF exact, T=10", sirf_exact, SIRF_EXACT),
+    "sirf_exact_plain": Method(
+        "SIRF exact, plain",  # a constant β₂, and momentum of the directions
+        functools.partial(
+            rf.sirf_shampoo, update_every=10, refresh="exact", initial_scale="first_gradient", riemannian_momentum=None
+        ),
+        SIRF_EXACT,
+    ),
+    "sirf_exact_t1": Method("SIRF exact, T=1", functools.partial(sirf_exact, update_every=1), SIRF_EXACT_T1),
+    "sirf_exact": Method("SIRF exact, T=10", functools.partial(sirf_exact, update_every=10), SIRF_EXACT),
     "sirf_exact_bfloat16": Method(
-        "SIRF exact, bfloat16", functools.partial(sirf_exact, preconditioner_dtype="bfloat16"), SIRF_EXACT
+        "SIRF exact, bfloat16",
+        functools.partial(sirf_exact, update_every=10, preconditioner_dtype="bfloat16"),
+        SIRF_EXACT,
     ),
 }

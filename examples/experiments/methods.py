@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import optax
-from characters.methods import muon
+from characters.methods import muon, sirf_exact
 from jax.typing import ArrayLike
 from methods import COUPLED_DECAY, DAMPING, DECAY, DECOUPLED_DECAY, MOMENTUM, sgd
 from methods import METHODS as DIGITS_METHODS
@@ -83,14 +83,6 @@ EXACT = KRONECKER | {"learning_rate": Range(3e-5, 3e-2), "preconditioner_lr": Ra
 RF_RMSPROP_DEFAULTS = {"decay": 0.99, "damping": 1e-4, "momentum": 0.0, "weight_decay": 0.0}
 KRONECKER_DEFAULTS = {"preconditioner_lr": 0.05, "damping": 1e-4, "momentum": 0.9, "weight_decay": 0.0}
 FROM_ONE_WITH_TERMS = {"counts_terms": 1.0, "initial_scale": 1.0}
-EXACT_EVERY = 5
-exact = functools.partial(
-    rf.sirf_shampoo,
-    update_every=EXACT_EVERY,
-    refresh="exact",
-    initial_scale="first_gradient",
-    riemannian_momentum=None,
-)
 
 METHODS: dict[str, Candidate] = {
     "sgd": Candidate(
@@ -155,7 +147,9 @@ METHODS: dict[str, Candidate] = {
         KRONECKER,
         KRONECKER_DEFAULTS,
     ),
-    "sirf_exact": Candidate(f"SIRF-Shampoo, exact, T={EXACT_EVERY}", exact, EXACT, KRONECKER_DEFAULTS),
+    "sirf_exact": Candidate(
+        "SIRF-Shampoo, exact", functools.partial(sirf_exact, update_every=1), EXACT, KRONECKER_DEFAULTS
+    ),
     "distributed_shampoo": Candidate(
         "Distributed Shampoo",
         distributed_shampoo,

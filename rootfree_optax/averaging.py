@@ -1,0 +1,48 @@
+"""How fast the factors average: schedules for `preconditioner_lr`."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from rootfree_optax import hyperparameters as hyper
+
+
+def averaging_schedule(
+    preconditioner_lr: ArrayLike, update_every: int = 1, *, maximum: ArrayLike = 0.3
+) -> optax.Schedule:
+    """Makes all refreshes so far weigh alike, until there are 1/β₂ of them: an average that is right from the start.
+
+        β₂ at step k:  max(β₂, min(1 / (⌊k/T⌋ + 1), maximum))
+
+    A moving average with a small constant β₂ stays for about T/β₂ steps near where it began, at the large gradients of
+    the first steps. For `refresh="exact"`, where β₂ is the weight of the newest curvature.
+
+    Args:
+      preconditioner_lr: β₂ > 0, what the schedule falls to. A number or a traced scalar.
+      update_every: T ≥ 1, the interval of the refreshes.
+      maximum: of any refresh, in (0, 1): one mini-batch says something of a few directions alone.
+
+    Returns:
+      A schedule for `preconditioner_lr`, from the number of past updates to β₂.
+
+    Raises:
+      ValueError: for a Python number out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, rootfree_optax as rf
+      >>> schedule = rf.averaging_schedule(0.1, 10)
+      >>> [f"{schedule(jnp.int32(step)):.2f}" for step in (0, 19, 29, 30, 40, 1000)]
+      ['0.30', '0.30', '0.30', '0.25', '0.20', '0.10']
+    """
+    hyper.require_positive("preconditioner_lr", preconditioner_lr)
+    hyper.require_fraction("preconditioner_lr", preconditioner_lr)
+    hyper.require_positive("maximum", maximum)
+    hyper.require_fraction("maximum", maximum)
+    hyper.require_at_least("update_every", update_every, 1)
+
+    def schedule(count: jax.Array) -> jax.Array:
+        refreshes = jnp.asarray(count // update_every + 1, jnp.float32)
+        return jnp.maximum(preconditioner_lr, jnp.minimum(1 / refreshes, maximum))
+
+    return schedule
