@@ -243,19 +243,29 @@ def test_a_state_of_another_mesh_is_refused_and_a_padded_one_serves_on_one_devic
         alone.update(params, state)
 
 
-def test_the_start_at_the_first_gradient_and_cached_products_are_divided_too() -> None:
+@pytest.mark.parametrize(
+    ("structure", "options"),
+    [
+        ("dense", {"cache_products": True}),
+        ("triltopleftdiag", {"momentum_of": "gradients", "nesterov": True}),
+        ("hierarchical1_1", {"cache_products": False}),
+    ],
+)
+def test_the_exact_refresh_its_start_and_cached_products_are_divided_too(
+    structure: str, options: dict[str, Any]
+) -> None:
     """On each device by itself, and with the same result as whole; padding blocks never start."""
     mesh = mesh_of(AxisType.Explicit, 8)
     make = functools.partial(
         rf.sirf_shampoo,
         0.1,
         batch_size=4,
-        layout=LAYOUT,
+        layout=rf.Layout(block_size=4, structure=structure),
         refresh="exact",
         riemannian_momentum=None,
         initial_scale="first_gradient",
-        cache_products=True,
         update_every=2,
+        **options,
     )
     whole, divided = make(), make(block_axes="data")
     params = draw(0)
@@ -268,6 +278,7 @@ def test_the_start_at_the_first_gradient_and_cached_products_are_divided_too() -
     same = jax.tree.map(lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim), new, shardings)
     assert jax.tree.all(same)
     assert_close(jax.device_get(updates), jax.device_get(expected))
-    for flags, divided_flags in zip(state[0].started, new[0].started, strict=True):
+    of_preconditioner = lambda state: getattr(state[0], "preconditioner", state[0])
+    for flags, divided_flags in zip(of_preconditioner(state).started, of_preconditioner(new).started, strict=True):
         assert flags.all()
         assert jax.device_get(divided_flags).sum() == len(flags)
