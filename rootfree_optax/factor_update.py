@@ -27,13 +27,17 @@ def all_finite(tree: object) -> jax.Array:
     return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
 
 
-def balance(factors: tuple[Parts, ...]) -> tuple[Parts, ...]:
+def balance(factors: tuple[Parts, ...], sizes: Sequence[jax.Array]) -> tuple[Parts, ...]:
     """Returns the factors brought within 2¹⁶ of each other, by exact powers of two whose product is one.
 
     c·K₁ and K₂ / c precondition alike and have equal steps, so nothing in the refresh holds c: in tens of thousands of
     refreshes it would drift until one factor overflows.
+
+    Args:
+      factors: the parts of each.
+      sizes: the largest absolute value of each, see `max_abs`.
     """
-    exponents = [exponent_of(max_abs(parts)) for parts in factors]
+    exponents = [exponent_of(size) for size in sizes]
     shifts = [jnp.sign(e - exponents[0]) * (jnp.abs(e - exponents[0]) // 16) * 8 for e in exponents]
     return tuple(
         times_scalar(parts, power_of_two(shift))
@@ -45,7 +49,7 @@ def balance(factors: tuple[Parts, ...]) -> tuple[Parts, ...]:
 
 def is_first(gradient: jax.Array, started: jax.Array) -> jax.Array:
     """Returns whether a gradient is the first to say something: neither all zero nor not finite. A scalar."""
-    largest = jnp.max(jnp.abs(gradient))
+    largest = max_abs((gradient,))
     return ~started & (largest > 0) & jnp.isfinite(largest)
 
 
@@ -141,9 +145,12 @@ def refresh(
         for s, k, m in zip(structures, factors, directions, strict=True)
     )
     new_momenta = jax.tree.map(_saturate, directions, momenta) if momenta else ()
-    keep = all_finite((refreshed, new_momenta))
+    # Each pass over the factors counts beside their products. These say what one over every entry would, and of the
+    # momenta, too: one that is not finite makes its factor so.
+    sizes = [max_abs(parts) for parts in refreshed]
+    keep = all_finite(sizes)
     select = functools.partial(jax.tree.map, lambda new, old: jnp.where(keep, new, old))
-    new_factors = select(balance(refreshed), factors)
+    new_factors = select(balance(refreshed, sizes), factors)
     squares = tuple(s.square(k, precision=precision) for s, k in zip(structures, new_factors, strict=True) if products)
     return new_factors, select(new_momenta, momenta), jax.tree.map(_saturate, squares, products)
 

@@ -175,6 +175,18 @@ def test_the_start_at_the_first_gradient_of_each_block():
     np.testing.assert_allclose(started_at(factors["huge"]), ROOT(np.float64(gradients["huge"][0])), rtol=1e-5)
 
 
+def test_a_large_block_starts_at_no_gradient_with_a_nan_in_any_place():
+    """XLA's vectorized maximum of floats drops some on a CPU, by where they are."""
+    gradients = draw({"w": (64, 256)}, steps=1)
+    for place in ((0, 0), (63, 255), (17, 101)):
+        bad = {"w": gradients["w"].copy()}
+        bad["w"][0][place] = np.nan
+        _, states = run(scale_by_exact(**FIRST), bad)
+        assert not last(states).started[0].any()
+        for factor in rf.Layout().plan(params_of(bad)).factors(last(states))["w"]:
+            np.testing.assert_array_equal(factor, np.eye(len(factor)))
+
+
 @pytest.mark.parametrize(
     ("wrap", "named"),
     [

@@ -8,6 +8,7 @@ import pytest
 from double_precision import double_precision
 
 from rootfree_optax import factor_update
+from rootfree_optax.factor_step import max_abs
 from rootfree_optax.structures import structure_factory
 
 # Shape, structures, and the number of samples of the curvature (0: it is the gradient).
@@ -241,3 +242,15 @@ def test_a_refresh_that_is_not_finite_leaves_factors_and_momenta(value):
     chex.assert_trees_all_equal(refresh_matrix(gradient, factors, momenta), (factors, momenta, ()))
     moved, *_ = refresh_matrix(np.ones((3, 4), np.float32), factors, momenta)
     assert all(np.abs(new - old).max() > 1e-2 for (new,), (old,) in zip(moved, factors, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_largest_entry_is_not_finite_where_any_is_not(dtype):
+    array = np.random.default_rng(0).normal(size=(64, 257)).astype(np.float32)
+    largest = jax.jit(lambda array: max_abs((jnp.asarray(array, dtype), jnp.zeros(2, dtype))))
+    assert largest(array) == jnp.abs(jnp.asarray(array, dtype)).max()
+    for value in (np.nan, -np.nan, np.inf, -np.inf):
+        for place in ((0, 0), (63, 256), (31, 100)):
+            changed = array.copy()
+            changed[place] = value
+            assert not np.isfinite(np.float32(largest(changed)))
