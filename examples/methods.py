@@ -67,6 +67,23 @@ METHODS: dict[str, Method] = {
             "weight_decay": COUPLED_DECAY,
         },
     ),
+    "sirf_exact": Method(
+        "SIRF-Shampoo, exact",
+        functools.partial(
+            rf.sirf_shampoo,
+            layout=LAYOUT,
+            refresh="exact",
+            initial_scale="first_gradient",
+            riemannian_momentum=None,
+        ),
+        {
+            "learning_rate": Range(1e-4, 1e-1),
+            "preconditioner_lr": Range(1e-2, 3e-1),
+            "damping": DAMPING,
+            "momentum": MOMENTUM,
+            "weight_decay": Range(1e-2, 1e1),  # its learning rates are smaller, and so would be what decays
+        },
+    ),
     "adamw": Method(
         "AdamW",
         adamw,

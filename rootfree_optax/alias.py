@@ -10,9 +10,9 @@ from rootfree_optax.diagonal import scale_by_rf_adam, scale_by_rf_rms
 def rf_rmsprop(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    decay: optax.ScalarOrSchedule = 0.99,
-    damping: optax.ScalarOrSchedule = 1e-4,
-    momentum: ArrayLike | None = None,
+    decay: optax.ScalarOrSchedule = 0.8,
+    damping: optax.ScalarOrSchedule = 5e-4,
+    momentum: ArrayLike | None = 0.9,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: MaskOrFn = None,
     batch_size: ArrayLike | None = None,
@@ -49,7 +49,7 @@ def rf_rmsprop(
     Example:
       >>> import jax, jax.numpy as jnp, optax, rootfree_optax as rf
       >>> loss = lambda x: jnp.mean((x - 3.0) ** 2)
-      >>> tx = rf.rf_rmsprop(0.5, momentum=0.5, batch_size=1)
+      >>> tx = rf.rf_rmsprop(0.5, damping=0.1, momentum=0.5, batch_size=1)
       >>> x = jnp.zeros(4)
       >>> state = tx.init(x)
       >>> for _ in range(200):
@@ -78,9 +78,9 @@ def rf_rmsprop(
 def rf_adamw(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    b1: ArrayLike = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
-    damping: optax.ScalarOrSchedule = 1e-4,
+    b1: ArrayLike = 0.4,
+    b2: optax.ScalarOrSchedule = 0.9,
+    damping: optax.ScalarOrSchedule = 1e-6,
     weight_decay: optax.ScalarOrSchedule | None = 1e-4,
     mask: MaskOrFn = None,
     batch_size: ArrayLike | None = None,
@@ -117,7 +117,7 @@ def rf_adamw(
     Example:
       >>> import jax, jax.numpy as jnp, optax, rootfree_optax as rf
       >>> loss = lambda x: jnp.mean((x - 3.0) ** 2)
-      >>> tx = rf.rf_adamw(0.5, weight_decay=None, batch_size=1)
+      >>> tx = rf.rf_adamw(0.5, damping=0.1, weight_decay=None, batch_size=1)
       >>> x = jnp.zeros(4)
       >>> state = tx.init(x)
       >>> for _ in range(200):

@@ -21,7 +21,7 @@ MomentumOf = Literal["directions", "gradients"]
 def sirf_shampoo(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    preconditioner_lr: optax.ScalarOrSchedule = 0.05,
+    preconditioner_lr: optax.ScalarOrSchedule = 0.2,
     damping: optax.ScalarOrSchedule = 1e-4,
     momentum: ArrayLike | None = 0.9,
     momentum_of: MomentumOf = "directions",
@@ -123,9 +123,9 @@ def sirf_shampoo(
 def rf_shampoo(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    preconditioner_lr: optax.ScalarOrSchedule = 0.05,
-    damping: optax.ScalarOrSchedule = 1e-4,
-    momentum: ArrayLike | None = 0.9,
+    preconditioner_lr: optax.ScalarOrSchedule = 0.2,
+    damping: optax.ScalarOrSchedule = 2e-4,
+    momentum: ArrayLike | None = 0.6,
     momentum_of: MomentumOf = "directions",
     nesterov: bool = False,
     weight_decay: optax.ScalarOrSchedule | None = None,

@@ -9,7 +9,7 @@ from rootfree_optax import hyperparameters as hyper
 
 
 def averaging_schedule(
-    preconditioner_lr: ArrayLike, update_every: int = 1, *, maximum: ArrayLike = 0.3
+    preconditioner_lr: ArrayLike, update_every: int = 1, *, maximum: ArrayLike = 0.2
 ) -> optax.Schedule:
     """Makes all refreshes so far weigh alike, until there are 1/β₂ of them: an average that is right from the start.
 
@@ -21,7 +21,8 @@ def averaging_schedule(
     Args:
       preconditioner_lr: β₂ > 0, what the schedule falls to. A number or a traced scalar.
       update_every: T ≥ 1, the interval of the refreshes.
-      maximum: of any refresh, in (0, 1): one mini-batch says something of a few directions alone.
+      maximum: of any refresh, in (0, 1): one mini-batch says something of a few directions alone. With T = 1 it may be
+        0.3; with T = 10 that has made runs come apart.
 
     Returns:
       A schedule for `preconditioner_lr`, from the number of past updates to β₂.
@@ -32,8 +33,8 @@ def averaging_schedule(
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
       >>> schedule = rf.averaging_schedule(0.1, 10)
-      >>> [f"{schedule(jnp.int32(step)):.2f}" for step in (0, 19, 29, 30, 40, 1000)]
-      ['0.30', '0.30', '0.30', '0.25', '0.20', '0.10']
+      >>> [f"{schedule(jnp.int32(step)):.2f}" for step in (0, 19, 49, 50, 1000)]
+      ['0.20', '0.20', '0.20', '0.17', '0.10']
     """
     hyper.require_positive("preconditioner_lr", preconditioner_lr)
     hyper.require_fraction("preconditioner_lr", preconditioner_lr)

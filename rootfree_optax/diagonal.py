@@ -22,8 +22,8 @@ class ScaleByRfRmsState(NamedTuple):
 
 
 def scale_by_rf_rms(
-    decay: optax.ScalarOrSchedule = 0.99,
-    damping: optax.ScalarOrSchedule = 1e-4,
+    decay: optax.ScalarOrSchedule = 0.8,
+    damping: optax.ScalarOrSchedule = 5e-4,
     *,
     batch_size: ArrayLike | None = None,
     initial_scale: ArrayLike = 1.0,
@@ -110,9 +110,9 @@ class ScaleByRfAdamState(NamedTuple):
 
 
 def scale_by_rf_adam(
-    b1: ArrayLike = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
-    damping: optax.ScalarOrSchedule = 1e-4,
+    b1: ArrayLike = 0.4,
+    b2: optax.ScalarOrSchedule = 0.9,
+    damping: optax.ScalarOrSchedule = 1e-6,
     *,
     batch_size: ArrayLike | None = None,
     initial_scale: ArrayLike = 1.0,

@@ -43,7 +43,7 @@ class ScaleBySirfShampooState(NamedTuple):
 
 
 def scale_by_sirf_shampoo(
-    preconditioner_lr: optax.ScalarOrSchedule = 0.05,
+    preconditioner_lr: optax.ScalarOrSchedule = 0.2,
     damping: optax.ScalarOrSchedule = 1e-4,
     riemannian_momentum: ArrayLike | None = 0.5,
     *,

@@ -30,8 +30,8 @@ class ScaleByRfShampooState(NamedTuple):
 
 
 def scale_by_rf_shampoo(
-    preconditioner_lr: optax.ScalarOrSchedule = 0.05,
-    damping: optax.ScalarOrSchedule = 1e-4,
+    preconditioner_lr: optax.ScalarOrSchedule = 0.2,
+    damping: optax.ScalarOrSchedule = 2e-4,
     *,
     batch_size: ArrayLike | None = None,
     update_every: UpdateEvery = 1,

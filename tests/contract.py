@@ -136,7 +136,7 @@ OPTIMIZERS = (
     Case(
         "rf_adamw_bias_correction",
         rf.rf_adamw,
-        {"learning_rate": 3e-2, "bias_correction": True, "initial_scale": 0.0, **_CONVERGENT},
+        {"learning_rate": 3e-2, "b1": 0.9, "b2": 0.999, "bias_correction": True, "initial_scale": 0.0, **_CONVERGENT},
         mechanized=_ADAM_FREE,
         unscheduled=frozenset({"b2"}),
     ),

@@ -13,7 +13,7 @@ def test_refreshes_weigh_alike_until_there_are_enough(interval, lr):
     """But the first three, which at a maximum of 0.3 have to share their weight with the start."""
     n = round(1 / lr)
     counts = interval * jnp.arange(3 * n, dtype=jnp.int32)
-    rates = np.asarray(jax.vmap(rf.averaging_schedule(lr, interval))(counts), np.float64)
+    rates = np.asarray(jax.vmap(rf.averaging_schedule(lr, interval, maximum=0.3))(counts), np.float64)
     assert rates[0] == pytest.approx(0.3)
     np.testing.assert_allclose(rates[n:], lr, rtol=1e-6)
     remaining = lambda first: np.prod(1 - rates[first:n])
@@ -34,7 +34,7 @@ def test_the_exact_refresh_of_a_vector_is_the_average():
 
     @jax.jit
     def last_direction(lr):
-        tx = rf.scale_by_sirf_shampoo(rf.averaging_schedule(lr, 2), 0.1, None, **options)
+        tx = rf.scale_by_sirf_shampoo(rf.averaging_schedule(lr, 2, maximum=0.3), 0.1, None, **options)
         state = tx.init(jnp.zeros(4))
         step = lambda state, g: tx.update(g, state)[::-1]
         return jax.lax.scan(step, state, jnp.asarray(gradients))[1][-1]

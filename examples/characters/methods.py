@@ -41,17 +41,22 @@ SIRF_PUBLISHED = {
     "damping": DAMPING,
     "momentum": MOMENTUM,
 }
-SIRF_EXACT = SIRF_PUBLISHED | {"preconditioner_lr": Range(0.01, 0.3)}
+SIRF_EXACT = SIRF_PUBLISHED | {"preconditioner_lr": Range(0.01, 0.2)}
 SIRF_EXACT_T1 = SIRF_PUBLISHED | {"preconditioner_lr": Range(0.003, 0.1)}  # which averages over a few more steps
 
 
 def sirf_exact(
-    learning_rate: optax.Schedule, batch_size: int, preconditioner_lr: ArrayLike, update_every: int, **others: Any
+    learning_rate: optax.Schedule,
+    batch_size: int,
+    preconditioner_lr: ArrayLike,
+    update_every: int,
+    maximum: float = 0.2,
+    **others: Any,
 ) -> optax.GradientTransformation:
     """Returns SIRF-Shampoo with the exact refresh, an average that is right from the start, and Nesterov's momentum."""
     return rf.sirf_shampoo(
         learning_rate,
-        preconditioner_lr=rf.averaging_schedule(preconditioner_lr, update_every),
+        preconditioner_lr=rf.averaging_schedule(preconditioner_lr, update_every, maximum=maximum),
         batch_size=batch_size,
         update_every=update_every,
         refresh="exact",
@@ -105,7 +110,9 @@ METHODS: dict[str, Method] = {
         ),
         SIRF_EXACT,
     ),
-    "sirf_exact_t1": Method("SIRF exact, T=1", functools.partial(sirf_exact, update_every=1), SIRF_EXACT_T1),
+    "sirf_exact_t1": Method(
+        "SIRF exact, T=1", functools.partial(sirf_exact, update_every=1, maximum=0.3), SIRF_EXACT_T1
+    ),
     "sirf_exact": Method("SIRF exact, T=10", functools.partial(sirf_exact, update_every=10), SIRF_EXACT),
     "sirf_exact_bfloat16": Method(
         "SIRF exact, bfloat16",

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -80,8 +80,23 @@ KRONECKER = {
     "weight_decay": COUPLED_DECAY,
 }
 EXACT = KRONECKER | {"learning_rate": Range(3e-5, 3e-2), "preconditioner_lr": Range(1e-2, 3e-1)}
-RF_RMSPROP_DEFAULTS = {"decay": 0.99, "damping": 1e-4, "momentum": 0.0, "weight_decay": 0.0}
-KRONECKER_DEFAULTS = {"preconditioner_lr": 0.05, "damping": 1e-4, "momentum": 0.9, "weight_decay": 0.0}
+
+
+def defaults_of(make: Callable[..., Any], ranges: Mapping[str, Range]) -> dict[str, float]:
+    """Returns an optimizer's own defaults of what is tuned, zero for None."""
+    parameters = inspect.signature(make).parameters
+    return {name: parameters[name].default or 0.0 for name in ranges if name != "learning_rate"}
+
+
+RF_RMSPROP_DEFAULTS = defaults_of(rf.rf_rmsprop, RF_RMSPROP)
+RF_ADAMW = {
+    "learning_rate": Range(1e-3, 1),
+    "b1": MOMENTUM,
+    "b2": DECAY,
+    "damping": DAMPING,
+    "weight_decay": DECOUPLED_DECAY,
+}
+SIRF_DEFAULTS = defaults_of(rf.sirf_shampoo, KRONECKER)
 FROM_ONE_WITH_TERMS = {"counts_terms": 1.0, "initial_scale": 1.0}
 
 METHODS: dict[str, Candidate] = {
@@ -121,34 +136,23 @@ METHODS: dict[str, Candidate] = {
         {"beta": 0.95, "adam_ratio": 1.0, "weight_decay": 0.0},
     ),
     "rf_rmsprop": Candidate("RF-RMSProp", rf_rmsprop, RF_RMSPROP, RF_RMSPROP_DEFAULTS, FROM_ONE_WITH_TERMS),
-    "rf_adamw": Candidate(
-        "RF-AdamW",
-        rf.rf_adamw,
-        {
-            "learning_rate": Range(1e-3, 1),
-            "b1": MOMENTUM,
-            "b2": DECAY,
-            "damping": DAMPING,
-            "weight_decay": DECOUPLED_DECAY,
-        },
-        {"b1": 0.9, "b2": 0.999, "damping": 1e-4, "weight_decay": 1e-4},
-    ),
-    "rf_shampoo": Candidate("RF-Shampoo", rf.rf_shampoo, KRONECKER, KRONECKER_DEFAULTS),
-    "sirf_shampoo": Candidate("SIRF-Shampoo", rf.sirf_shampoo, KRONECKER, KRONECKER_DEFAULTS),
+    "rf_adamw": Candidate("RF-AdamW", rf.rf_adamw, RF_ADAMW, defaults_of(rf.rf_adamw, RF_ADAMW)),
+    "rf_shampoo": Candidate("RF-Shampoo", rf.rf_shampoo, KRONECKER, defaults_of(rf.rf_shampoo, KRONECKER)),
+    "sirf_shampoo": Candidate("SIRF-Shampoo", rf.sirf_shampoo, KRONECKER, SIRF_DEFAULTS),
     "sirf_bfloat16": Candidate(
         "SIRF-Shampoo, bfloat16",
         functools.partial(rf.sirf_shampoo, preconditioner_dtype="bfloat16"),
         KRONECKER,
-        KRONECKER_DEFAULTS,
+        SIRF_DEFAULTS,
     ),
     "sirf_hierarchical": Candidate(
         "SIRF-Shampoo, hierarchical",
         functools.partial(rf.sirf_shampoo, layout=rf.Layout(structure="hierarchical4_4")),
         KRONECKER,
-        KRONECKER_DEFAULTS,
+        SIRF_DEFAULTS,
     ),
     "sirf_exact": Candidate(
-        "SIRF-Shampoo, exact", functools.partial(sirf_exact, update_every=1), EXACT, KRONECKER_DEFAULTS
+        "SIRF-Shampoo, exact", functools.partial(sirf_exact, update_every=1, maximum=0.3), EXACT, SIRF_DEFAULTS
     ),
     "distributed_shampoo": Candidate(
         "Distributed Shampoo",
