@@ -37,14 +37,14 @@ def candidates(method: Candidate, records: Records, name: str, count: int) -> li
     trials = next(methods[name] for methods in records.values() if name in methods)["trials"]
     chosen = [dict(method.defaults)]
     for trial in (trials[index] for index in order):
-        setting = {key: rounded(trial[key], method.ranges[key].of_one_minus) for key in method.defaults}
+        setting = {key: rounded(trial[key], of_one_minus=method.ranges[key].of_one_minus) for key in method.defaults}
         setting["weight_decay"] = method.defaults["weight_decay"]
         if setting not in chosen:
             chosen.append(setting)
     return chosen[: count + 1]
 
 
-def rounded(value: float, of_one_minus: bool) -> float:
+def rounded(value: float, *, of_one_minus: bool) -> float:
     """Returns the value, or one minus it, to one digit."""
     return round(1 - float(f"{1 - value:.0e}"), 12) if of_one_minus else float(f"{value:.0e}")
 

@@ -4,6 +4,7 @@ import json
 import pathlib
 from collections.abc import Iterator
 
+import choose_defaults
 import image_data
 import jax
 import jax.numpy as jnp
@@ -123,6 +124,35 @@ def test_suite_skips_what_is_done_and_the_report_shows_what_was_measured(
         assert f"{100 * test['mean']:.3g}" in printed
     assert numbers["tasks"]["graphs"]["adamw"]["steps_to_reference_loss"] <= 100
     assert len(list(tmp_path.glob("*.png"))) == 4
+
+    choose_defaults.main(
+        [
+            "--optimizer",
+            "rf_rmsprop",
+            "--task",
+            "graphs",
+            "--candidates",
+            "1",
+            "--seeds",
+            "1",
+            "--results",
+            str(tmp_path),
+        ]
+    )
+    rows = json.loads((tmp_path / "defaults.json").read_text())["rf_rmsprop"]
+    assert sorted(row["is_default"] for row in rows) == [False, True]
+    assert rows[0]["mean_log_ratio"] <= rows[1]["mean_log_ratio"]
+    assert rows[0]["settings"].keys() == dict(METHODS["rf_rmsprop"].defaults).keys()
+    record = json.loads((tmp_path / "graphs" / "rf_rmsprop.json").read_text())
+    changed = record | {"defaults": record["defaults"][:1]}
+    (tmp_path / "graphs" / "rf_rmsprop.json").write_text(json.dumps(changed))
+    run_experiments.main([*arguments, "rf_rmsprop", "--defaults-alone"])
+    assert json.loads((tmp_path / "graphs" / "rf_rmsprop.json").read_text()) == record
+
+
+def test_candidates_are_rounded_to_one_digit_of_the_value_or_of_what_it_lacks_to_one() -> None:
+    assert choose_defaults.rounded(0.0123, of_one_minus=False) == 0.01
+    assert choose_defaults.rounded(0.9877, of_one_minus=True) == 0.99
 
 
 def test_steps_are_to_the_seeds_mean_and_a_lost_seed_reaches_nothing() -> None:
