@@ -32,10 +32,10 @@ METHODS = {
     "optax.adamw": optax.adamw(1e-3),
     "optax.rmsprop": optax.rmsprop(1e-3),
     "optax.sgd": optax.sgd(1e-3),
-    "rf_rmsprop": rf.rf_rmsprop(1e-3, batch_size=BATCH_SIZE),
+    "rf_rmsprop": rf.rf_rmsprop(1e-3, momentum=None, batch_size=BATCH_SIZE),
     "rf_rmsprop, momentum": rf.rf_rmsprop(1e-3, momentum=0.9, batch_size=BATCH_SIZE),
     "rf_adamw": rf.rf_adamw(1e-3, batch_size=BATCH_SIZE),
-    "rf_rmsprop, bfloat16": rf.rf_rmsprop(1e-3, batch_size=BATCH_SIZE, accumulator_dtype=jnp.bfloat16),
+    "rf_rmsprop, bfloat16": rf.rf_rmsprop(1e-3, momentum=None, batch_size=BATCH_SIZE, accumulator_dtype=jnp.bfloat16),
     "rf_adamw, bfloat16": rf.rf_adamw(1e-3, batch_size=BATCH_SIZE, accumulator_dtype=jnp.bfloat16),
 }
 

@@ -177,6 +177,7 @@ def of_gradients(
         curvature: optax.Updates | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, OfGradientsState]:
+        trees.require_like(updates, state.momentum.momentum, name="gradients")
         average, momentum_state = momentum.update(updates, state.momentum, params)
         direction, preconditioner_state = preconditioner.update(
             average,

@@ -80,7 +80,7 @@ def pack(plan: ShardedPlan, updates: optax.Updates) -> Stacks:
 def pack_curvature(plan: ShardedPlan, curvature: optax.Updates, updates: optax.Updates) -> Stacks:
     """Returns the stacks of a tree like `updates`, [blocks, …], or one with a leading axis, [blocks, samples, …]."""
     ranks = [jnp.ndim(leaf) for leaf in jax.tree.leaves(curvature)]
-    has_samples = ranks == [jnp.ndim(leaf) + 1 for leaf in jax.tree.leaves(updates)]
+    has_samples = bool(ranks) and ranks == [jnp.ndim(leaf) + 1 for leaf in jax.tree.leaves(updates)]
     return plan.pack(curvature, "curvature", sample_axis=has_samples)
 
 

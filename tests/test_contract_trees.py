@@ -113,7 +113,8 @@ def test_bad_entries_never_poison_the_state(case: Case, dtype: str) -> None:
     params = make_params(dtype)
     gradients = make_gradients(params, 3)
     # Heavy-ball momentum is no accumulator of curvature; like Optax's, it is left to apply_if_finite.
-    tx = case(momentum=None) if "momentum" in case.parameters else case()
+    without = {"momentum": None, "momentum_of": "directions", "nesterov": False}
+    tx = case(**{name: value for name, value in without.items() if name in case.parameters})
 
     def directions(gradients: list[Any]) -> tuple[list[Any], Any]:
         state, history = tx.init(params), []

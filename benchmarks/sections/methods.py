@@ -71,6 +71,6 @@ def other_methods(block_size: int) -> dict[str, optax.GradientTransformation]:
     layout = rf.Layout(block_size=block_size)
     return {
         "rf_shampoo": rf.rf_shampoo(1e-3, layout=layout, update_every=PERIOD, **_COMMON),
-        "rf_rmsprop": rf.rf_rmsprop(1e-3, batch_size=32),
+        "rf_rmsprop": rf.rf_rmsprop(1e-3, momentum=None, batch_size=32),
         "rf_adamw": rf.rf_adamw(1e-3, batch_size=32),
     }
