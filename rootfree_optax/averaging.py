@@ -43,7 +43,8 @@ def averaging_schedule(
     hyper.require_at_least("update_every", update_every, 1)
 
     def schedule(count: jax.Array) -> jax.Array:
-        refreshes = jnp.asarray(count // update_every + 1, jnp.float32)
-        return jnp.maximum(preconditioner_lr, jnp.minimum(1 / refreshes, maximum))
+        as_float = lambda number: jnp.asarray(number, jnp.float32)  # a traced one may be of any dtype
+        of_equal_weights = 1 / as_float(count // update_every + 1)
+        return jnp.maximum(as_float(preconditioner_lr), jnp.minimum(of_equal_weights, as_float(maximum)))
 
     return schedule

@@ -27,6 +27,11 @@ def test_holds_through_an_interval():
     np.testing.assert_allclose(values, np.repeat([0.5, 0.5, 1 / 3], 4), rtol=1e-6)
 
 
+def test_traced_numbers_of_any_dtype():
+    rate = jax.jit(lambda lr, maximum: rf.averaging_schedule(lr, maximum=maximum)(jnp.int32(0)))
+    assert rate(jnp.bfloat16(0.125), jnp.float16(0.25)) == 0.25
+
+
 def test_the_exact_refresh_of_a_vector_is_the_average():
     rng = np.random.default_rng(0)
     gradients = rng.normal(size=(20, 4)).astype(np.float32)

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from characters.methods import muon, sirf_exact
 from jax.typing import ArrayLike
-from methods import COUPLED_DECAY, DAMPING, DECAY, DECOUPLED_DECAY, MOMENTUM, sgd
+from methods import COUPLED_DECAY, DECAY, DECOUPLED_DECAY, MOMENTUM, sgd
 from methods import METHODS as DIGITS_METHODS
 from searching import Method, Range, adamw
 
@@ -65,20 +65,9 @@ def rf_rmsprop(
     return rf.rf_rmsprop(learning_rate, batch_size=1 + counts_terms * (batch_size - 1.0), **others)
 
 
-RF_RMSPROP = {
-    "learning_rate": Range(1e-3, 1),
-    "decay": DECAY,
-    "damping": DAMPING,
-    "momentum": MOMENTUM,
-    "weight_decay": COUPLED_DECAY,
-}
-KRONECKER = {
-    "learning_rate": Range(1e-4, 1e-1),
-    "preconditioner_lr": Range(1e-2, 5e-1),
-    "damping": DAMPING,
-    "momentum": MOMENTUM,
-    "weight_decay": COUPLED_DECAY,
-}
+RF_RMSPROP = DIGITS_METHODS["rf_rmsprop"].ranges | {"learning_rate": Range(1e-3, 1)}
+RF_ADAMW = DIGITS_METHODS["rf_adamw"].ranges | {"learning_rate": Range(1e-3, 1)}
+KRONECKER = DIGITS_METHODS["sirf_shampoo"].ranges
 EXACT = KRONECKER | {"learning_rate": Range(3e-5, 3e-2), "preconditioner_lr": Range(1e-2, 3e-1)}
 
 
@@ -89,13 +78,6 @@ def defaults_of(make: Callable[..., Any], ranges: Mapping[str, Range]) -> dict[s
 
 
 RF_RMSPROP_DEFAULTS = defaults_of(rf.rf_rmsprop, RF_RMSPROP)
-RF_ADAMW = {
-    "learning_rate": Range(1e-3, 1),
-    "b1": MOMENTUM,
-    "b2": DECAY,
-    "damping": DAMPING,
-    "weight_decay": DECOUPLED_DECAY,
-}
 SIRF_DEFAULTS = defaults_of(rf.sirf_shampoo, KRONECKER)
 FROM_ONE_WITH_TERMS = {"counts_terms": 1.0, "initial_scale": 1.0}
 
