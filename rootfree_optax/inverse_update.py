@@ -6,7 +6,7 @@ lower Cholesky factor, elementwise the square root for a diagonal, and every inv
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,27 @@ from rootfree_optax.factor_update import all_finite
 from rootfree_optax.precision import upcast
 from rootfree_optax.structures import Parts, Structure
 
-# Batched factorizations on a CPU each take a thread of the pool, and wait for others of it to work on the batch: as
-# many at once as there are threads wait for ever. One matrix after another asks for no other thread.
-_cholesky_of_one = jax.custom_batching.sequential_vmap(jnp.linalg.cholesky)
+
+def _one_at_a_time(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Returns a function of matrices that works through a batch of them by a loop on CPUs, and elsewhere as it is.
+
+    Batched factorizations and solves each take a thread of a CPU's pool and wait for others of it to work on the batch:
+    as many at once as there are threads wait for ever. One matrix after another asks for no other thread.
+    """
+    alone = jax.custom_batching.sequential_vmap(function)
+    return lambda *arrays: jax.lax.platform_dependent(*arrays, cpu=alone, default=function)
+
+
+_cholesky = _one_at_a_time(jnp.linalg.cholesky)
+_solve = {
+    transposed: _one_at_a_time(functools.partial(solve_triangular, lower=True, trans=int(transposed)))
+    for transposed in (False, True)
+}
 
 
 def cholesky(s: jax.Array) -> jax.Array:
     """Returns L with L Lᵀ = S."""
-    if s.ndim == 1:
-        return jnp.sqrt(s)
-    return jax.lax.platform_dependent(s, cpu=_cholesky_of_one, default=jnp.linalg.cholesky)
+    return jnp.sqrt(s) if s.ndim == 1 else _cholesky(s)
 
 
 def solve(lower: jax.Array, tensor: jax.Array, axis: int, *, transposed: bool = False) -> jax.Array:
@@ -35,8 +46,7 @@ def solve(lower: jax.Array, tensor: jax.Array, axis: int, *, transposed: bool = 
     if lower.ndim == 1:
         solution = unfolded / lower.reshape(-1, *(1,) * (tensor.ndim - 1))
     else:
-        columns = unfolded.reshape(lower.shape[0], -1)
-        solution = solve_triangular(lower, columns, lower=True, trans="T" if transposed else "N")
+        solution = _solve[transposed](lower, unfolded.reshape(lower.shape[0], -1))
     return jnp.moveaxis(solution.reshape(unfolded.shape), 0, axis)
 
 

@@ -136,3 +136,22 @@ def test_a_cpu_factorizes_one_matrix_at_a_time():
     operands = [line for line in text.splitlines() if "potrf" in line or "stablehlo.cholesky" in line]
     assert operands
     assert all("tensor<2x2xf32>" in line and "tensor<3x2x2xf32>" not in line for line in operands)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_cpu_solves_with_one_matrix_at_a_time(transposed):
+    solve = jax.jit(jax.vmap(lambda lower, tensor: inverse_update.solve(lower, tensor, 1, transposed=transposed)))
+    rng = np.random.default_rng(0)
+    lowers = np.tril(rng.normal(size=(3, 4, 4))) + 3 * np.eye(4)
+    tensors = rng.normal(size=(3, 2, 4, 5))
+    expected = [
+        np.einsum("ij,ajb->aib", np.linalg.inv(lower.T if transposed else lower), tensor)
+        for lower, tensor in zip(lowers, tensors, strict=True)
+    ]
+    arguments = jnp.asarray(lowers, jnp.float32), jnp.asarray(tensors, jnp.float32)
+    np.testing.assert_allclose(solve(*arguments), expected, rtol=1e-4, atol=1e-5)
+    operands = [
+        line for line in solve.lower(*arguments).as_text().splitlines() if "triangular_solve" in line or "trsm" in line
+    ]
+    assert operands
+    assert all("tensor<3x4x4xf32>" not in line for line in operands)
