@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import trees
 from decoders import DECODERS
-from harness import machine, report
+from harness import machine, published, report
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import track
@@ -83,7 +83,12 @@ def run_blocks(options: argparse.Namespace) -> None:
     dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     for name in _watch(list(dtypes), "144 blocks"):
         transformation = rf.scale_by_sirf_shampoo(
-            batch_size=256, layout=layout, preconditioner_dtype=name, block_axes=mesh.axis_names, update_every=10
+            batch_size=256,
+            layout=layout,
+            preconditioner_dtype=name,
+            block_axes=mesh.axis_names,
+            update_every=10,
+            **published.TRANSFORMATION,
         )
         record = pods.measure(transformation, params, layout, apply=False)
         shard = record["gradient_bytes"]

@@ -6,6 +6,7 @@ Another optimizer joins by one entry in `METHODS` and one run of tune_digits.py.
 import functools
 import json
 import pathlib
+from typing import Any
 
 import optax
 from jax.typing import ArrayLike
@@ -22,6 +23,12 @@ def sgd(
     """Returns stochastic gradient descent with heavy-ball momentum and weight decay."""
     del batch_size
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum))
+
+
+def sirf_published(learning_rate: optax.ScalarOrSchedule, **others: Any) -> optax.GradientTransformation:
+    """Returns SIRF-Shampoo as published: a first-order refresh, with momentum of the factors and of the directions."""
+    published = {"refresh": "published", "initial_scale": 1.0, "riemannian_momentum": 0.5}
+    return rf.sirf_shampoo(learning_rate, **published, momentum_of="directions", nesterov=False, **others)
 
 
 # Convolution kernels become matrices, as in a network of patches: (3·3·inputs, outputs).
@@ -58,7 +65,7 @@ METHODS: dict[str, Method] = {
     ),
     "sirf_shampoo": Method(
         "SIRF-Shampoo",
-        functools.partial(rf.sirf_shampoo, layout=LAYOUT),
+        functools.partial(sirf_published, layout=LAYOUT),
         {
             "learning_rate": Range(1e-4, 1e-1),
             "preconditioner_lr": Range(1e-2, 5e-1),
@@ -69,13 +76,7 @@ METHODS: dict[str, Method] = {
     ),
     "sirf_exact": Method(
         "SIRF-Shampoo, exact",
-        functools.partial(
-            rf.sirf_shampoo,
-            layout=LAYOUT,
-            refresh="exact",
-            initial_scale="first_gradient",
-            riemannian_momentum=None,
-        ),
+        functools.partial(rf.sirf_shampoo, layout=LAYOUT, momentum_of="directions", nesterov=False),
         {
             "learning_rate": Range(1e-4, 1e-1),
             "preconditioner_lr": Range(1e-2, 3e-1),

@@ -21,12 +21,12 @@ MomentumOf = Literal["directions", "gradients"]
 def sirf_shampoo(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    preconditioner_lr: optax.ScalarOrSchedule = 0.2,
-    damping: optax.ScalarOrSchedule = 1e-4,
-    momentum: ArrayLike | None = 0.9,
-    momentum_of: MomentumOf = "directions",
-    nesterov: bool = False,
-    riemannian_momentum: ArrayLike | None = 0.5,
+    preconditioner_lr: optax.ScalarOrSchedule | None = None,
+    damping: optax.ScalarOrSchedule = 2e-4,
+    momentum: ArrayLike | None = 0.6,
+    momentum_of: MomentumOf = "gradients",
+    nesterov: bool = True,
+    riemannian_momentum: ArrayLike | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: MaskOrFn = None,
     batch_size: ArrayLike | None = None,
@@ -34,8 +34,8 @@ def sirf_shampoo(
     staggered: bool = False,
     layout: Layout = Layout(),  # noqa: B008  # a frozen value
     preconditioner_dtype: DTypeRule = None,
-    refresh: Refresh = "published",
-    initial_scale: InitialScale = 1.0,
+    refresh: Refresh = "exact",
+    initial_scale: InitialScale = "first_gradient",
     cache_products: bool = False,
     accumulator_dtype: DTypeLike | None = None,
     block_axes: BlockAxes = None,
@@ -43,23 +43,28 @@ def sirf_shampoo(
 ) -> optax.GradientTransformationExtraArgs:
     """SIRF-Shampoo: structured Shampoo without inverses and without the square root.
 
-        v ← momentum·v + G ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ + κθ
-        θ ← θ − learning_rate·v                             (momentum_of="directions")
-
         v ← momentum·v + G
         θ ← θ − learning_rate·(v ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ + κθ)   (momentum_of="gradients")
 
-    See `scale_by_sirf_shampoo` for the factors K.
+        v ← momentum·v + G ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ + κθ
+        θ ← θ − learning_rate·v                             (momentum_of="directions")
+
+    See `scale_by_sirf_shampoo` for the factors K. The method as published is
+
+        sirf_shampoo(η, refresh="published", preconditioner_lr=0.2, riemannian_momentum=0.5, initial_scale=1.0,
+                     momentum=0.9, momentum_of="directions", nesterov=False, batch_size=B)
 
     Args:
       learning_rate: β₁, the step size: a number, a traced scalar or a schedule.
-      preconditioner_lr: β₂ ≥ 0, the step size of the factors.
+      preconditioner_lr: β₂ ≥ 0, the weight of the newest curvature (exact refresh), or the step size of the factors.
+        None, for the exact refresh, is `averaging_schedule(0.1, update_every)`.
       damping: λ ≥ 0.
-      momentum: α₁, heavy-ball momentum in [0, 1). None keeps no momentum state.
-      momentum_of: what v averages: "directions", as published, each by the factors of its own step; or "gradients",
-        whose average the present factors apply to, and then nothing in v is by factors of long ago.
+      momentum: α₁, heavy-ball momentum in [0, 1). None keeps no momentum state, and leaves nothing for `momentum_of` and
+        `nesterov` to say.
+      momentum_of: what v averages: "gradients", whose average the present factors apply to, so that nothing in v is by
+        factors of long ago; or "directions", as published, each by the factors of its own step.
       nesterov: whether Nesterov's momentum takes the place of v, as in `optax.trace`.
-      riemannian_momentum: α₂, in [0, 1), the factors' momentum. None or 0 keeps no state for it.
+      riemannian_momentum: α₂, in [0, 1), the factors' momentum, for the published refresh. None or 0 keeps no state.
       weight_decay: κ ≥ 0, added to the direction, before its momentum if it has one. None adds nothing and needs no
         parameters.
       mask: which parameters decay, see `optax.add_decayed_weights`.
@@ -68,7 +73,7 @@ def sirf_shampoo(
       staggered: whether every update refreshes a T-th of the blocks, in turn, so that none takes long.
       layout: how parameters become blocks, and the structure of their factors.
       preconditioner_dtype: floating-point dtype of the factors, see `scale_by_sirf_shampoo`.
-      refresh: "published", or "exact" (with `riemannian_momentum=None`), see `scale_by_sirf_shampoo`.
+      refresh: "exact" or "published", see `scale_by_sirf_shampoo`.
       initial_scale: the curvature before the first step, > 0, or "first_gradient", see `scale_by_sirf_shampoo`.
       cache_products: whether K Kᵀ is kept in the state: steps without refresh take half the products.
       accumulator_dtype: floating-point dtype of v; by default each parameter's own.
@@ -151,7 +156,8 @@ def rf_shampoo(
       learning_rate: β₁, the step size: a number, a traced scalar or a schedule.
       preconditioner_lr: β₂, in [0, 1], the step size of the factors.
       damping: λ ≥ 0.
-      momentum: α₁, heavy-ball momentum in [0, 1). None keeps no momentum state.
+      momentum: α₁, heavy-ball momentum in [0, 1). None keeps no momentum state, and leaves nothing for `momentum_of` and
+        `nesterov` to say.
       momentum_of: what v averages: "directions", as published, each by the factors of its own step; or "gradients",
         whose average the present factors apply to, and then nothing in v is by factors of long ago.
       nesterov: whether Nesterov's momentum takes the place of v, as in `optax.trace`.
@@ -215,11 +221,6 @@ def _links(
     accumulator_dtype: DTypeLike | None,
 ) -> tuple[optax.GradientTransformation, ...]:
     hyper.require_choice("momentum_of", momentum_of, ("directions", "gradients"))
-    if momentum is None and (nesterov or momentum_of == "gradients"):
-        raise ValueError(
-            f"momentum must be given for nesterov={nesterov} and momentum_of={momentum_of!r}, got None. Pass a number, "
-            "or leave both at their defaults."
-        )
     if momentum is None:
         return preconditioner, *descent(learning_rate, weight_decay, mask)
     velocity = heavy_ball(momentum, nesterov=nesterov, accumulator_dtype=accumulator_dtype)

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from rootfree_optax import factor_update, refreshing, sharded_plan, stacks
 from rootfree_optax import hyperparameters as hyper
+from rootfree_optax.averaging import averaging_schedule
 from rootfree_optax.factor_step import exact_factor, published_factor
 from rootfree_optax.hyperparameters import UpdateEvery
 from rootfree_optax.layout import Layout
@@ -21,6 +22,7 @@ from rootfree_optax.structures.base import Structure
 Refresh = Literal["published", "exact"]
 InitialScale = ArrayLike | Literal["first_gradient"]
 
+_DEFAULT_PRECONDITIONER_LR = 0.1
 _REFRESHES = {"published": published_factor, "exact": exact_factor}
 
 
@@ -43,17 +45,17 @@ class ScaleBySirfShampooState(NamedTuple):
 
 
 def scale_by_sirf_shampoo(
-    preconditioner_lr: optax.ScalarOrSchedule = 0.2,
-    damping: optax.ScalarOrSchedule = 1e-4,
-    riemannian_momentum: ArrayLike | None = 0.5,
+    preconditioner_lr: optax.ScalarOrSchedule | None = None,
+    damping: optax.ScalarOrSchedule = 2e-4,
+    riemannian_momentum: ArrayLike | None = None,
     *,
     batch_size: ArrayLike | None = None,
     update_every: UpdateEvery = 1,
     staggered: bool = False,
     layout: Layout = Layout(),  # noqa: B008  # a frozen value
     preconditioner_dtype: DTypeRule = None,
-    refresh: Refresh = "published",
-    initial_scale: InitialScale = 1.0,
+    refresh: Refresh = "exact",
+    initial_scale: InitialScale = "first_gradient",
     cache_products: bool = False,
     block_axes: BlockAxes = None,
     precision: jax.lax.PrecisionLike = None,
@@ -61,24 +63,25 @@ def scale_by_sirf_shampoo(
     """Preconditions gradients by structured Kronecker factors, without inverses or roots (SIRF-Shampoo).
 
         stepₙ = Π̂( X₍ₙ₎X₍ₙ₎ᵀ + λ·Π_{j≠n} Tr(KⱼᵀKⱼ)·KₙᵀKₙ ) / (2 Π_{j≠n} dⱼ) − I/2,   X = √B·G ×₁ K₁ᵀ … ×_N K_Nᵀ
-        mₙ ← α₂ mₙ + (1 − α₂) stepₙ
-        Kₙ ← Kₙ − β₂ / max(1, ‖mₙ‖_F) · Kₙ mₙ          (refresh="published")
-        Kₙ ← Kₙ (I + 2β₂·stepₙ)^(−1/2)                 (refresh="exact")
+        Kₙ ← Kₙ (I + 2β₂·stepₙ)^(−1/2)                                                 (refresh="exact")
+        mₙ ← α₂ mₙ + (1 − α₂) stepₙ,   Kₙ ← Kₙ − β₂ / max(1, ‖mₙ‖_F) · Kₙ mₙ            (refresh="published")
         direction = G ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ
 
     G is a block of the gradient with axes of lengths d₁…d_N, and KₙKₙᵀ approximates the inverse of the loss's curvature
     along axis n. Only matrix products are used, so factors may be in bfloat16. Blocks of one shape form one stack and
     one batched product: the program does not grow with the model's depth.
 
-    The published refresh is a clipped first-order step: relative to K it is at most β₂, so that wide layers, long
-    intervals and sudden large gradients need many refreshes. The exact one does RF-Shampoo's S ← (1 − β₂)·S + β₂·H for
-    S = (K Kᵀ)⁻¹ in one refresh, whatever the width, with an inverse root made of eight products (see `inverse_root`).
+    The exact refresh does RF-Shampoo's S ← (1 − β₂)·S + β₂·H for S = (K Kᵀ)⁻¹, whatever the width, with an inverse root
+    made of eight products (see `inverse_root`). The published one is a clipped first-order step: relative to K it is at
+    most β₂, so that wide layers, long intervals and sudden large gradients need many refreshes. It is what the paper
+    and the official code do, with `preconditioner_lr=0.2, riemannian_momentum=0.5, initial_scale=1.0` or the like.
 
     A block with a non-finite gradient, or whose factors would come out non-finite, keeps its factors; a non-finite
     block of the gradient is passed through as it is, so that `optax.apply_if_finite` works.
 
     Args:
-      preconditioner_lr: β₂ ≥ 0, and below 1 for the exact refresh. A number, a traced scalar or a schedule.
+      preconditioner_lr: β₂ ≥ 0, and below 1 for the exact refresh. A number, a traced scalar or a schedule. None, for
+        the exact refresh at a known interval, is `averaging_schedule(0.1, update_every)`.
       damping: λ ≥ 0. A number, a traced scalar or a schedule.
       riemannian_momentum: α₂, in [0, 1). A number or a traced scalar; None or 0 keeps no momentum state. The exact
         refresh takes none: m would hold steps relative to a K of long ago, and after one large gradient shrink K again
@@ -91,10 +94,10 @@ def scale_by_sirf_shampoo(
       layout: how parameters become blocks, and the structure of their factors.
       preconditioner_dtype: floating-point dtype of the factors, or a tuple of one per (squeezed, merged) axis, or a
         mapping from the number of axes to either; by default the widest dtype of the parameters in a stack.
-      refresh: "published", or "exact", for structures whose refresh has a closed form: dense, diagonal and
-        block-diagonal ones, hierarchical ones, and those with a corner that the diagonal's columns reach
-        (`triltopleftdiag`, `triubottomrightdiag`). Where (1 − β₂)·S + β₂·H leaves the structure, K becomes the one
-        within it whose K Kᵀ is nearest to the inverse by the Kullback–Leibler divergence.
+      refresh: "exact", for structures whose refresh has a closed form: dense, diagonal and block-diagonal ones,
+        hierarchical ones, and those with a corner that the diagonal's columns reach (`triltopleftdiag`,
+        `triubottomrightdiag`). Where (1 − β₂)·S + β₂·H leaves the structure, K becomes the one within it whose K Kᵀ is
+        nearest to the inverse by the Kullback–Leibler divergence. Or "published", for all structures.
       initial_scale: s > 0, the curvature before the first step: the factors of N axes start at s^(−1/2N)·I. Or
         "first_gradient": each block's s is B·mean(g²) + λ over the non-zero entries of its first non-zero gradient.
       cache_products: whether K Kᵀ is kept in the state, as large as K, which halves the products of a step without
@@ -109,14 +112,15 @@ def scale_by_sirf_shampoo(
       gradients (or with one more leading axis of samples) that takes G's place in X.
 
     Raises:
-      ValueError: at construction for a Python number out of range; at `init` for a layout that does not fit a
+      ValueError: at construction for a Python number out of range, or without a `preconditioner_lr` where it has no
+        default; at `init` for a layout that does not fit a
         parameter; at the first `update` without any batch size, or for gradients or a state unlike the parameters;
         at both without a mesh that has the `block_axes`.
       TypeError: at `init` for parameters that are not real floating point.
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
-      >>> tx = rf.scale_by_sirf_shampoo(preconditioner_lr=0.5, damping=0.0, riemannian_momentum=None, batch_size=1)
+      >>> tx = rf.scale_by_sirf_shampoo(0.5, 0.0, refresh="published", initial_scale=1.0, batch_size=1)
       >>> params = {"kernel": jnp.zeros((2, 3))}
       >>> state = tx.init(params)
       >>> direction, state = tx.update({"kernel": jnp.eye(2, 3)}, state)
@@ -134,6 +138,8 @@ def scale_by_sirf_shampoo(
     require_dtype_rule(preconditioner_dtype)
     keeps_momentum = riemannian_momentum is not None and not hyper.is_zero(riemannian_momentum)
     _require_valid(preconditioner_lr, riemannian_momentum if keeps_momentum else None, refresh, initial_scale)
+    if preconditioner_lr is None:
+        preconditioner_lr = _default_average(refresh, update_every)
     period = hyper.require_static_interval(update_every) if staggered else 1
     waits_for_gradient = isinstance(initial_scale, str)
 
@@ -198,6 +204,15 @@ def scale_by_sirf_shampoo(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _default_average(refresh: Refresh, update_every: UpdateEvery) -> optax.Schedule:
+    if refresh != "exact" or callable(update_every):
+        raise ValueError(
+            f"preconditioner_lr must be given for refresh={refresh!r} and update_every={update_every!r}: only the exact "
+            "refresh at an interval that is a number has a default. Pass 0.2, for example."
+        )
+    return averaging_schedule(_DEFAULT_PRECONDITIONER_LR, update_every)
+
+
 def _require_valid(preconditioner_lr: Any, riemannian_momentum: Any, refresh: Any, initial_scale: Any) -> None:
     hyper.require_choice("refresh", refresh, _REFRESHES)
     if isinstance(initial_scale, str):
@@ -210,7 +225,7 @@ def _require_valid(preconditioner_lr: Any, riemannian_momentum: Any, refresh: An
         if riemannian_momentum is not None:
             raise ValueError(
                 f"riemannian_momentum must be None or 0 for refresh='exact', got {riemannian_momentum}: S is a moving "
-                "average already. Lower preconditioner_lr for a longer one."
+                "average already. Lower preconditioner_lr for a longer one, or pass refresh='published'."
             )
 
 

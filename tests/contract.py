@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from kronecker_runs import PUBLISHED, PUBLISHED_MOMENTUM
 
 import rootfree_optax as rf
 
@@ -149,24 +150,17 @@ OPTIMIZERS = (
         complex_parameters=False,
     ),
     Case(
-        "sirf_shampoo",
+        "sirf_shampoo_published",
         rf.sirf_shampoo,
-        {"update_every": 2, **_KRONECKER},
+        {"update_every": 2, "riemannian_momentum": 0.5, **PUBLISHED, **PUBLISHED_MOMENTUM, **_KRONECKER},
         mechanized={"learning_rate": 1.0, "damping": 1.0},
         elementwise=False,
         complex_parameters=False,
     ),
     Case(
-        "sirf_shampoo_exact",
+        "sirf_shampoo",
         rf.sirf_shampoo,
-        {
-            "refresh": "exact",
-            "riemannian_momentum": None,
-            "initial_scale": "first_gradient",
-            "momentum_of": "gradients",
-            "nesterov": True,
-            **_KRONECKER,
-        },
+        _KRONECKER,
         mechanized={"learning_rate": 1.0, "damping": 1.0},
         elementwise=False,
         complex_parameters=False,

@@ -12,7 +12,20 @@ import pytest
 import rootfree_optax as rf
 
 SETTING = {"preconditioner_lr": 0.3, "damping": 0.1, "batch_size": 4}
-both_forms = pytest.mark.parametrize("make", [rf.scale_by_sirf_shampoo, rf.scale_by_rf_shampoo])
+# How the official code does what this library does otherwise by default.
+PUBLISHED = {"refresh": "published", "initial_scale": 1.0}
+PUBLISHED_MOMENTUM = {"momentum_of": "directions", "nesterov": False}
+
+
+def scale_by_published(*args, **kwargs):
+    return rf.scale_by_sirf_shampoo(*args, **{**PUBLISHED, **kwargs})
+
+
+def sirf_published(*args, **kwargs):
+    return rf.sirf_shampoo(*args, **{**PUBLISHED, **PUBLISHED_MOMENTUM, **kwargs})
+
+
+both_forms = pytest.mark.parametrize("make", [scale_by_published, rf.scale_by_rf_shampoo])
 
 
 def draw(shapes, steps=3, seed=0):

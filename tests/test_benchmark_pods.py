@@ -59,6 +59,7 @@ def test_the_report_shows_every_record_and_what_does_not_compile(
 
 SCRIPT = """
 import pods
+from harness import published
 from sections import pods as section
 import rootfree_optax as rf
 
@@ -66,7 +67,8 @@ mesh = section.mesh_of("v5e:4x4", (16,))
 params = section.placed(section.stack_of_layers(), section.layer_specs(), mesh)
 layout = rf.Layout(block_size=768)
 tx = rf.scale_by_sirf_shampoo(
-    batch_size=256, layout=layout, preconditioner_dtype="bfloat16", block_axes="data", update_every=10
+    batch_size=256, layout=layout, preconditioner_dtype="bfloat16", block_axes="data", update_every=10,
+    **published.TRANSFORMATION,
 )
 record = section.measure(tx, params, layout, apply=False)
 shard = record["gradient_bytes"]

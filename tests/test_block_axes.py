@@ -10,6 +10,7 @@ import optax
 import pytest
 from contract import assert_close, refuses, shapes_and_dtypes, types
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from kronecker_runs import scale_by_published, sirf_published
 
 import rootfree_optax as rf
 from rootfree_optax import factor_update, refreshing, sharded_plan, stacks
@@ -70,9 +71,9 @@ def expected(make: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize(
     ("make", "kind", "sizes", "specs", "axes"),
     [
-        (rf.sirf_shampoo, AxisType.Auto, (8,), FSDP, "data"),
-        (rf.sirf_shampoo, AxisType.Explicit, (4, 2), TENSOR, ("data", "model")),
-        (rf.sirf_shampoo, AxisType.Auto, (4, 2), TENSOR, "data"),
+        (sirf_published, AxisType.Auto, (8,), FSDP, "data"),
+        (sirf_published, AxisType.Explicit, (4, 2), TENSOR, ("data", "model")),
+        (sirf_published, AxisType.Auto, (4, 2), TENSOR, "data"),
         (rf.rf_shampoo, AxisType.Auto, (2, 4), TENSOR, ("model", "data")),
         (rf.rf_shampoo, AxisType.Explicit, (1,), FSDP, "data"),
     ],
@@ -95,7 +96,7 @@ def test_ten_steps_equal_those_on_one_device(make: Any, kind: AxisType, sizes: A
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_the_state_is_sharded_from_init_on_and_updates_are_sharded_like_gradients(kind: AxisType) -> None:
-    tx = rf.sirf_shampoo(0.1, block_axes=("data", "model"), **SETTINGS)
+    tx = sirf_published(0.1, block_axes=("data", "model"), **SETTINGS)
     mesh = mesh_of(kind, 4, 2)
     shardings = shardings_on(mesh, TENSOR)
     params = jax.device_put(draw(0), shardings)
@@ -114,7 +115,7 @@ def test_the_state_is_sharded_from_init_on_and_updates_are_sharded_like_gradient
 
 
 def test_a_shard_mapped_step_works_on_its_own_blocks() -> None:
-    tx = rf.sirf_shampoo(0.1, block_axes="data", **SETTINGS)
+    tx = sirf_published(0.1, block_axes="data", **SETTINGS)
     mesh = mesh_of(AxisType.Auto, 8)
     everywhere = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), draw(0))
     params = jax.device_put(draw(0), everywhere)
@@ -137,7 +138,7 @@ def test_a_shard_mapped_step_works_on_its_own_blocks() -> None:
     for gradient in GRADIENTS:
         ranks = jax.tree.map(lambda g: np.stack([g * (1 + offset) for offset in offsets]), gradient)
         params, state = step(params, state, ranks)
-    wanted = expected(rf.sirf_shampoo)
+    wanted = expected(sirf_published)
     factors = {name: jax.device_get(value) for name, value in LAYOUT.plan(params).factors(state).items()}
     assert_close((jax.device_get(params), factors), wanted)
 
@@ -167,7 +168,7 @@ def test_nothing_is_sent_within_refresh_and_application(structure: str) -> None:
 
 def mixed() -> optax.GradientTransformation:
     matrices = lambda tree: jax.tree.map(lambda leaf: "matrix" if leaf.ndim == 2 else "other", tree)
-    make = functools.partial(rf.sirf_shampoo, layout=LAYOUT, block_axes="data", update_every=2)
+    make = functools.partial(sirf_published, layout=LAYOUT, block_axes="data", update_every=2)
     injected = optax.inject_hyperparams(make, static_args=("layout", "update_every"))
     matrix = injected(learning_rate=0.1, batch_size=4, damping=0.1)
     masked = optax.masked(optax.scale_by_adam(), lambda tree: jax.tree.map(lambda leaf: leaf.ndim == 1, tree))
@@ -209,7 +210,7 @@ def test_state_shardings_of_the_diagonal_methods_are_the_parameters() -> None:
 
 
 def test_block_axes_are_never_ignored() -> None:
-    tx = rf.scale_by_sirf_shampoo(batch_size=4, layout=LAYOUT, block_axes="data")
+    tx = scale_by_published(batch_size=4, layout=LAYOUT, block_axes="data")
     params = jax.tree.map(jnp.asarray, draw(0))
     with refuses(ValueError, "block_axes='data'", "there is none", "jax.set_mesh"):
         tx.init(params)
@@ -218,15 +219,15 @@ def test_block_axes_are_never_ignored() -> None:
             with refuses(ValueError, "the axes ('x',)"):
                 function(params)
     with refuses(TypeError, "block_axes", "1"):
-        rf.sirf_shampoo(0.1, block_axes=1)  # type: ignore[arg-type]
+        sirf_published(0.1, block_axes=1)  # type: ignore[arg-type]
     for wrong in ((), ("data", "data")):
         with refuses(ValueError, "at least one mesh axis and none twice"):
             rf.rf_shampoo(0.1, block_axes=wrong)
 
 
 def test_a_state_of_another_mesh_is_refused_and_a_padded_one_serves_on_one_device() -> None:
-    tx = rf.scale_by_sirf_shampoo(batch_size=4, layout=LAYOUT, block_axes="data", damping=0.1)
-    alone = rf.scale_by_sirf_shampoo(batch_size=4, layout=LAYOUT, damping=0.1)
+    tx = scale_by_published(batch_size=4, layout=LAYOUT, block_axes="data", damping=0.1)
+    alone = scale_by_published(batch_size=4, layout=LAYOUT, damping=0.1)
     params = jax.tree.map(jnp.asarray, draw(0))
     wanted, _ = jax.jit(alone.update)(params, alone.init(params))
     states = {}
@@ -257,7 +258,7 @@ def test_the_exact_refresh_its_start_and_cached_products_are_divided_too(
     """On each device by itself, and with the same result as whole; padding blocks never start."""
     mesh = mesh_of(AxisType.Explicit, 8)
     make = functools.partial(
-        rf.sirf_shampoo,
+        sirf_published,
         0.1,
         batch_size=4,
         layout=rf.Layout(block_size=4, structure=structure),

@@ -61,7 +61,7 @@ def test_every_step_is_the_best_within_the_structure(name, dtype, tolerance):
         batch_size=BATCH_SIZE,
         layout=rf.Layout(structure=name),
         preconditioner_dtype=dtype,
-        refresh="exact",
+        initial_scale=1.0,
     )
     directions, _ = run(tx, gradients)
     structures = [structure_factory(name)(d) for d in (6, 5)]

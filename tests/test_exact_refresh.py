@@ -7,13 +7,13 @@ import numpy as np
 import optax
 import pytest
 from contract import refuses
-from kronecker_runs import draw, last, params_of, run
+from kronecker_runs import draw, last, params_of, run, scale_by_published
 
 import rootfree_optax as rf
 
 BETA = 0.1
 SETTING = {"preconditioner_lr": BETA, "damping": 0.01, "batch_size": 4}
-EXACT = {"refresh": "exact", "riemannian_momentum": None}
+EXACT = {"refresh": "exact", "riemannian_momentum": None, "initial_scale": 1.0}
 
 
 def scale_by_exact(**changes):
@@ -61,7 +61,7 @@ def test_growth_does_not_depend_on_width(d):
     layout = rf.Layout(structure=("dense", "diagonal"))
     growth = lambda tx: float(last(run(tx, zeros)[1]).factors[0][0][0][0, 0, 0]) ** (2 / 5)
     np.testing.assert_allclose(growth(scale_by_exact(damping=0.0, layout=layout)), 1 / (1 - BETA), rtol=1e-5)
-    published = rf.scale_by_sirf_shampoo(BETA, 0.0, None, batch_size=4, layout=layout)
+    published = scale_by_published(BETA, 0.0, None, batch_size=4, layout=layout)
     assert growth(published) < 1 + 2.1 * BETA / np.sqrt(d)
 
 
@@ -83,7 +83,7 @@ def test_recovers_from_gradients_a_million_times_as_large_within_an_averages_len
     found = curvature_over_estimate(scale_by_exact(damping=0.0, layout=rf.Layout(structure=structure)), spiked(1e6))
     assert np.all(found[recovered:] < 3)
     assert found.max() < 1e8  # of 1e12
-    published = rf.scale_by_sirf_shampoo(BETA, 0.0, None, batch_size=4)
+    published = scale_by_published(BETA, 0.0, None, batch_size=4)
     assert np.all(curvature_over_estimate(published, spiked(1e6))[30:recovered] > 1e9)
 
 
@@ -218,7 +218,7 @@ def test_what_cannot_be_is_refused():
     with refuses(ValueError, "preconditioner_lr", "[0, 1)", "1.0"):
         scale_by_exact(preconditioner_lr=1.0)
     with refuses(ValueError, "riemannian_momentum", "None or 0", "0.5"):
-        rf.scale_by_sirf_shampoo(refresh="exact")
+        rf.scale_by_sirf_shampoo(riemannian_momentum=0.5)
     for structure in ("triltoeplitz", "trilbottomrightdiag"):
         tx = scale_by_exact(layout=rf.Layout(structure=structure))
         with refuses(ValueError, "closed form", f"'{structure}'", "'layer/w'"):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from kronecker_runs import sirf_published
 
 import rootfree_optax as rf
 
@@ -52,7 +53,7 @@ def layout_from(h: Record) -> rf.Layout:
 
 
 def sirf_shampoo(h: Record) -> optax.GradientTransformation:
-    return rf.sirf_shampoo(
+    return sirf_published(
         h["lr"],
         preconditioner_lr=h["beta2"],
         damping=h["lam"],
@@ -67,7 +68,7 @@ def sirf_shampoo(h: Record) -> optax.GradientTransformation:
 
 
 def if_shampoo(h: Record) -> optax.GradientTransformation:
-    return rf.sirf_shampoo(
+    return sirf_published(
         h["lr"],
         preconditioner_lr=h["lr_cov"],
         damping=h["damping"],

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from contract import refuses
-from kronecker_runs import SETTING, assert_close, both_forms, draw, last, params_of, run
+from kronecker_runs import SETTING, assert_close, both_forms, draw, last, params_of, run, scale_by_published
 
 import rootfree_optax as rf
 from rootfree_optax.layout import weight_and_bias
@@ -20,7 +20,7 @@ BLOCKS = {
 @pytest.mark.parametrize(
     ("make", "case"),
     [
-        (rf.scale_by_sirf_shampoo, "blocks_of_layers"),
+        (scale_by_published, "blocks_of_layers"),
         (rf.scale_by_rf_shampoo, "blocks_of_layers"),
     ],
 )
@@ -53,8 +53,8 @@ def test_joined_and_merged_parameters_equal_matrices_made_by_hand():
     joined = np.concatenate([layer["kernel"].reshape(-1, 4, 3), layer["bias"][:, None]], axis=1)
     by_hand = {"d/kernel+bias": joined, "m": gradients["m"].reshape(-1, 6, 4)}
     layout = rf.Layout(group=(weight_and_bias(),), merge_dims=6)
-    directions, states = run(rf.scale_by_sirf_shampoo(layout=layout, **SETTING), gradients)
-    expected, expected_states = run(rf.scale_by_sirf_shampoo(**SETTING), by_hand)
+    directions, states = run(scale_by_published(layout=layout, **SETTING), gradients)
+    expected, expected_states = run(scale_by_published(**SETTING), by_hand)
     kernel, bias = np.split(expected["d/kernel+bias"], [4], axis=1)
     split = {"kernel": kernel.reshape(layer["kernel"].shape), "bias": bias[:, 0]}
     assert_close(directions, {"d": split, "m": expected["m"].reshape(gradients["m"].shape)})
@@ -85,7 +85,7 @@ def test_curvature_with_samples_reaches_every_block(make):
 
 def test_masked_and_partitioned_equal_the_subtree_alone():
     gradients = draw({"a": {"w": (3, 4)}, "b": {"w": (3, 4)}})
-    tx = rf.scale_by_sirf_shampoo(**SETTING)
+    tx = scale_by_published(**SETTING)
     expected, alone = run(tx, {"a": gradients["a"]})
     masked, masked_states = run(optax.masked(tx, {"a": True, "b": False}), gradients)
     both = optax.partition({"tx": tx, "rest": optax.sgd(1.0)}, {"a": "tx", "b": "rest"})
@@ -101,7 +101,7 @@ def test_masked_and_partitioned_equal_the_subtree_alone():
 def test_a_gradient_of_none_leaves_the_factors_of_its_blocks_and_gives_none():
     """The two matrices share a stack; the group has no gradient as a whole."""
     layout = rf.Layout(group=(weight_and_bias(),))
-    tx = rf.scale_by_sirf_shampoo(layout=layout, **SETTING)
+    tx = scale_by_published(layout=layout, **SETTING)
     shapes = {"a": (3, 4), "b": (3, 4), "d": {"kernel": (2, 3), "bias": (3,)}}
     first, second = (jax.tree.map(lambda g, i=i: g[i], draw(shapes)) for i in range(2))
     plan = layout.plan(first)
@@ -137,11 +137,11 @@ def is_third(count):
     ("make", "how", "update_every"),
     [
         (rf.scale_by_rf_shampoo, "given", 3),
-        (rf.scale_by_sirf_shampoo, "given", 3),
-        (rf.scale_by_sirf_shampoo, "given", is_third),
-        (rf.scale_by_sirf_shampoo, "given", jnp.int32(3)),
-        (rf.scale_by_sirf_shampoo, "injected", 3),
-        (rf.scale_by_sirf_shampoo, "injected", is_third),
+        (scale_by_published, "given", 3),
+        (scale_by_published, "given", is_third),
+        (scale_by_published, "given", jnp.int32(3)),
+        (scale_by_published, "injected", 3),
+        (scale_by_published, "injected", is_third),
     ],
 )
 def test_factors_change_every_third_step_however_that_is_said(make, how, update_every):
@@ -156,17 +156,17 @@ def test_factors_change_every_third_step_however_that_is_said(make, how, update_
 
 
 def test_refreshes_at_a_growing_interval():
-    steps, _ = refreshes(rf.scale_by_sirf_shampoo(update_every=rf.growing_interval(3, base=2.0), **SETTING), 16)
+    steps, _ = refreshes(scale_by_published(update_every=rf.growing_interval(3, base=2.0), **SETTING), 16)
     assert steps == [0, 1, 2, 3, 5, 7, 10, 13]
 
 
 def test_momentum_is_kept_only_if_there_is_any():
     gradients = draw({"w": (3,)})
-    traced = rf.scale_by_sirf_shampoo(riemannian_momentum=jnp.float32(0), **SETTING)
+    traced = scale_by_published(riemannian_momentum=jnp.float32(0), **SETTING)
     expected, states = run(traced, gradients)
     assert jax.tree.leaves(states.momenta)
     for momentum in (None, 0, 0.0):
-        tx = rf.scale_by_sirf_shampoo(riemannian_momentum=momentum, **SETTING)
+        tx = scale_by_published(riemannian_momentum=momentum, **SETTING)
         assert not jax.tree.leaves(jax.eval_shape(tx.init, params_of(gradients)).momenta)
     directions, _ = run(tx, gradients)
     assert_close(directions, expected)
@@ -198,9 +198,7 @@ def test_cached_products_change_nothing_but_the_state(dtype):
     layout = rf.Layout(structure="block2diagonal")
     setting = {"initial_scale": "first_gradient", "update_every": lambda count: count % 2 == 1, "layout": layout}
     runs = [
-        run(
-            rf.scale_by_sirf_shampoo(preconditioner_dtype=dtype, cache_products=cached, **setting, **SETTING), gradients
-        )
+        run(scale_by_published(preconditioner_dtype=dtype, cache_products=cached, **setting, **SETTING), gradients)
         for cached in (False, True)
     ]
     (directions, states), (cached_directions, cached_states) = runs
@@ -215,6 +213,6 @@ def test_cached_products_change_nothing_but_the_state(dtype):
 
 
 def test_products_are_cached_for_symmetric_structures_only():
-    tx = rf.scale_by_sirf_shampoo(cache_products=True, layout=rf.Layout(structure="triltoeplitz"), batch_size=1)
+    tx = scale_by_published(cache_products=True, layout=rf.Layout(structure="triltoeplitz"), batch_size=1)
     with refuses(ValueError, "cache_products=True", "closed under transposition", "'triltoeplitz'", "'w'"):
         tx.init({"w": jnp.zeros((3, 4))})

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from kronecker_runs import scale_by_published, sirf_published
 
 import rootfree_optax as rf
 from rootfree_optax.structures import structure_factory
@@ -127,7 +128,7 @@ def test_inverse_free_iterates_do_not_depend_on_coordinates_within_the_structure
     to_dense = jax.jit(lambda inverse: [s.to_dense(parts) for s, parts in zip(structures, inverse, strict=True)])
     changes = [np.linalg.inv(matrix) for matrix in to_dense(inverse)]
     assert all(1.2 < np.linalg.cond(matrix) < 20 for matrix in changes)
-    tx = rf.sirf_shampoo(0.05, riemannian_momentum=0.5, layout=rf.Layout(structure=names), **SETTING)
+    tx = sirf_published(0.05, riemannian_momentum=0.5, layout=rf.Layout(structure=names), **SETTING)
     assert mismatch(tx, start_of(shape), inverse, changes) < TOLERANCE
 
 
@@ -135,7 +136,7 @@ def test_nor_for_three_axes():
     shape = (3, 2, 4)
     changes = dense_changes(shape)
     inverse = tuple((np.linalg.inv(a),) for a in changes)
-    tx = rf.sirf_shampoo(0.05, riemannian_momentum=None, layout=rf.Layout(structure="dense"), **SETTING)
+    tx = sirf_published(0.05, riemannian_momentum=None, layout=rf.Layout(structure="dense"), **SETTING)
     assert all(1.2 < np.linalg.cond(matrix) < 20 for matrix in changes)
     assert mismatch(tx, start_of(shape), inverse, changes) < TOLERANCE
 
@@ -165,7 +166,7 @@ def test_a_structure_breaks_it_for_coordinates_outside():
     shape = (5, 4)
     changes = dense_changes(shape)
     inverse = tuple((np.diag(np.linalg.inv(a)),) for a in changes)
-    tx = rf.sirf_shampoo(0.05, layout=rf.Layout(structure="diagonal"), **SETTING)
+    tx = sirf_published(0.05, layout=rf.Layout(structure="diagonal"), **SETTING)
     assert mismatch(tx, start_of(shape), inverse, changes) > 0.2
 
 
@@ -191,7 +192,7 @@ def test_the_two_forms_agree_to_second_order(shape, structure):
     @jax.vmap
     def directions(preconditioner_lr):
         setting = {"damping": 0.8, "batch_size": 4, "layout": rf.Layout(structure=structure)}
-        inverse_free = rf.scale_by_sirf_shampoo(preconditioner_lr, riemannian_momentum=None, **setting)
+        inverse_free = scale_by_published(preconditioner_lr, riemannian_momentum=None, **setting)
         with_inverses = rf.scale_by_rf_shampoo(preconditioner_lr, **setting)
         return direction(inverse_free, ks), direction(with_inverses, curvatures)
 

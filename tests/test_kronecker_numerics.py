@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kronecker_runs import scale_by_published
 
 import rootfree_optax as rf
 
@@ -31,7 +32,7 @@ def gradients_at(count):
 
 @functools.cache
 def compiled_run(dtype):
-    tx = rf.scale_by_sirf_shampoo(0.05, 1e-2, 0.5, batch_size=8, preconditioner_dtype=dtype)
+    tx = scale_by_published(0.05, 1e-2, 0.5, batch_size=8, preconditioner_dtype=dtype)
 
     @jax.jit
     def run(params, steps):
@@ -85,7 +86,7 @@ def test_half_precision_factors_stay_finite_and_close_to_single_precision(dtype,
 
 def test_factors_move_on_after_tens_of_thousands_of_steps():
     """c·K₁ and K₂/c act alike for any c, so nothing in the refresh holds c. It must not run away until it overflows."""
-    tx = rf.scale_by_sirf_shampoo(0.3, 1e-4, None, batch_size=8)
+    tx = scale_by_published(0.3, 1e-4, None, batch_size=8)
     shape = (2, 8)
     step = lambda state, count: (tx.update(normal(0, count, shape), state)[1], None)
 
@@ -111,10 +112,10 @@ def directions_after_slow_averages(dtype):
     @jax.jit
     @jax.vmap
     def direction(rate):
-        tx = rf.scale_by_sirf_shampoo(rate, 1e-3, 0.5, batch_size=16, preconditioner_dtype=dtype)
+        tx = scale_by_published(rate, 1e-3, 0.5, batch_size=16, preconditioner_dtype=dtype)
         step = lambda count, state: tx.update(np.outer(rows, columns) * normal(3, count, (8, 6)), state)[1]
         state = jax.lax.fori_loop(0, 600, step, tx.init(PROBE))
-        frozen = rf.scale_by_sirf_shampoo(0.0, batch_size=1, preconditioner_dtype=dtype)
+        frozen = scale_by_published(0.0, batch_size=1, preconditioner_dtype=dtype)
         return frozen.update(PROBE, state)[0]
 
     return np.float64(direction(jnp.array([0.01, 0.002])))
@@ -131,7 +132,7 @@ def test_slow_averages_are_followed_in_half_precision():
         assert relative_error(half, single) < 0.1
 
 
-@pytest.mark.parametrize("make", [rf.scale_by_sirf_shampoo, rf.scale_by_rf_shampoo])
+@pytest.mark.parametrize("make", [scale_by_published, rf.scale_by_rf_shampoo])
 def test_a_bad_block_harms_no_other_and_keeps_its_factors(make):
     """The four matrices are one stack, two of them blocks of one parameter."""
     layout = rf.Layout(block_size=3)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from kronecker_runs import SETTING, both_forms, draw
+from kronecker_runs import SETTING, both_forms, draw, scale_by_published
 
 import rootfree_optax as rf
 
@@ -32,7 +32,7 @@ def dtypes_of(state):
 )
 def test_dtypes_of_the_state(rule, vector, matrix):
     params = {"b": jnp.zeros(3, F32), "k": jnp.zeros((3, 2), F16)}
-    tx = rf.scale_by_sirf_shampoo(preconditioner_dtype=rule, **SETTING)
+    tx = scale_by_published(preconditioner_dtype=rule, **SETTING)
     state = jax.eval_shape(tx.init, params)
     assert dtypes_of(state.factors) == [vector, matrix]
     gradients = {"b": jnp.zeros(3, BF16), "k": jnp.zeros((3, 2), F32)}
@@ -43,7 +43,7 @@ def test_dtypes_of_the_state(rule, vector, matrix):
 
 def test_a_dtype_for_each_axis():
     params = {"k": jnp.zeros((3, 1, 2))}
-    tx = rf.scale_by_sirf_shampoo(preconditioner_dtype=(jnp.bfloat16, None), **SETTING)
+    tx = scale_by_published(preconditioner_dtype=(jnp.bfloat16, None), **SETTING)
     assert dtypes_of(jax.eval_shape(tx.init, params).factors) == [[BF16, F32]]
 
 
@@ -75,11 +75,11 @@ ALL_STRUCTURES = {
 
 
 def tree_of(make):
-    paths = ALL_STRUCTURES if make is rf.scale_by_sirf_shampoo else "a"
+    paths = ALL_STRUCTURES if make is scale_by_published else "a"
     return {path: jnp.zeros((7, 5)) for path in paths}, rf.Layout(structure=lambda path, _: ALL_STRUCTURES[path])
 
 
-@pytest.mark.parametrize(("make", "fewest"), [(rf.scale_by_sirf_shampoo, 40), (rf.scale_by_rf_shampoo, 1)])
+@pytest.mark.parametrize(("make", "fewest"), [(scale_by_published, 40), (rf.scale_by_rf_shampoo, 1)])
 def test_precision_reaches_every_product(make, fewest):
     params, layout = tree_of(make)
     for precision in (jax.lax.Precision.HIGHEST, None):
@@ -109,7 +109,7 @@ def decompositions(make):
 
 
 def test_the_inverse_free_program_decomposes_nothing():
-    assert decompositions(rf.scale_by_sirf_shampoo) == set()
+    assert decompositions(scale_by_published) == set()
     # The same search finds something where there is something to find.
     assert len(decompositions(rf.scale_by_rf_shampoo)) >= 2
 
@@ -132,7 +132,7 @@ def whole(transformation):
 def test_factors_are_found_in_the_state_of_a_whole_optimizer(wrap, owned):
     layout = rf.Layout(stacked={"w": 1}, block_size=3, structure={1: "diagonal", 2: ("dense", "triltoeplitz")})
     params = {"v": jnp.zeros(2), "w": jnp.zeros((2, 3, 5))}
-    tx = wrap(rf.scale_by_sirf_shampoo(layout=layout, **SETTING))
+    tx = wrap(scale_by_published(layout=layout, **SETTING))
     state = jax.eval_shape(tx.init, params)
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda leaf: np.float32(rng.standard_normal(leaf.shape)), state)
@@ -150,8 +150,8 @@ BYTES = [(None, 0.5), (jnp.bfloat16, 0.5), ((jnp.bfloat16, None), None)]
 
 @pytest.mark.parametrize(("dtype", "momentum"), BYTES, ids=str)
 def test_the_plan_knows_the_bytes_of_the_state(dtype, momentum):
-    params, layout = tree_of(rf.scale_by_sirf_shampoo)
-    tx = rf.scale_by_sirf_shampoo(layout=layout, preconditioner_dtype=dtype, riemannian_momentum=momentum, batch_size=1)
+    params, layout = tree_of(scale_by_published)
+    tx = scale_by_published(layout=layout, preconditioner_dtype=dtype, riemannian_momentum=momentum, batch_size=1)
     state = jax.eval_shape(tx.init, params)
     real = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.factors, state.momenta)))
     assert layout.plan(params).state_bytes(dtype, riemannian_momentum=momentum is not None) == real > 0
@@ -166,7 +166,7 @@ def test_bfloat16_products_of_every_shape_run():
     @jax.jit
     def direction(gradient):
         half, single = (
-            rf.scale_by_sirf_shampoo(layout=layout, preconditioner_dtype=dtype, **SETTING)
+            scale_by_published(layout=layout, preconditioner_dtype=dtype, **SETTING)
             for dtype in (jnp.bfloat16, jnp.float32)
         )
         return half.update(gradient, half.init(gradient))[0], single.update(gradient, single.init(gradient))[0]
@@ -212,7 +212,7 @@ def test_a_structure_that_the_form_with_inverses_has_not_is_refused_by_path(stru
 )
 def test_a_dtype_that_does_not_fit_is_refused(rule, message):
     with pytest.raises(ValueError, match=message):
-        rf.scale_by_sirf_shampoo(preconditioner_dtype=rule).init({"w": jnp.zeros((2, 3))})
+        scale_by_published(preconditioner_dtype=rule).init({"w": jnp.zeros((2, 3))})
 
 
 @both_forms

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from kronecker_runs import sirf_published
 
 import rootfree_optax as rf
 
@@ -111,7 +112,7 @@ def official(setting):
 def ours(setting):
     """Returns the same, by ours."""
     layout = rf.Layout(structure=setting.structure)
-    tx = rf.sirf_shampoo(
+    tx = sirf_published(
         setting.learning_rate,
         preconditioner_lr=setting.preconditioner_lr,
         damping=setting.damping,

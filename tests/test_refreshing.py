@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from kronecker_runs import scale_by_published
 
 import rootfree_optax as rf
 
@@ -34,7 +35,7 @@ def changed_blocks(before, after):
 @pytest.mark.parametrize("cache_products", [False, True])
 def test_in_a_period_every_block_is_refreshed_once_and_no_step_has_more_than_its_share(period, cache_products):
     grads = gradients(SHAPES)
-    make = functools.partial(rf.scale_by_sirf_shampoo, layout=LAYOUT, cache_products=cache_products, **SETTING)
+    make = functools.partial(scale_by_published, layout=LAYOUT, cache_products=cache_products, **SETTING)
     together, staggered = make(), make(update_every=period, staggered=True)
     expected_directions, expected = together.update(grads, together.init(grads))
     state = staggered.init(grads)
@@ -54,7 +55,7 @@ def test_in_a_period_every_block_is_refreshed_once_and_no_step_has_more_than_its
 
 def test_stacks_of_few_blocks_begin_at_different_steps():
     grads = gradients(SHAPES)
-    tx = rf.scale_by_sirf_shampoo(layout=LAYOUT, update_every=10, staggered=True, **SETTING)
+    tx = scale_by_published(layout=LAYOUT, update_every=10, staggered=True, **SETTING)
     state = tx.init(grads)
     steps = []
     for _ in range(10):
@@ -69,8 +70,8 @@ def test_stacks_of_few_blocks_begin_at_different_steps():
 def test_a_long_stack_is_refreshed_portion_by_portion_to_the_same_factors():
     grads = gradients({"a": (45, 64, 64)})  # more factors than are refreshed at once, and no multiple of a portion
     settings = {**SETTING, "update_every": 1}
-    together = rf.scale_by_sirf_shampoo(layout=rf.Layout(stacked=1), **settings)
-    one = rf.scale_by_sirf_shampoo(**settings)
+    together = scale_by_published(layout=rf.Layout(stacked=1), **settings)
+    one = scale_by_published(**settings)
     update = jax.jit(together.update)
     assert "while" in update.lower(grads, together.init(grads)).as_text()
     _, state = update(grads, together.init(grads))
@@ -85,8 +86,8 @@ def test_staggered_blocks_divide_over_a_mesh():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     grads = gradients({"a": (24, 4, 4), "b": (3, 5, 5)})
     layout = rf.Layout(stacked=1)
-    make = functools.partial(rf.scale_by_sirf_shampoo, layout=layout, update_every=3, staggered=True, **SETTING)
-    sharded, together = make(block_axes="data"), rf.scale_by_sirf_shampoo(layout=layout, **SETTING)
+    make = functools.partial(scale_by_published, layout=layout, update_every=3, staggered=True, **SETTING)
+    sharded, together = make(block_axes="data"), scale_by_published(layout=layout, **SETTING)
     placed = jax.device_put(grads, NamedSharding(mesh, PartitionSpec()))
     state = sharded.init(placed)
     for _ in range(3):
@@ -99,15 +100,15 @@ def test_staggered_blocks_divide_over_a_mesh():
 @pytest.mark.parametrize("update_every", [rf.growing_interval(10), jnp.int32(3)])
 def test_staggering_needs_an_interval_that_is_part_of_the_program(update_every):
     with pytest.raises(ValueError, match="staggered=True needs update_every as a Python int"):
-        rf.scale_by_sirf_shampoo(update_every=update_every, staggered=True, **SETTING)
+        scale_by_published(update_every=update_every, staggered=True, **SETTING)
 
 
 def test_staggering_works_under_inject_hyperparams_with_a_static_interval():
-    make = optax.inject_hyperparams(rf.scale_by_sirf_shampoo, static_args=("update_every", "staggered", "layout"))
+    make = optax.inject_hyperparams(scale_by_published, static_args=("update_every", "staggered", "layout"))
     grads = gradients({"a": (6, 6)})
     settings = {**SETTING, "riemannian_momentum": 0.5}
     tx = make(update_every=3, staggered=True, **settings)
-    expected = rf.scale_by_sirf_shampoo(update_every=3, staggered=True, **settings)
+    expected = scale_by_published(update_every=3, staggered=True, **settings)
     chex.assert_trees_all_close(
         tx.update(grads, tx.init(grads))[0], expected.update(grads, expected.init(grads))[0], rtol=1e-6
     )

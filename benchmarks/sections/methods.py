@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
+from harness import published
 
 import rootfree_optax as rf
 
@@ -42,7 +43,7 @@ class Method:
 
     def make(self) -> optax.GradientTransformation:
         """Returns the optimizer."""
-        return rf.sirf_shampoo(1e-3, layout=self.layout, **_COMMON, **self.options)
+        return rf.sirf_shampoo(1e-3, layout=self.layout, **{**published.OPTIMIZER, **_COMMON, **self.options})
 
 
 def _sirf(block_size: int | None, period: int = PERIOD, **options: Any) -> Method:

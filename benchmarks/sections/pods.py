@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from decoders import loss
-from harness import report
+from harness import published, report
 from harness.collectives import traffic
 from harness.flops import product_flops
 from jax.experimental import topologies
@@ -115,9 +115,8 @@ def placed(shapes: Any, specs: Any, mesh: Mesh) -> Any:
 
 def methods(layout: rf.Layout, block_axes: tuple[str, ...], *, dtype: str = "bfloat16") -> dict[str, Any]:
     """Returns the optimizers by name, each made when called; psgd's only where psgdax is installed."""
-    make = functools.partial(
-        rf.sirf_shampoo, 1e-3, batch_size=256, layout=layout, preconditioner_dtype=dtype, block_axes=block_axes
-    )
+    settings = {"batch_size": 256, "layout": layout, "preconditioner_dtype": dtype, "block_axes": block_axes}
+    make = functools.partial(rf.sirf_shampoo, 1e-3, **settings, **published.OPTIMIZER)
     others = {"adamw": lambda: optax.adamw(1e-3), "muon": lambda: optax.contrib.muon(1e-3)}
     if importlib.util.find_spec("psgdax") is not None:
         others["psgd"] = lambda: importlib.import_module("psgdax").kron(1e-3)

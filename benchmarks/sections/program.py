@@ -7,18 +7,18 @@ from typing import Any
 import jax
 import optax
 import trees
-from harness import program, report
+from harness import program, published, report
 
 import rootfree_optax as rf
 
 REFERENCE = "adamw"
+_SETTINGS = {"batch_size": 256, "update_every": 10, "layout": rf.Layout(block_size=256)}
 METHODS = {
     REFERENCE: optax.adamw(1e-3),
     "muon": optax.contrib.muon(1e-3),
-    "sirf": rf.sirf_shampoo(1e-3, batch_size=256, update_every=10, layout=rf.Layout(block_size=256)),
-    "sirf, bfloat16": rf.sirf_shampoo(
-        1e-3, batch_size=256, update_every=10, layout=rf.Layout(block_size=256), preconditioner_dtype="bfloat16"
-    ),
+    "sirf": rf.sirf_shampoo(1e-3, **_SETTINGS, **published.OPTIMIZER),
+    "sirf, bfloat16": rf.sirf_shampoo(1e-3, preconditioner_dtype="bfloat16", **_SETTINGS, **published.OPTIMIZER),
+    "sirf, exact": rf.sirf_shampoo(1e-3, **_SETTINGS),
 }
 
 TITLE = "Program of one step, gpt of width {width}, factors in blocks of 256, refreshed every 10th step"

@@ -103,6 +103,7 @@ def _step(
     tx = rf.scale_by_sirf_shampoo(
         0.1,
         riemannian_momentum=None if name == "exact" else 0.5,
+        initial_scale=1.0,
         batch_size=1,
         update_every=due,
         layout=rf.Layout(stacked=1),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import trees
-from harness import official, program, report, roofline, turns
+from harness import official, program, published, report, roofline, turns
 
 import rootfree_optax as rf
 
@@ -117,7 +117,7 @@ def measure(
 
 
 def _ours() -> dict[str, optax.GradientTransformation]:
-    settings = {
+    settings = published.OPTIMIZER | {
         "preconditioner_lr": OFFICIAL_SETTINGS["beta2"],
         "momentum": OFFICIAL_SETTINGS["alpha1"],
         "riemannian_momentum": OFFICIAL_SETTINGS["alpha2"],

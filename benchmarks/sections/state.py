@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import trees
-from harness import program, report
+from harness import program, published, report
 
 import rootfree_optax as rf
 from rootfree_optax.layout.factors import find_factors
@@ -41,7 +41,7 @@ def measure(shapes: trees.Shapes, block_size: int) -> list[dict[str, Any]]:
 def _record(shapes: trees.Shapes, structure: str | None, dtype: str, block_size: int) -> dict[str, Any]:
     params = trees.abstract(shapes)
     layout = rf.Layout(structure=structure, block_size=block_size)
-    tx = rf.sirf_shampoo(1e-3, batch_size=256, layout=layout, preconditioner_dtype=dtype)
+    tx = rf.sirf_shampoo(1e-3, batch_size=256, layout=layout, preconditioner_dtype=dtype, **published.OPTIMIZER)
     state = jax.eval_shape(tx.init, params)
     plan = layout.plan(params)
     kept = program.tree_bytes(_factors_and_momenta(plan, state))

@@ -9,6 +9,7 @@ from typing import Any
 
 import optax
 from jax.typing import ArrayLike
+from methods import sirf_published
 from searching import Method, Range, adamw
 
 import rootfree_optax as rf
@@ -59,11 +60,6 @@ def sirf_exact(
         preconditioner_lr=rf.averaging_schedule(preconditioner_lr, update_every, maximum=maximum),
         batch_size=batch_size,
         update_every=update_every,
-        refresh="exact",
-        initial_scale="first_gradient",
-        riemannian_momentum=None,
-        momentum_of="gradients",
-        nesterov=True,
         **others,
     )
 
@@ -99,15 +95,13 @@ METHODS: dict[str, Method] = {
             "momentum": MOMENTUM,
         },
     ),
-    "sirf_published": Method("SIRF published, T=1", functools.partial(rf.sirf_shampoo, update_every=1), SIRF_PUBLISHED),
+    "sirf_published": Method("SIRF published, T=1", functools.partial(sirf_published, update_every=1), SIRF_PUBLISHED),
     "sirf_published_t10": Method(
-        "SIRF published, T=10", functools.partial(rf.sirf_shampoo, update_every=10), SIRF_PUBLISHED
+        "SIRF published, T=10", functools.partial(sirf_published, update_every=10), SIRF_PUBLISHED
     ),
     "sirf_exact_plain": Method(
         "SIRF exact, plain",  # a constant β₂, and momentum of the directions
-        functools.partial(
-            rf.sirf_shampoo, update_every=10, refresh="exact", initial_scale="first_gradient", riemannian_momentum=None
-        ),
+        functools.partial(rf.sirf_shampoo, update_every=10, momentum_of="directions", nesterov=False),
         SIRF_EXACT,
     ),
     "sirf_exact_t1": Method(

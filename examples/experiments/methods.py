@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from characters.methods import muon, sirf_exact
 from jax.typing import ArrayLike
-from methods import COUPLED_DECAY, DECAY, DECOUPLED_DECAY, MOMENTUM, sgd
+from methods import COUPLED_DECAY, DECAY, DECOUPLED_DECAY, MOMENTUM, sgd, sirf_published
 from methods import METHODS as DIGITS_METHODS
 from searching import Method, Range, adamw
 
@@ -78,7 +78,8 @@ def defaults_of(make: Callable[..., Any], ranges: Mapping[str, Range]) -> dict[s
 
 
 RF_RMSPROP_DEFAULTS = defaults_of(rf.rf_rmsprop, RF_RMSPROP)
-SIRF_DEFAULTS = defaults_of(rf.sirf_shampoo, KRONECKER)
+PUBLISHED_DEFAULTS = {"preconditioner_lr": 0.2, "damping": 1e-4, "momentum": 0.9, "weight_decay": 0.0}
+EXACT_DEFAULTS = defaults_of(rf.sirf_shampoo, EXACT) | {"preconditioner_lr": 0.1}  # which its schedule falls to
 FROM_ONE_WITH_TERMS = {"counts_terms": 1.0, "initial_scale": 1.0}
 
 METHODS: dict[str, Candidate] = {
@@ -120,21 +121,21 @@ METHODS: dict[str, Candidate] = {
     "rf_rmsprop": Candidate("RF-RMSProp", rf_rmsprop, RF_RMSPROP, RF_RMSPROP_DEFAULTS, FROM_ONE_WITH_TERMS),
     "rf_adamw": Candidate("RF-AdamW", rf.rf_adamw, RF_ADAMW, defaults_of(rf.rf_adamw, RF_ADAMW)),
     "rf_shampoo": Candidate("RF-Shampoo", rf.rf_shampoo, KRONECKER, defaults_of(rf.rf_shampoo, KRONECKER)),
-    "sirf_shampoo": Candidate("SIRF-Shampoo", rf.sirf_shampoo, KRONECKER, SIRF_DEFAULTS),
+    "sirf_shampoo": Candidate("SIRF-Shampoo", sirf_published, KRONECKER, PUBLISHED_DEFAULTS),
     "sirf_bfloat16": Candidate(
         "SIRF-Shampoo, bfloat16",
-        functools.partial(rf.sirf_shampoo, preconditioner_dtype="bfloat16"),
+        functools.partial(sirf_published, preconditioner_dtype="bfloat16"),
         KRONECKER,
-        SIRF_DEFAULTS,
+        PUBLISHED_DEFAULTS,
     ),
     "sirf_hierarchical": Candidate(
         "SIRF-Shampoo, hierarchical",
-        functools.partial(rf.sirf_shampoo, layout=rf.Layout(structure="hierarchical4_4")),
+        functools.partial(sirf_published, layout=rf.Layout(structure="hierarchical4_4")),
         KRONECKER,
-        SIRF_DEFAULTS,
+        PUBLISHED_DEFAULTS,
     ),
     "sirf_exact": Candidate(
-        "SIRF-Shampoo, exact", functools.partial(sirf_exact, update_every=1, maximum=0.3), EXACT, SIRF_DEFAULTS
+        "SIRF-Shampoo, exact", functools.partial(sirf_exact, update_every=1, maximum=0.3), EXACT, EXACT_DEFAULTS
     ),
     "distributed_shampoo": Candidate(
         "Distributed Shampoo",
