@@ -9,8 +9,9 @@ from jax.typing import ArrayLike, DTypeLike
 from rootfree_optax import hyperparameters as hyper
 from rootfree_optax.chaining import MaskOrFn, descent, heavy_ball, of_gradients
 from rootfree_optax.hyperparameters import UpdateEvery
-from rootfree_optax.kronecker import InitialScale, Refresh, scale_by_sirf_shampoo
+from rootfree_optax.kronecker import scale_by_sirf_shampoo
 from rootfree_optax.kronecker_inverse import scale_by_rf_shampoo
+from rootfree_optax.kronecker_options import InitialScale, Refresh
 from rootfree_optax.layout import Layout
 from rootfree_optax.layout.rules import DTypeRule
 from rootfree_optax.sharded_plan import BlockAxes
@@ -32,6 +33,7 @@ def sirf_shampoo(
     batch_size: ArrayLike | None = None,
     update_every: UpdateEvery = 1,
     staggered: bool = False,
+    curvature_every: UpdateEvery | None = None,
     layout: Layout = Layout(),  # noqa: B008  # a frozen value
     preconditioner_dtype: DTypeRule = None,
     refresh: Refresh = "exact",
@@ -59,8 +61,8 @@ def sirf_shampoo(
       preconditioner_lr: β₂ ≥ 0, the weight of the newest curvature (exact refresh), or the step size of the factors.
         None, for the exact refresh, is `averaging_schedule(0.1, update_every)`.
       damping: λ ≥ 0.
-      momentum: α₁, heavy-ball momentum in [0, 1). None keeps no momentum state, and leaves nothing for `momentum_of` and
-        `nesterov` to say.
+      momentum: α₁, heavy-ball momentum in [0, 1). None keeps no momentum state, and `momentum_of` and `nesterov` say
+        nothing then.
       momentum_of: what v averages: "gradients", whose average the present factors apply to, so that nothing in v is by
         factors of long ago; or "directions", as published, each by the factors of its own step.
       nesterov: whether Nesterov's momentum takes the place of v, as in `optax.trace`.
@@ -71,6 +73,8 @@ def sirf_shampoo(
       batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
       update_every: T ≥ 1: the factors are refreshed at every T-th update; or a callable, see `scale_by_sirf_shampoo`.
       staggered: whether every update refreshes a T-th of the blocks, in turn, so that none takes long.
+      curvature_every: c ≥ 1: a refresh takes the mean curvature of every c-th gradient since the last one, see
+        `scale_by_sirf_shampoo`. None takes that of the refresh's own gradient.
       layout: how parameters become blocks, and the structure of their factors.
       preconditioner_dtype: floating-point dtype of the factors, see `scale_by_sirf_shampoo`.
       refresh: "exact" or "published", see `scale_by_sirf_shampoo`.
@@ -111,6 +115,7 @@ def sirf_shampoo(
         batch_size=batch_size,
         update_every=update_every,
         staggered=staggered,
+        curvature_every=curvature_every,
         layout=layout,
         preconditioner_dtype=preconditioner_dtype,
         refresh=refresh,
@@ -156,8 +161,8 @@ def rf_shampoo(
       learning_rate: β₁, the step size: a number, a traced scalar or a schedule.
       preconditioner_lr: β₂, in [0, 1], the step size of the factors.
       damping: λ ≥ 0.
-      momentum: α₁, heavy-ball momentum in [0, 1). None keeps no momentum state, and leaves nothing for `momentum_of` and
-        `nesterov` to say.
+      momentum: α₁, heavy-ball momentum in [0, 1). None keeps no momentum state, and `momentum_of` and `nesterov` say
+        nothing then.
       momentum_of: what v averages: "directions", as published, each by the factors of its own step; or "gradients",
         whose average the present factors apply to, and then nothing in v is by factors of long ago.
       nesterov: whether Nesterov's momentum takes the place of v, as in `optax.trace`.

@@ -9,7 +9,7 @@ from rootfree_optax import hyperparameters as hyper
 
 
 def averaging_schedule(
-    preconditioner_lr: ArrayLike, update_every: int = 1, *, maximum: ArrayLike = 0.2
+    preconditioner_lr: ArrayLike, update_every: ArrayLike = 1, *, maximum: ArrayLike = 0.2
 ) -> optax.Schedule:
     """Makes all refreshes so far weigh alike, until there are 1/β₂ of them: an average that is right from the start.
 

@@ -33,64 +33,92 @@ def max_abs(parts: Parts) -> jax.Array:
     return jax.lax.bitcast_convert_type(functools.reduce(jnp.maximum, largest), parts[0].dtype)
 
 
-def factor_steps(
+def outer_products(
     gradient: jax.Array,
     structures: Sequence[Structure],
     factors: Sequence[Parts],
     *,
-    damping: ArrayLike,
     batch_size: ArrayLike,
     precision: jax.lax.PrecisionLike = None,
 ) -> tuple[Parts, ...]:
-    """Returns each factor's step, which vanishes where KₙᵀHₙKₙ = I, all from the old factors.
+    """Returns what a gradient says of each axis's curvature as the factors see it: I on average where they are right.
 
-        stepₙ = Π̂( X₍ₙ₎X₍ₙ₎ᵀ + λ·Π_{j≠n} Tr(KⱼᵀKⱼ)·KₙᵀKₙ ) / (2 Π_{j≠n} dⱼ) − I/2,   X = √B·G ×₁ K₁ᵀ … ×_N K_Nᵀ
-
-    A K in half precision enters divided by √d, so that neither X nor KᵀK leaves its range on long axes. Elsewhere that
-    would be one more pass over the factor.
+        outerₙ = Π̂( X₍ₙ₎X₍ₙ₎ᵀ ) / Π_{j≠n} dⱼ,   X = √B·G ×₁ K₁ᵀ … ×_N K_Nᵀ
 
     Args:
       gradient: G, [d₁, …, d_N], or [samples, d₁, …, d_N] for a mean over samples of X₍ₙ₎X₍ₙ₎ᵀ.
       structures: the structure of each factor.
       factors: the parts of each factor.
-      damping: λ ≥ 0.
       batch_size: B > 0.
+      precision: of every product.
+
+    Returns:
+      The parts for each axis, in the accumulation dtype.
+    """
+    first_axis = gradient.ndim - len(structures)
+    samples = math.prod(gradient.shape[:first_axis])
+    scaled = _scaled(structures, factors)
+    x = upcast(gradient)
+    x = x * jnp.sqrt(jnp.asarray(batch_size, x.dtype) / samples)
+    for axis, (structure, (parts, _)) in enumerate(zip(structures, scaled, strict=True), start=first_axis):
+        x = structure.apply_transposed(parts, x, axis, precision=precision)
+    still_to_divide = math.prod(divisor for _, divisor in scaled)
+    outers = (
+        (structure, structure.project_outer(x.astype(parts[0].dtype), first_axis + n, precision=precision))
+        for n, (structure, (parts, _)) in enumerate(zip(structures, scaled, strict=True))
+    )
+    return tuple(times_scalar(outer, structure.dim / still_to_divide) for structure, outer in outers)
+
+
+def factor_steps(
+    outers: Sequence[Parts],
+    structures: Sequence[Structure],
+    factors: Sequence[Parts],
+    *,
+    damping: ArrayLike,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[Parts, ...]:
+    """Returns each factor's step, which vanishes where KₙᵀHₙKₙ = I, all from the old factors.
+
+        stepₙ = ( outerₙ + λ·Π̂( Π_{j≠n} Tr(KⱼᵀKⱼ)/dⱼ · KₙᵀKₙ ) − I ) / 2
+
+    Args:
+      outers: the parts for each axis, see `outer_products`, of one gradient or a mean over some.
+      structures: the structure of each factor.
+      factors: the parts of each factor.
+      damping: λ ≥ 0.
       precision: of every product.
 
     Returns:
       The parts of each step, in the accumulation dtype.
     """
-    dims = [structure.dim for structure in structures]
-    first_axis = gradient.ndim - len(dims)
-    samples = math.prod(gradient.shape[:first_axis])
-    halves = [is_half(parts[0].dtype) for parts in factors]
-    scaled = [
-        times_scalar(parts, 1 / math.sqrt(dim)) if half else parts
-        for parts, dim, half in zip(factors, dims, halves, strict=True)
-    ]
-    still_to_divide = [1 if half else dim for dim, half in zip(dims, halves, strict=True)]  # squares of K by
-    x = upcast(gradient)
-    x = x * jnp.sqrt(jnp.asarray(batch_size, x.dtype) / samples)
-    for axis, (structure, parts) in enumerate(zip(structures, scaled, strict=True), start=first_axis):
-        x = structure.apply_transposed(parts, x, axis, precision=precision)
-    mean_traces = [
-        s.squared_norm(parts) / divisor for s, parts, divisor in zip(structures, scaled, still_to_divide, strict=True)
-    ]
+    scaled = _scaled(structures, factors)
+    mean_traces = [s.squared_norm(parts) / divisor for s, (parts, divisor) in zip(structures, scaled, strict=True)]
     steps = []
-    for n, (structure, parts) in enumerate(zip(structures, scaled, strict=True)):
+    for n, (outer, structure, (parts, divisor)) in enumerate(zip(outers, structures, scaled, strict=True)):
         dtype = accumulation_dtype(parts[0].dtype)
-        outer = structure.project_outer(x.astype(parts[0].dtype), first_axis + n, precision=precision)
         inner = structure.project_inner(parts, precision=precision)
         other_traces = math.prod((t for j, t in enumerate(mean_traces) if j != n), start=jnp.ones((), dtype))
-        outer_weight = 0.5 * dims[n] / math.prod(still_to_divide)
-        inner_weight = 0.5 * jnp.asarray(damping, dtype) * other_traces.astype(dtype) * (dims[n] / still_to_divide[n])
+        weight = jnp.asarray(damping, dtype) * other_traces.astype(dtype) * (structure.dim / divisor)
         steps.append(
             tuple(
-                outer_weight * o + inner_weight * i - 0.5 * identity
+                0.5 * (o.astype(dtype) + weight * i - identity)
                 for o, i, identity in zip(outer, inner, structure.identity(dtype), strict=True)
             )
         )
     return tuple(steps)
+
+
+def _scaled(structures: Sequence[Structure], factors: Sequence[Parts]) -> list[tuple[Parts, float]]:
+    """Returns the parts that products take for each K, and what the square of these is still to be divided by.
+
+    A K in half precision enters divided by √d, so that neither X nor KᵀK leaves its range on long axes. Elsewhere that
+    would be one more pass over the factor.
+    """
+    return [
+        (times_scalar(parts, 1 / math.sqrt(structure.dim)), 1.0) if is_half(parts[0].dtype) else (parts, structure.dim)
+        for structure, parts in zip(structures, factors, strict=True)
+    ]
 
 
 def published_factor(

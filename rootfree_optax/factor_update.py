@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax.factor_step import factor_steps, max_abs, published_factor, times_scalar
+from rootfree_optax.factor_step import factor_steps, max_abs, outer_products, published_factor, times_scalar
 from rootfree_optax.precision import exponent_of, power_of_two, upcast
 from rootfree_optax.structures.base import Parts, Structure
+
+Observed = tuple[tuple[Parts, ...], jax.Array]
 
 
 def _saturate(array: jax.Array, like: jax.Array) -> jax.Array:
@@ -47,49 +49,33 @@ def balance(factors: tuple[Parts, ...], sizes: Sequence[jax.Array]) -> tuple[Par
     )
 
 
-def is_first(gradient: jax.Array, started: jax.Array) -> jax.Array:
-    """Returns whether a gradient is the first to say something: neither all zero nor not finite. A scalar."""
-    largest = max_abs((gradient,))
-    return ~started & (largest > 0) & jnp.isfinite(largest)
-
-
-def start(
+def observe(
     gradient: jax.Array,
     factors: tuple[Parts, ...],
-    products: tuple[Parts, ...],
-    first: jax.Array,
+    observed: Observed,
     *,
     structures: Sequence[Structure],
-    damping: ArrayLike,
     batch_size: ArrayLike,
-) -> tuple[tuple[Parts, ...], tuple[Parts, ...]]:
-    """Scales a block's factors to its first gradient, once: Kₙ ← (B·mean(g²) + λ)^(−1/2N)·Kₙ.
-
-    The mean is over the entries that are not zero: the rows of an embedding that a mini-batch does not touch say
-    nothing about the curvature of those that it does.
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[Observed]:
+    """Adds a gradient's outer products to those since the last refresh; one that is not finite counts for nothing.
 
     Args:
       gradient: G, [d₁, …, d_N] or [samples, d₁, …, d_N].
       factors: the parts of each Kₙ.
-      products: the parts of each KₙKₙᵀ, or empty.
-      first: whether this is the first gradient, a scalar, see `is_first`; nothing is done if not.
+      observed: the parts of the sum of each axis's outer products, and of how many gradients it is.
       structures: the structure of each factor.
-      damping: λ ≥ 0.
       batch_size: B > 0.
+      precision: of every product.
 
     Returns:
-      The factors and the products.
+      The new sums, of the dtypes of the old, and number.
     """
-    g = jnp.abs(upcast(gradient))
-    largest = jnp.max(g)
-    unit = g / jnp.where(first, largest, 1)  # its squares do not overflow
-    mean_square = jnp.sum(jnp.square(unit)) / jnp.maximum(jnp.sum(unit > 0, dtype=g.dtype), 1)
-    root = jnp.hypot(
-        largest * jnp.sqrt(jnp.asarray(batch_size, g.dtype) * mean_square), jnp.sqrt(jnp.asarray(damping, g.dtype))
-    )
-    factor = jnp.where(first, root ** (-1 / len(structures)), 1)
-    scaled = tuple(times_scalar(parts, factor) for parts in factors)
-    return scaled, tuple(times_scalar(parts, jnp.square(factor)) for parts in products)
+    sums, number = observed
+    outers = outer_products(gradient, structures, factors, batch_size=batch_size, precision=precision)
+    keep = all_finite([max_abs(parts) for parts in outers])
+    add = lambda total, outer: jnp.where(keep, _saturate(upcast(total) + outer, total), total)
+    return ((jax.tree.map(add, sums, outers), number + keep.astype(number.dtype)),)
 
 
 def refresh(
@@ -97,6 +83,7 @@ def refresh(
     factors: tuple[Parts, ...],
     momenta: tuple[Parts, ...],
     products: tuple[Parts, ...] = (),
+    observed: Observed | tuple[()] = (),
     *,
     structures: Sequence[Structure],
     preconditioner_lr: ArrayLike,
@@ -106,7 +93,7 @@ def refresh(
     count: jax.Array,
     refresh_factor: Callable[..., Parts] = published_factor,
     precision: jax.lax.PrecisionLike = None,
-) -> tuple[tuple[Parts, ...], tuple[Parts, ...], tuple[Parts, ...]]:
+) -> tuple[tuple[Parts, ...], tuple[Parts, ...], tuple[Parts, ...], Observed | tuple[()]]:
     """Refreshes a block's factors and their momenta; a block that would come out non-finite stays as it was.
 
         mₙ ← α₂ mₙ + (1 − α₂) stepₙ        Kₙ ← refresh_factor(Kₙ, mₙ)
@@ -116,6 +103,8 @@ def refresh(
       factors: the parts of each Kₙ.
       momenta: the parts of each mₙ, or empty: then mₙ = stepₙ and none is kept.
       products: the parts of each KₙKₙᵀ, or empty: then none is kept.
+      observed: what `observe` has added up, whose mean takes the place of G's outer products; or empty. A block that
+        has observed nothing stays as it was.
       structures: the structure of each factor.
       preconditioner_lr: β₂ ≥ 0.
       damping: λ ≥ 0.
@@ -126,11 +115,14 @@ def refresh(
       precision: of every product.
 
     Returns:
-      The new factors, momenta and products, of the dtypes of the old.
+      The new factors, momenta and products, of the dtypes of the old, and zeros in place of what was observed.
     """
-    directions = factor_steps(
-        gradient, structures, factors, damping=damping, batch_size=batch_size, precision=precision
-    )
+    if observed:
+        sums, number = observed
+        outers = jax.tree.map(lambda total: upcast(total) / jnp.maximum(number, 1).astype(upcast(total).dtype), sums)
+    else:
+        outers = outer_products(gradient, structures, factors, batch_size=batch_size, precision=precision)
+    directions = factor_steps(outers, structures, factors, damping=damping, precision=precision)
     if momenta:
         directions = jax.tree.map(
             lambda m, step: (
@@ -148,11 +140,12 @@ def refresh(
     # Each pass over the factors counts beside their products. These say what one over every entry would, and of the
     # momenta, too: one that is not finite makes its factor so.
     sizes = [max_abs(parts) for parts in refreshed]
-    keep = all_finite(sizes)
+    keep = all_finite(sizes) & (observed[1] > 0 if observed else True)
     select = functools.partial(jax.tree.map, lambda new, old: jnp.where(keep, new, old))
     new_factors = select(balance(refreshed, sizes), factors)
     squares = tuple(s.square(k, precision=precision) for s, k in zip(structures, new_factors, strict=True) if products)
-    return new_factors, select(new_momenta, momenta), jax.tree.map(_saturate, squares, products)
+    new_products = jax.tree.map(_saturate, squares, products)
+    return new_factors, select(new_momenta, momenta), new_products, jax.tree.map(jnp.zeros_like, observed)
 
 
 def precondition(

@@ -1,29 +1,28 @@
 """Inverse-free root-free Shampoo as a transformation: plan, pack, refresh, precondition, unpack."""
 
 import functools
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from rootfree_optax import factor_update, refreshing, sharded_plan, stacks
+from rootfree_optax import factor_start, factor_update, refreshing, sharded_plan, stacks
 from rootfree_optax import hyperparameters as hyper
-from rootfree_optax.averaging import averaging_schedule
-from rootfree_optax.factor_step import exact_factor, published_factor
 from rootfree_optax.hyperparameters import UpdateEvery
+from rootfree_optax.kronecker_options import (
+    REFRESHES,
+    InitialScale,
+    Refresh,
+    default_average,
+    require_inverse_roots,
+    require_symmetric,
+    require_valid,
+)
 from rootfree_optax.layout import Layout
 from rootfree_optax.layout.rules import DTypeRule, require_dtype_rule
-from rootfree_optax.sharded_plan import BlockAxes, ShardedPlan
-from rootfree_optax.structures.base import Structure
-
-Refresh = Literal["published", "exact"]
-InitialScale = ArrayLike | Literal["first_gradient"]
-
-_DEFAULT_PRECONDITIONER_LR = 0.1
-_REFRESHES = {"published": published_factor, "exact": exact_factor}
+from rootfree_optax.sharded_plan import BlockAxes
 
 
 class ScaleBySirfShampooState(NamedTuple):
@@ -35,6 +34,8 @@ class ScaleBySirfShampooState(NamedTuple):
       momenta: the same for the factors' Riemannian momentum m; empty without.
       products: the same for K Kᵀ; empty unless they are cached.
       started: for each stack, which blocks' factors have been scaled to their first gradient; empty unless they are to.
+      observed: for each stack, the sums of the outer products since the last refresh, as its factors, and of how many
+        gradients those of each block are; empty without `curvature_every`.
     """
 
     count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
@@ -42,6 +43,7 @@ class ScaleBySirfShampooState(NamedTuple):
     momenta: Any
     products: Any = ()
     started: Any = ()
+    observed: Any = ()
 
 
 def scale_by_sirf_shampoo(
@@ -52,6 +54,7 @@ def scale_by_sirf_shampoo(
     batch_size: ArrayLike | None = None,
     update_every: UpdateEvery = 1,
     staggered: bool = False,
+    curvature_every: UpdateEvery | None = None,
     layout: Layout = Layout(),  # noqa: B008  # a frozen value
     preconditioner_dtype: DTypeRule = None,
     refresh: Refresh = "exact",
@@ -91,6 +94,9 @@ def scale_by_sirf_shampoo(
         the number of past updates to whether this one refreshes, for example `growing_interval(10)`.
       staggered: whether every update refreshes a T-th of the blocks, in turn, so that no update takes longer than
         others. T is a Python int then.
+      curvature_every: c ≥ 1: a refresh takes the mean curvature of every c-th gradient since the last one; or a
+        callable, as above. The sums are as large as the factors, and each gradient in them costs the products that
+        precondition it, and as many again. None takes the curvature of the refresh's own gradient, and keeps no sums.
       layout: how parameters become blocks, and the structure of their factors.
       preconditioner_dtype: floating-point dtype of the factors, or a tuple of one per (squeezed, merged) axis, or a
         mapping from the number of axes to either; by default the widest dtype of the parameters in a stack.
@@ -137,24 +143,26 @@ def scale_by_sirf_shampoo(
     sharded_plan.require_block_axes(block_axes)
     require_dtype_rule(preconditioner_dtype)
     keeps_momentum = riemannian_momentum is not None and not hyper.is_zero(riemannian_momentum)
-    _require_valid(preconditioner_lr, riemannian_momentum if keeps_momentum else None, refresh, initial_scale)
+    require_valid(preconditioner_lr, riemannian_momentum if keeps_momentum else None, refresh, initial_scale)
+    hyper.require_at_least("curvature_every", curvature_every, 1)
     if preconditioner_lr is None:
-        preconditioner_lr = _default_average(refresh, update_every)
+        preconditioner_lr = default_average(refresh, update_every)
     period = hyper.require_static_interval(update_every) if staggered else 1
     waits_for_gradient = isinstance(initial_scale, str)
 
     def init(params: optax.Params) -> ScaleBySirfShampooState:
         plan = sharded_plan.for_parameters(layout.plan(params), block_axes, params)
         if refresh == "exact":
-            _require_inverse_roots(plan)
+            require_inverse_roots(plan)
         if cache_products:
-            _require_symmetric(plan)
+            require_symmetric(plan)
         curvature = 1.0 if isinstance(initial_scale, str) else initial_scale
         factors = stacks.initial_factors(plan, params, preconditioner_dtype, curvature=curvature)
         momenta = stacks.zeros_like(plan, factors) if keeps_momentum else ()
         products = jax.tree.map(jnp.square, factors) if cache_products else ()  # of multiples of I
         started = stacks.not_started(plan, factors) if waits_for_gradient else ()
-        return ScaleBySirfShampooState(jnp.zeros([], jnp.int32), factors, momenta, products, started)
+        observed = () if curvature_every is None else stacks.nothing_observed(plan, factors)
+        return ScaleBySirfShampooState(jnp.zeros([], jnp.int32), factors, momenta, products, started, observed)
 
     def update(
         updates: optax.Updates,
@@ -175,80 +183,35 @@ def scale_by_sirf_shampoo(
             riemannian_momentum=0.0 if riemannian_momentum is None else riemannian_momentum,
             batch_size=batch_size,
             count=state.count,
-            refresh_factor=_REFRESHES[refresh],
+            refresh_factor=REFRESHES[refresh],
             precision=precision,
         )
-        start_block = functools.partial(factor_update.start, damping=damping_now, batch_size=batch_size)
+        start_block = functools.partial(factor_start.start, damping=damping_now, batch_size=batch_size)
         whole = layout.plan(updates if params is None else params)
         plan = sharded_plan.for_state(whole, block_axes, state.factors, updates)
         gradients = stacks.pack(plan, updates)
         curvatures = gradients if curvature is None else stacks.pack_curvature(plan, curvature, updates)
 
-        factors, momenta, products, started = state.factors, state.momenta, state.products, state.started
+        count, factors, momenta, products, started, observed = state
         if waits_for_gradient:
             factors, products, started = refreshing.start(plan, start_block, curvatures, (factors, products, started))
+        if curvature_every is not None:
+            observe_block = functools.partial(factor_update.observe, batch_size=batch_size, precision=precision)
+            due = hyper.is_due(curvature_every, count)
+            observed = refreshing.observe_when(due, plan, observe_block, curvatures, factors, observed)
         if staggered:
-            refresh_stacks = functools.partial(refreshing.refresh_in_turn, state.count, period)
+            refresh_stacks = functools.partial(refreshing.refresh_in_turn, count, period)
         else:
-            refresh_stacks = functools.partial(refreshing.refresh_when, hyper.is_due(update_every, state.count))
-        factors, momenta, products = refresh_stacks(plan, refresh_block, curvatures, (factors, momenta, products))
+            refresh_stacks = functools.partial(refreshing.refresh_when, hyper.is_due(update_every, count))
+        factors, momenta, products, observed = refresh_stacks(
+            plan, refresh_block, curvatures, (factors, momenta, products, observed)
+        )
         precondition = functools.partial(
             factor_update.precondition_by_squares if cache_products else factor_update.precondition, precision=precision
         )
         matrices = products if cache_products else factors
         directions = stacks.precondition(plan, precondition, gradients, matrices)
-        count = optax.safe_increment(state.count)
-        new_state = ScaleBySirfShampooState(count, factors, momenta, products, started)
-        return stacks.unpack(plan, directions, updates), new_state
+        new_state = (optax.safe_increment(count), factors, momenta, products, started, observed)
+        return stacks.unpack(plan, directions, updates), ScaleBySirfShampooState(*new_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _default_average(refresh: Refresh, update_every: UpdateEvery) -> optax.Schedule:
-    if refresh != "exact" or callable(update_every):
-        raise ValueError(
-            f"preconditioner_lr must be given for refresh={refresh!r} and update_every={update_every!r}: only the exact "
-            "refresh at an interval that is a number has a default. Pass 0.2, for example."
-        )
-    return averaging_schedule(_DEFAULT_PRECONDITIONER_LR, update_every)
-
-
-def _require_valid(preconditioner_lr: Any, riemannian_momentum: Any, refresh: Any, initial_scale: Any) -> None:
-    hyper.require_choice("refresh", refresh, _REFRESHES)
-    if isinstance(initial_scale, str):
-        hyper.require_choice("initial_scale", initial_scale, ("first_gradient",))
-    hyper.require_positive("initial_scale", initial_scale)
-    if riemannian_momentum is not None:
-        hyper.require_fraction("riemannian_momentum", riemannian_momentum)
-    if refresh == "exact":
-        hyper.require_fraction("preconditioner_lr", preconditioner_lr)
-        if riemannian_momentum is not None:
-            raise ValueError(
-                f"riemannian_momentum must be None or 0 for refresh='exact', got {riemannian_momentum}: S is a moving "
-                "average already. Lower preconditioner_lr for a longer one, or pass refresh='published'."
-            )
-
-
-def _require_inverse_roots(plan: ShardedPlan) -> None:
-    for name, structure in _structures(plan):
-        if not structure.has_inverse_root:
-            raise ValueError(
-                "refresh='exact' needs structures whose refresh has a closed form (dense, diagonal, block-diagonal, "
-                "hierarchical, triltopleftdiag, triubottomrightdiag), "
-                f"got {structure.name!r} at {name!r}. Use refresh='published' for others."
-            )
-
-
-def _require_symmetric(plan: ShardedPlan) -> None:
-    for name, structure in _structures(plan):
-        if not structure.is_symmetric:
-            raise ValueError(
-                "cache_products=True needs structures that are closed under transposition (dense, diagonal, "
-                f"block-diagonal), got {structure.name!r} at {name!r}. Use cache_products=False for others."
-            )
-
-
-def _structures(plan: ShardedPlan) -> Iterator[tuple[str, Structure]]:
-    for block in plan.plan.blocks:
-        for structure in plan.stacks[block.stack].structures:
-            yield block.name, structure

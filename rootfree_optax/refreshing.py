@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rootfree_optax.each_stack import Stacks, as_tree, each_stack, of_stack
-from rootfree_optax.factor_update import is_first
+from rootfree_optax.factor_start import is_first
 from rootfree_optax.layout.stack import Stack
 from rootfree_optax.sharded_plan import ShardedPlan
 
@@ -50,6 +50,40 @@ def _started(shared: Any, curvatures: Stacks, state: tuple[Stacks, Stacks, Stack
         functools.reduce(jnp.logical_or, map(jnp.any, firsts)), change, lambda: (factors, products)
     )
     return factors, products, tuple(map(jnp.logical_or, started, firsts))
+
+
+def observe_when(
+    due: jax.Array | bool,
+    plan: ShardedPlan,
+    observe_block: Callable[..., tuple[Any]],
+    curvatures: Stacks,
+    factors: Stacks,
+    observed: Stacks,
+) -> Stacks:
+    """Returns what has been observed after every block has observed a gradient, or what it was where it is not due.
+
+    Args:
+      due: whether to observe, a scalar.
+      plan: the plan of the stacks.
+      observe_block: for one block, (curvature, factors, observed, structures=…) -> (observed,).
+      curvatures: the stacks that the curvature is estimated from.
+      factors: the stacks of factors.
+      observed: for each stack, what its blocks have observed.
+    """
+    if not plan.stacks:
+        return observed
+    return plan.on_shards(_observed, (plan.stacks, due, as_tree(observe_block)), curvatures, factors, observed)
+
+
+def _observed(shared: Any, curvatures: Stacks, factors: Stacks, observed: Stacks) -> Stacks:
+    stacks, due, observe_block = shared
+
+    def observe(stack: Stack, given: tuple[Any, ...], old: tuple[Any, ...]) -> tuple[Any, ...]:
+        return of_stack(observe_block, stack)(*given, *old)
+
+    inputs = tuple(zip(curvatures, factors, strict=True))
+    all_observed = lambda: each_stack(observe, stacks, inputs, (observed,))[0]
+    return all_observed() if due is True else jax.lax.cond(due, all_observed, lambda: observed)
 
 
 def refresh_when(

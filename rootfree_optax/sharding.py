@@ -53,7 +53,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
       >>> params = jax.device_put(jnp.zeros((2, 4)), jax.sharding.NamedSharding(mesh, spec))
       >>> tx = rf.sirf_shampoo(1e-3, batch_size=1, block_axes="data")
       >>> shardings = rf.state_shardings(tx, params)
-      >>> preconditioner, _, momentum, _ = jax.jit(tx.init, out_shardings=shardings)(params)
+      >>> (momentum, preconditioner), *_ = jax.jit(tx.init, out_shardings=shardings)(params)
       >>> momentum.momentum.sharding.spec == spec
       True
       >>> preconditioner.count.sharding.is_fully_replicated

@@ -72,6 +72,16 @@ def _not_started(_: None, factors: Stacks) -> Stacks:
     return tuple(jnp.zeros(len(block_factors[0][0]), bool) for block_factors in factors)
 
 
+def nothing_observed(plan: ShardedPlan, factors: Stacks) -> Stacks:
+    """Returns for each stack zeros like its factors, and a zero for each block; see `initial_factors` for no stack."""
+    return plan.on_shards(_nothing_observed, None, factors) if plan.stacks else jnp.zeros([0])
+
+
+def _nothing_observed(_: None, factors: Stacks) -> Stacks:
+    zeros_of = lambda block_factors: jax.tree.map(jnp.zeros_like, block_factors)
+    return tuple((zeros_of(of_stack), jnp.zeros(len(of_stack[0][0]), jnp.int32)) for of_stack in factors)
+
+
 def pack(plan: ShardedPlan, updates: optax.Updates) -> Stacks:
     """Returns the stacks of the gradients."""
     return plan.pack(updates, "gradients")

@@ -37,7 +37,7 @@ HYPERPARAMETERS = {
     "initial_scale": (1.0, 2.0),
 }
 # Parameters that count steps: whole Python numbers, or callables that are no schedules of a number.
-INTERVALS = ("update_every",)
+INTERVALS = ("update_every", "curvature_every")
 
 
 @dataclasses.dataclass(frozen=True)

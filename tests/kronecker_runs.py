@@ -17,8 +17,8 @@ PUBLISHED = {"refresh": "published", "initial_scale": 1.0}
 PUBLISHED_MOMENTUM = {"momentum_of": "directions", "nesterov": False}
 
 
-def scale_by_published(*args, **kwargs):
-    return rf.scale_by_sirf_shampoo(*args, **{**PUBLISHED, **kwargs})
+def scale_by_published(preconditioner_lr=0.2, damping=1e-4, riemannian_momentum=0.5, **others):
+    return rf.scale_by_sirf_shampoo(preconditioner_lr, damping, riemannian_momentum, **{**PUBLISHED, **others})
 
 
 def sirf_published(*args, **kwargs):

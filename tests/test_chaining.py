@@ -8,7 +8,13 @@ import optax
 import pytest
 
 import rootfree_optax as rf
-from rootfree_optax.chaining import add_decayed_weights, heavy_ball, scale_by_learning_rate
+from rootfree_optax.chaining import (
+    HeavyBallState,
+    OfGradientsState,
+    add_decayed_weights,
+    heavy_ball,
+    scale_by_learning_rate,
+)
 
 TREE = {"w": jnp.array([[1.0, -2.0]]), "b": jnp.array(0.5)}
 
@@ -104,9 +110,18 @@ def test_momentum_of_gradients_is_preconditioned_by_the_curvature_of_the_gradien
         np.testing.assert_allclose(updates["w"], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"nesterov": True}, {"momentum_of": "gradients"}])
-def test_a_kind_of_momentum_without_momentum_is_an_error(options):
-    with pytest.raises(ValueError, match=r"momentum must be given for .* got None"):
-        rf.sirf_shampoo(0.1, momentum=None, batch_size=1, **options)
+@pytest.mark.parametrize("make", [rf.sirf_shampoo, rf.rf_shampoo])
+def test_without_momentum_its_kind_says_nothing(make):
+    states = [
+        make(0.1, momentum=None, momentum_of=of, nesterov=nesterov, batch_size=1).init(TREE)
+        for of in ("gradients", "directions")
+        for nesterov in (False, True)
+    ]
+    for state in states:
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, states[0])
+    assert not any(isinstance(link, HeavyBallState | OfGradientsState) for link in states[0])
+
+
+def test_a_kind_of_momentum_that_is_none_is_an_error():
     with pytest.raises(ValueError, match=r"momentum_of must be one of 'directions', 'gradients', got 'steps'"):
         rf.rf_shampoo(0.1, batch_size=1, momentum_of="steps")

@@ -8,7 +8,7 @@ import pytest
 from double_precision import double_precision
 
 from rootfree_optax import factor_update
-from rootfree_optax.factor_step import max_abs
+from rootfree_optax.factor_step import factor_steps, max_abs, outer_products
 from rootfree_optax.structures import structure_factory
 
 # Shape, structures, and the number of samples of the curvature (0: it is the gradient).
@@ -98,7 +98,7 @@ def float64_step(structures):
 
     @jax.jit
     def step(curvature, gradient, factors, momenta, **setting):
-        new, new_momenta, _ = factor_update.refresh(
+        new, new_momenta, *_ = factor_update.refresh(
             curvature, factors, momenta, structures=structures, count=jnp.int32(0), **setting
         )
         direction = factor_update.precondition(gradient, new, structures=structures)
@@ -162,7 +162,8 @@ def test_long_axes_do_not_leave_half_precision(names):
     @jax.jit
     def steps(dtype_of):
         factors = tuple((jnp.full(shape, value, dtype_of.dtype),) for shape in shapes)
-        return factor_update.factor_steps(gradient, structures, factors, damping=1e-4, batch_size=1.0)
+        outers = outer_products(gradient, structures, factors, batch_size=1.0)
+        return factor_steps(outers, structures, factors, damping=1e-4)
 
     half, single = steps(jnp.zeros(0, HALF)), steps(jnp.zeros(0))
     chex.assert_trees_all_close(half, single, rtol=4 * float(jnp.finfo(HALF).eps))
@@ -239,7 +240,7 @@ def test_a_refresh_that_is_not_finite_leaves_factors_and_momenta(value):
     )
     gradient = np.ones((3, 4), np.float32)
     gradient[1, 2] = value
-    chex.assert_trees_all_equal(refresh_matrix(gradient, factors, momenta), (factors, momenta, ()))
+    chex.assert_trees_all_equal(refresh_matrix(gradient, factors, momenta), (factors, momenta, (), ()))
     moved, *_ = refresh_matrix(np.ones((3, 4), np.float32), factors, momenta)
     assert all(np.abs(new - old).max() > 1e-2 for (new,), (old,) in zip(moved, factors, strict=True))
 

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from contract import refuses
-from kronecker_runs import SETTING, assert_close, both_forms, draw, last, params_of, run, scale_by_published
+from kronecker_runs import PUBLISHED, SETTING, assert_close, both_forms, draw, last, params_of, run, scale_by_published
 
 import rootfree_optax as rf
 from rootfree_optax.layout import weight_and_bias
@@ -140,13 +140,14 @@ def is_third(count):
         (scale_by_published, "given", 3),
         (scale_by_published, "given", is_third),
         (scale_by_published, "given", jnp.int32(3)),
-        (scale_by_published, "injected", 3),
-        (scale_by_published, "injected", is_third),
+        (rf.scale_by_sirf_shampoo, "injected", 3),
+        (rf.scale_by_sirf_shampoo, "injected", is_third),
     ],
 )
 def test_factors_change_every_third_step_however_that_is_said(make, how, update_every):
     constructor = optax.inject_hyperparams(make) if how == "injected" else make
-    steps, directions = refreshes(constructor(update_every=update_every, **SETTING), 8)
+    settings = SETTING | PUBLISHED if make is rf.scale_by_sirf_shampoo else SETTING
+    steps, directions = refreshes(constructor(update_every=update_every, **settings), 8)
     assert steps == [0, 3, 6]
     gradients = draw((3,), 8)
     # The refreshed factors are applied at once, and the same until the next refresh.

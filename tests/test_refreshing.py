@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from kronecker_runs import scale_by_published
+from kronecker_runs import PUBLISHED, scale_by_published
 
 import rootfree_optax as rf
 
@@ -104,11 +104,11 @@ def test_staggering_needs_an_interval_that_is_part_of_the_program(update_every):
 
 
 def test_staggering_works_under_inject_hyperparams_with_a_static_interval():
-    make = optax.inject_hyperparams(scale_by_published, static_args=("update_every", "staggered", "layout"))
+    make = optax.inject_hyperparams(rf.scale_by_sirf_shampoo, static_args=("update_every", "staggered", "layout"))
     grads = gradients({"a": (6, 6)})
-    settings = {**SETTING, "riemannian_momentum": 0.5}
+    settings = {**SETTING, **PUBLISHED, "riemannian_momentum": 0.5}
     tx = make(update_every=3, staggered=True, **settings)
-    expected = scale_by_published(update_every=3, staggered=True, **settings)
+    expected = rf.scale_by_sirf_shampoo(update_every=3, staggered=True, **settings)
     chex.assert_trees_all_close(
         tx.update(grads, tx.init(grads))[0], expected.update(grads, expected.init(grads))[0], rtol=1e-6
     )
