@@ -38,6 +38,7 @@ def sirf_shampoo(
     preconditioner_dtype: DTypeRule = None,
     refresh: Refresh = "exact",
     initial_scale: InitialScale = "first_gradient",
+    trust_radius: ArrayLike | None = None,
     cache_products: bool = False,
     accumulator_dtype: DTypeLike | None = None,
     block_axes: BlockAxes = None,
@@ -79,6 +80,8 @@ def sirf_shampoo(
       preconditioner_dtype: floating-point dtype of the factors, see `scale_by_sirf_shampoo`.
       refresh: "exact" or "published", see `scale_by_sirf_shampoo`.
       initial_scale: the curvature before the first step, > 0, or "first_gradient", see `scale_by_sirf_shampoo`.
+      trust_radius: r > 0, how long a block's direction may be in the metric of the curvature, for T > 1, see
+        `scale_by_sirf_shampoo`. Momentum of gradients makes it longer, to about √(1 / (1 − momentum²)): try 3.
       cache_products: whether K Kᵀ is kept in the state: steps without refresh take half the products.
       accumulator_dtype: floating-point dtype of v; by default each parameter's own.
       block_axes: mesh axes over which stacks of blocks are divided, see `scale_by_sirf_shampoo`.
@@ -120,6 +123,7 @@ def sirf_shampoo(
         preconditioner_dtype=preconditioner_dtype,
         refresh=refresh,
         initial_scale=initial_scale,
+        trust_radius=trust_radius,
         cache_products=cache_products,
         block_axes=block_axes,
         precision=precision,

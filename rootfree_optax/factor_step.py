@@ -33,6 +33,11 @@ def max_abs(parts: Parts) -> jax.Array:
     return jax.lax.bitcast_convert_type(functools.reduce(jnp.maximum, largest), parts[0].dtype)
 
 
+def all_finite(tree: object) -> jax.Array:
+    """Returns whether every entry of every array is finite, a scalar."""
+    return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
+
+
 def outer_products(
     gradient: jax.Array,
     structures: Sequence[Structure],

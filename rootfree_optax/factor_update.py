@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax.factor_step import factor_steps, max_abs, outer_products, published_factor, times_scalar
+from rootfree_optax.factor_step import all_finite, factor_steps, max_abs, outer_products, published_factor, times_scalar
 from rootfree_optax.precision import exponent_of, power_of_two, upcast
 from rootfree_optax.structures.base import Parts, Structure
 
@@ -22,11 +22,6 @@ def _saturate(array: jax.Array, like: jax.Array) -> jax.Array:
     """Returns `array` in the dtype of `like`, entries beyond its range at the range's end."""
     limit = jnp.asarray(jnp.finfo(like.dtype).max, array.dtype)
     return jnp.clip(array, -limit, limit).astype(like.dtype)
-
-
-def all_finite(tree: object) -> jax.Array:
-    """Returns whether every entry of every array is finite, a scalar."""
-    return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
 
 
 def balance(factors: tuple[Parts, ...], sizes: Sequence[jax.Array]) -> tuple[Parts, ...]:
@@ -146,65 +141,3 @@ def refresh(
     squares = tuple(s.square(k, precision=precision) for s, k in zip(structures, new_factors, strict=True) if products)
     new_products = jax.tree.map(_saturate, squares, products)
     return new_factors, select(new_momenta, momenta), new_products, jax.tree.map(jnp.zeros_like, observed)
-
-
-def precondition(
-    gradient: jax.Array,
-    factors: tuple[Parts, ...],
-    *,
-    structures: Sequence[Structure],
-    precision: jax.lax.PrecisionLike = None,
-) -> jax.Array:
-    """Returns G multiplied along every axis n by KₙKₙᵀ, or G itself if it is not finite.
-
-    Args:
-      gradient: G, [d₁, …, d_N].
-      factors: the parts of each Kₙ.
-      structures: the structure of each factor.
-      precision: of every product.
-
-    Returns:
-      The direction, [d₁, …, d_N], in the accumulation dtype.
-    """
-    apply = [(s.apply_transposed, s.apply) for s in structures]
-    return _multiplied(gradient, factors, apply, precision)
-
-
-def precondition_by_squares(
-    gradient: jax.Array,
-    products: tuple[Parts, ...],
-    *,
-    structures: Sequence[Structure],
-    precision: jax.lax.PrecisionLike = None,
-) -> jax.Array:
-    """Returns what `precondition` does, from the parts of each KₙKₙᵀ."""
-    return _multiplied(gradient, products, [(s.apply,) for s in structures], precision)
-
-
-def _multiplied(
-    gradient: jax.Array,
-    matrices: tuple[Parts, ...],
-    products: Sequence[Sequence[Callable[..., jax.Array]]],
-    precision: jax.lax.PrecisionLike,
-) -> jax.Array:
-    """Returns G after one or more products with every matrix along its axis, or G itself if it is not finite.
-
-    A G that is not finite is handed on at every product. Chosen at the end, it would have to be kept until then, and
-    memory that is new at every step costs more than arithmetic on it.
-
-    Where the matrices' dtype has a narrower range than the accumulation dtype (float16), each of them enters divided by
-    a power of two near its largest entry, and so do G and the products on the way; the result is scaled back. So no
-    intermediate leaves that range before the result itself does. Elsewhere this would be two passes over the factors
-    for nothing: `balance` keeps them so close that an intermediate is out of range only where the result is, too.
-    """
-    direction, finite = upcast(gradient), all_finite(gradient)
-    rescale = jnp.ones((), direction.dtype)
-    for axis, (multiplications, parts) in enumerate(zip(products, matrices, strict=True)):
-        if jnp.finfo(parts[0].dtype).maxexp < jnp.finfo(direction.dtype).maxexp:
-            scale = power_of_two(exponent_of(max_abs(parts))).astype(rescale.dtype)
-            unit = power_of_two(exponent_of(jnp.max(jnp.abs(direction)))).astype(rescale.dtype)
-            direction, parts = jnp.where(finite, direction / unit, direction), times_scalar(parts, 1 / scale)
-            rescale = rescale * jnp.where(finite, unit * scale ** len(multiplications), 1)
-        for multiply in multiplications:
-            direction = jnp.where(finite, multiply(parts, direction, axis, precision=precision), direction)
-    return direction * rescale

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
-from rootfree_optax.factor_update import all_finite
+from rootfree_optax.factor_step import all_finite
 from rootfree_optax.precision import upcast
 from rootfree_optax.structures import Parts, Structure
 

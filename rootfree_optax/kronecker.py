@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from rootfree_optax import factor_start, factor_update, refreshing, sharded_plan, stacks
+from rootfree_optax import factor_start, factor_update, preconditioning, refreshing, sharded_plan, stacks
 from rootfree_optax import hyperparameters as hyper
 from rootfree_optax.hyperparameters import UpdateEvery
 from rootfree_optax.kronecker_options import (
@@ -59,6 +59,7 @@ def scale_by_sirf_shampoo(
     preconditioner_dtype: DTypeRule = None,
     refresh: Refresh = "exact",
     initial_scale: InitialScale = "first_gradient",
+    trust_radius: ArrayLike | None = None,
     cache_products: bool = False,
     block_axes: BlockAxes = None,
     precision: jax.lax.PrecisionLike = None,
@@ -106,6 +107,9 @@ def scale_by_sirf_shampoo(
         nearest to the inverse by the Kullback–Leibler divergence. Or "published", for all structures.
       initial_scale: s > 0, the curvature before the first step: the factors of N axes start at s^(−1/2N)·I. Or
         "first_gradient": each block's s is B·mean(g²) + λ over the non-zero entries of its first non-zero gradient.
+      trust_radius: r > 0, how long a block's direction D of G may be in the metric of the curvature estimate, where its
+        length is √(B·mean(G·D)): about 1 if the estimate is right for G, and more for a G that factors of some steps
+        ago did not expect. For T > 1; None shortens nothing.
       cache_products: whether K Kᵀ is kept in the state, as large as K, which halves the products of a step without
         refresh. For structures that are closed under transposition: dense, diagonal and block-diagonal ones.
       block_axes: name of a mesh axis, or a tuple of names, over which the blocks of every stack are divided, state and
@@ -145,6 +149,7 @@ def scale_by_sirf_shampoo(
     keeps_momentum = riemannian_momentum is not None and not hyper.is_zero(riemannian_momentum)
     require_valid(preconditioner_lr, riemannian_momentum if keeps_momentum else None, refresh, initial_scale)
     hyper.require_at_least("curvature_every", curvature_every, 1)
+    hyper.require_positive("trust_radius", trust_radius)
     if preconditioner_lr is None:
         preconditioner_lr = default_average(refresh, update_every)
     period = hyper.require_static_interval(update_every) if staggered else 1
@@ -207,10 +212,14 @@ def scale_by_sirf_shampoo(
             plan, refresh_block, curvatures, (factors, momenta, products, observed)
         )
         precondition = functools.partial(
-            factor_update.precondition_by_squares if cache_products else factor_update.precondition, precision=precision
+            preconditioning.precondition_by_squares if cache_products else preconditioning.precondition,
+            precision=precision,
         )
         matrices = products if cache_products else factors
         directions = stacks.precondition(plan, precondition, gradients, matrices)
+        if trust_radius is not None:
+            shorten = functools.partial(preconditioning.shortened, trust_radius=trust_radius, batch_size=batch_size)
+            directions = stacks.precondition(plan, shorten, directions, gradients)
         new_state = (optax.safe_increment(count), factors, momenta, products, started, observed)
         return stacks.unpack(plan, directions, updates), ScaleBySirfShampooState(*new_state)
 

@@ -35,6 +35,7 @@ HYPERPARAMETERS = {
     "preconditioner_lr": (0.125, 0.25),
     "batch_size": (4.0, 6.0),
     "initial_scale": (1.0, 2.0),
+    "trust_radius": (0.5, 0.25),
 }
 # Parameters that count steps: whole Python numbers, or callables that are no schedules of a number.
 INTERVALS = ("update_every", "curvature_every")
@@ -65,7 +66,7 @@ class Case:
     @property
     def positive(self) -> set[str]:
         """The hyperparameters that may not be zero."""
-        return {"batch_size"} if self.elementwise else {"batch_size", "initial_scale"}
+        return {"batch_size"} if self.elementwise else {"batch_size", "initial_scale", "trust_radius"}
 
     @property
     def static(self) -> list[str]:
@@ -161,6 +162,14 @@ OPTIMIZERS = (
         "sirf_shampoo",
         rf.sirf_shampoo,
         _KRONECKER,
+        mechanized={"learning_rate": 1.0, "damping": 1.0},
+        elementwise=False,
+        complex_parameters=False,
+    ),
+    Case(
+        "sirf_shampoo_interval",
+        rf.sirf_shampoo,
+        {"update_every": 3, "curvature_every": 1, "trust_radius": 2.0, **_KRONECKER},
         mechanized={"learning_rate": 1.0, "damping": 1.0},
         elementwise=False,
         complex_parameters=False,

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from kronecker_runs import scale_by_published, sirf_published
 
 import rootfree_optax as rf
-from rootfree_optax import factor_update, refreshing, sharded_plan, stacks
+from rootfree_optax import factor_update, preconditioning, refreshing, sharded_plan, stacks
 
 # Ten blocks of 4×4, two of 2×4 and one vector: nothing divides by eight.
 SHAPES = {"up": (4, 16), "down": (16, 4), "odd": (6, 8), "bias": (16,)}
@@ -156,7 +156,7 @@ def test_nothing_is_sent_within_refresh_and_application(structure: str) -> None:
         keywords = {"preconditioner_lr": 0.1, "damping": 0.1, "riemannian_momentum": 0.5, "batch_size": 4}
         refresh = functools.partial(factor_update.refresh, count=count, **keywords)
         state = refreshing.refresh_when(count % 2 == 0, plan, refresh, gradients, (factors, (), ()))
-        return state, stacks.precondition(plan, factor_update.precondition, gradients, state[0])
+        return state, stacks.precondition(plan, preconditioning.precondition, gradients, state[0])
 
     [stack] = plan.stacks
     gradient = jax.device_put(jnp.ones((16, 4, 4)), NamedSharding(mesh, PartitionSpec("data")))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from double_precision import double_precision
 
-from rootfree_optax import factor_update
+from rootfree_optax import factor_update, preconditioning
 from rootfree_optax.factor_step import factor_steps, max_abs, outer_products
 from rootfree_optax.structures import structure_factory
 
@@ -101,7 +101,7 @@ def float64_step(structures):
         new, new_momenta, *_ = factor_update.refresh(
             curvature, factors, momenta, structures=structures, count=jnp.int32(0), **setting
         )
-        direction = factor_update.precondition(gradient, new, structures=structures)
+        direction = preconditioning.precondition(gradient, new, structures=structures)
         matrices = [dense(structures, parts) if parts else [] for parts in (factors, momenta, new, new_momenta)]
         return matrices, direction
 
@@ -172,7 +172,7 @@ def test_long_axes_do_not_leave_half_precision(names):
 @jax.jit
 def half_precision_direction(gradient, k):
     structures = structures_of(("dense", "dense"), gradient.shape)
-    return factor_update.precondition(gradient, dense_pair(k, HALF), structures=structures)
+    return preconditioning.precondition(gradient, dense_pair(k, HALF), structures=structures)
 
 
 @pytest.mark.parametrize("k", [1e3, 1e-3])

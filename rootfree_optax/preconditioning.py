@@ -1,0 +1,103 @@
+"""How the factors of ONE block apply to its gradient, and how long the direction may become."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from rootfree_optax.factor_step import all_finite, max_abs, times_scalar
+from rootfree_optax.precision import exponent_of, power_of_two, upcast
+from rootfree_optax.structures.base import Parts, Structure
+
+
+def precondition(
+    gradient: jax.Array,
+    factors: tuple[Parts, ...],
+    *,
+    structures: Sequence[Structure],
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    """Returns G multiplied along every axis n by KₙKₙᵀ, or G itself if it is not finite.
+
+    Args:
+      gradient: G, [d₁, …, d_N].
+      factors: the parts of each Kₙ.
+      structures: the structure of each factor.
+      precision: of every product.
+
+    Returns:
+      The direction, [d₁, …, d_N], in the accumulation dtype.
+    """
+    apply = [(s.apply_transposed, s.apply) for s in structures]
+    return _multiplied(gradient, factors, apply, precision)
+
+
+def precondition_by_squares(
+    gradient: jax.Array,
+    products: tuple[Parts, ...],
+    *,
+    structures: Sequence[Structure],
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    """Returns what `precondition` does, from the parts of each KₙKₙᵀ."""
+    return _multiplied(gradient, products, [(s.apply,) for s in structures], precision)
+
+
+def _multiplied(
+    gradient: jax.Array,
+    matrices: tuple[Parts, ...],
+    products: Sequence[Sequence[Callable[..., jax.Array]]],
+    precision: jax.lax.PrecisionLike,
+) -> jax.Array:
+    """Returns G after one or more products with every matrix along its axis, or G itself if it is not finite.
+
+    A G that is not finite is handed on at every product. Chosen at the end, it would have to be kept until then, and
+    memory that is new at every step costs more than arithmetic on it.
+
+    Where the matrices' dtype has a narrower range than the accumulation dtype (float16), each of them enters divided by
+    a power of two near its largest entry, and so do G and the products on the way; the result is scaled back. So no
+    intermediate leaves that range before the result itself does. Elsewhere this would be two passes over the factors
+    for nothing: `balance` keeps them so close that an intermediate is out of range only where the result is, too.
+    """
+    direction, finite = upcast(gradient), all_finite(gradient)
+    rescale = jnp.ones((), direction.dtype)
+    for axis, (multiplications, parts) in enumerate(zip(products, matrices, strict=True)):
+        if jnp.finfo(parts[0].dtype).maxexp < jnp.finfo(direction.dtype).maxexp:
+            scale = power_of_two(exponent_of(max_abs(parts))).astype(rescale.dtype)
+            unit = power_of_two(exponent_of(jnp.max(jnp.abs(direction)))).astype(rescale.dtype)
+            direction, parts = jnp.where(finite, direction / unit, direction), times_scalar(parts, 1 / scale)
+            rescale = rescale * jnp.where(finite, unit * scale ** len(multiplications), 1)
+        for multiply in multiplications:
+            direction = jnp.where(finite, multiply(parts, direction, axis, precision=precision), direction)
+    return direction * rescale
+
+
+def shortened(
+    direction: jax.Array,
+    gradient: jax.Array,
+    *,
+    structures: Sequence[Structure],
+    trust_radius: ArrayLike,
+    batch_size: ArrayLike,
+) -> jax.Array:
+    """Returns a direction no longer than the trust radius, in the metric of the curvature that made it of a gradient.
+
+        D · min(1, r / √(B·mean(G·D))),   where D = K₁K₁ᵀ ⊗ … ⊗ K_NK_Nᵀ G
+
+    Args:
+      direction: D, [d₁, …, d_N], as it is if it is not finite.
+      gradient: G, [d₁, …, d_N].
+      structures: the structure of each factor, of which nothing depends.
+      trust_radius: r > 0.
+      batch_size: B > 0.
+    """
+    del structures
+    as_scalar = lambda number: jnp.asarray(number, direction.dtype)
+    largest = jnp.max(jnp.abs(direction))
+    unit = jnp.where(largest > 0, largest, 1)  # G·D itself may overflow where both are finite
+    mean = jnp.maximum(jnp.mean(upcast(gradient) * (direction / unit)), 0)
+    length = jnp.sqrt(as_scalar(batch_size) * mean) * jnp.sqrt(unit)
+    # A comparison with NaN is false.
+    factor = jnp.where((length > as_scalar(trust_radius)) & jnp.isfinite(length), as_scalar(trust_radius) / length, 1)
+    return direction * factor
