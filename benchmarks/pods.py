@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("sections", nargs="*", metavar="section", help=f"any of {', '.join(SECTIONS)} (all)")
     parser.add_argument("--trees", nargs="+", choices=DECODERS, default=list(DECODERS), help="(all)")
     parser.add_argument("--meshes", nargs="+", help="of the trees' topologies, as 16x16 (all)")
-    parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, help="adamw muon psgd sirf 'sirf, T=10'")
+    parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, help="adamw muon psgd sirf 'sirf, T=10' ...")
     default_output = pathlib.Path(__file__).parent / "results"
     parser.add_argument("--output", type=pathlib.Path, default=default_output, help="folder (benchmarks/results)")
     options = parser.parse_args(arguments)

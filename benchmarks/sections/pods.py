@@ -116,11 +116,17 @@ def placed(shapes: Any, specs: Any, mesh: Mesh) -> Any:
 def methods(layout: rf.Layout, block_axes: tuple[str, ...], *, dtype: str = "bfloat16") -> dict[str, Any]:
     """Returns the optimizers by name, each made when called; psgd's only where psgdax is installed."""
     settings = {"batch_size": 256, "layout": layout, "preconditioner_dtype": dtype, "block_axes": block_axes}
-    make = functools.partial(rf.sirf_shampoo, 1e-3, **settings, **published.OPTIMIZER)
+    exact = functools.partial(rf.sirf_shampoo, 1e-3, **settings)
+    make = functools.partial(exact, **published.OPTIMIZER)
     others = {"adamw": lambda: optax.adamw(1e-3), "muon": lambda: optax.contrib.muon(1e-3)}
     if importlib.util.find_spec("psgdax") is not None:
         others["psgd"] = lambda: importlib.import_module("psgdax").kron(1e-3)
-    return {**others, "sirf": make, "sirf, T=10": lambda: make(update_every=10)}
+    return {
+        **others,
+        "sirf": make,
+        "sirf, T=10": lambda: make(update_every=10),
+        "sirf, exact, T=10": lambda: exact(update_every=10),
+    }
 
 
 def measure(

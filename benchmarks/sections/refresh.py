@@ -10,32 +10,33 @@ import numpy as np
 from harness import report, timing
 
 import rootfree_optax as rf
+from rootfree_optax import refreshing, sharded_plan
 from rootfree_optax.factor_step import exact_factor, published_factor
 from rootfree_optax.factor_update import refresh
-from rootfree_optax.structures import dense
 
 STACKS = ((16, 256), (1, 1024))
 DTYPES = ("float32", "bfloat16")
-# Each refresh with its interval.
-INTERVALS = {"published": 2, "exact": 10}
+# Each refresh with its interval, and with how many gradients of an interval are observed besides that of the refresh.
+INTERVALS = {"published": (2, 0), "exact": (10, 0), "observing": (10, 4)}
 
 TITLE = "A refresh of stacks of dense factors, {repeats} rounds"
 CAPTION = (
     "Milliseconds of the fastest calls, all taking turns within one run. A refresh of both factors of n blocks, "
-    "published, with Riemannian momentum, and exact; exact over published, by fastest calls and by medians. step: mean "
-    "of a step's refresh and application, published every 2nd step, exact every 10th, K Kᵀ cached."
+    "published, with Riemannian momentum, and exact; their ratio, by fastest calls and by medians. step: mean of a "
+    "step's refresh and application, K Kᵀ cached, published at every 2nd step; exact at every 10th over that, and the "
+    "same observing: with the curvature of every 2nd gradient, and a trust radius."
 )
 COLUMNS = (
     report.Column("blocks", "n", ".0f"),
     report.Column("dim", "d", ".0f"),
     report.Column("dtype", "dtype"),
-    report.Column("published_seconds", "pub-\nlished", ".1f", 1e3),
+    report.Column("published_seconds", "publ.\n", ".1f", 1e3),
     report.Column("exact_seconds", "exact\n", ".1f", 1e3),
     report.Column("ratio", "ratio\n", ".2f"),
-    report.Column("median_ratio", "me-\ndians", ".2f"),
+    report.Column("median_ratio", "med.\n", ".2f"),
     report.Column("published_mean_seconds", "step,\npubl.", ".1f", 1e3),
-    report.Column("exact_mean_seconds", "step,\nexact", ".1f", 1e3),
-    report.Column("mean_ratio", "ratio\n", ".2f"),
+    report.Column("mean_ratio", "ratio,\nexact", ".2f"),
+    report.Column("observing_ratio", "ratio,\nobs.", ".2f"),
 )
 
 
@@ -47,15 +48,25 @@ def measure(blocks: int, dim: int, dtype: str, repeats: int, *, watch: Any = ite
         "without_momentum": _refresh(gradient, dtype, published_factor),
         "exact": _refresh(gradient, dtype, exact_factor),
     }
-    every = {"refresh": lambda count: count >= 0, "plain": lambda count: count < 0}
-    steps = {f"{name}_{kind}": _step(gradient, dtype, name, due) for name in INTERVALS for kind, due in every.items()}
+    kinds = {"refresh": (True, True), "plain": (False, False), "observe": (False, True)}
+    steps = {
+        f"{name}_{kind}": _step(gradient, dtype, name, *due)
+        for name, (_, others) in INTERVALS.items()
+        for kind, due in kinds.items()
+        if kind != "observe" or others
+    }
     runs = refreshes | steps
     carries = {name: carry for name, (_, carry) in runs.items()}
     times = timing.alternate({name: run for name, (run, _) in runs.items()}, carries, repeats=repeats, watch=watch)
+    fastest = lambda name, kind: times[f"{name}_{kind}"].fastest
     means = {
-        f"{name}_mean_seconds": (times[f"{name}_refresh"].fastest + (period - 1) * times[f"{name}_plain"].fastest)
+        f"{name}_mean_seconds": (
+            fastest(name, "refresh")
+            + (others * fastest(name, "observe") if others else 0)
+            + (period - 1 - others) * fastest(name, "plain")
+        )
         / period
-        for name, period in INTERVALS.items()
+        for name, (period, others) in INTERVALS.items()
     }
     return {
         "blocks": blocks,
@@ -67,6 +78,7 @@ def measure(blocks: int, dim: int, dtype: str, repeats: int, *, watch: Any = ite
         "median_ratio": times["exact"].median / times["published"].median,
         **means,
         "mean_ratio": means["exact_mean_seconds"] / means["published_mean_seconds"],
+        "observing_ratio": means["observing_mean_seconds"] / means["published_mean_seconds"],
     }
 
 
@@ -75,9 +87,9 @@ def _refresh(
 ) -> tuple[Callable[[Any], Any], Any]:
     """Returns the refresh of a stack as a step, and its first carry."""
     blocks, dim, _ = gradient.shape
+    plan = sharded_plan.for_parameters(rf.Layout("dense", stacked=1).plan(gradient), None, gradient)
     refresh_block = functools.partial(
         refresh,
-        structures=(dense(dim), dense(dim)),
         preconditioner_lr=0.1,
         damping=1e-4,
         riemannian_momentum=0.5,
@@ -88,28 +100,32 @@ def _refresh(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(carry: Any) -> Any:  # with the gradient, a constant otherwise, which the compiler would fold
-        factors, momenta, _ = jax.vmap(refresh_block)(*carry)
-        return carry[0], factors, momenta
+        gradient, *state = carry
+        factors, momenta, *_ = refreshing.refresh_when(True, plan, refresh_block, (gradient,), (*state, (), ()))
+        return gradient, factors, momenta
 
     make = lambda: jnp.tile(jnp.eye(dim, dtype=dtype), (blocks, 1, 1))
-    factors = ((make(),), (make(),))
+    factors = (((make(),), (make(),)),)
     return step, (jnp.copy(gradient), factors, jax.tree.map(jnp.zeros_like, factors) if momentum else ())
 
 
 def _step(
-    gradient: jax.Array, dtype: str, name: str, due: Callable[[jax.Array], jax.Array]
+    gradient: jax.Array, dtype: str, name: str, refreshes: bool, observes: bool
 ) -> tuple[Callable[[Any], Any], Any]:
-    """Returns a step of the transformation, with the refresh or without, and its first carry."""
+    """Returns a step of the transformation, with what is due at it, and its first carry."""
+    always_or_never = lambda due: (lambda count: count >= 0) if due else (lambda count: count < 0)
+    observing = {"curvature_every": always_or_never(observes), "trust_radius": 3.0} if name == "observing" else {}
     tx = rf.scale_by_sirf_shampoo(
         0.1,
-        riemannian_momentum=None if name == "exact" else 0.5,
+        riemannian_momentum=0.5 if name == "published" else None,
         initial_scale=1.0,
         batch_size=1,
-        update_every=due,
+        update_every=always_or_never(refreshes),
         layout=rf.Layout(stacked=1),
         preconditioner_dtype=dtype,
-        refresh=name,
+        refresh="published" if name == "published" else "exact",
         cache_products=True,
+        **observing,
     )
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -42,7 +42,8 @@ SIRF_PUBLISHED = {
     "damping": DAMPING,
     "momentum": MOMENTUM,
 }
-SIRF_EXACT = SIRF_PUBLISHED | {"preconditioner_lr": Range(0.01, 0.2)}
+SIRF_EXACT = SIRF_PUBLISHED | {"preconditioner_lr": Range(0.03, 0.5)}
+SIRF_EXACT_PLAIN = SIRF_PUBLISHED | {"preconditioner_lr": Range(0.01, 0.2)}  # larger ones diverge
 SIRF_EXACT_T1 = SIRF_PUBLISHED | {"preconditioner_lr": Range(0.003, 0.1)}  # which averages over a few more steps
 
 
@@ -54,7 +55,7 @@ def sirf_exact(
     maximum: float = 0.2,
     **others: Any,
 ) -> optax.GradientTransformation:
-    """Returns SIRF-Shampoo with the exact refresh, an average that is right from the start, and Nesterov's momentum."""
+    """Returns SIRF-Shampoo with its averaging schedule, for a `preconditioner_lr` that may be traced."""
     return rf.sirf_shampoo(
         learning_rate,
         preconditioner_lr=rf.averaging_schedule(preconditioner_lr, update_every, maximum=maximum),
@@ -63,6 +64,9 @@ def sirf_exact(
         **others,
     )
 
+
+# With the curvature of every other gradient, a refresh may weigh more than with that of one.
+AT_INTERVALS = {"update_every": 10, "curvature_every": 2, "trust_radius": 3.0, "maximum": 0.5}
 
 METHODS: dict[str, Method] = {
     "adamw": Method(
@@ -102,15 +106,15 @@ METHODS: dict[str, Method] = {
     "sirf_exact_plain": Method(
         "SIRF exact, plain",  # a constant β₂, and momentum of the directions
         functools.partial(rf.sirf_shampoo, update_every=10, momentum_of="directions", nesterov=False),
-        SIRF_EXACT,
+        SIRF_EXACT_PLAIN,
     ),
     "sirf_exact_t1": Method(
         "SIRF exact, T=1", functools.partial(sirf_exact, update_every=1, maximum=0.3), SIRF_EXACT_T1
     ),
-    "sirf_exact": Method("SIRF exact, T=10", functools.partial(sirf_exact, update_every=10), SIRF_EXACT),
+    "sirf_exact": Method("SIRF exact, T=10", functools.partial(sirf_exact, **AT_INTERVALS), SIRF_EXACT),
     "sirf_exact_bfloat16": Method(
         "SIRF exact, bfloat16",
-        functools.partial(sirf_exact, update_every=10, preconditioner_dtype="bfloat16"),
+        functools.partial(sirf_exact, preconditioner_dtype="bfloat16", **AT_INTERVALS),
         SIRF_EXACT,
     ),
 }
