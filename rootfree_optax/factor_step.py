@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from rootfree_optax.folding import fold, fold_axes, unfold_means
 from rootfree_optax.precision import accumulation_dtype, is_half, round_dithered, upcast
 from rootfree_optax.structures.base import Parts, Structure
 
@@ -60,19 +61,19 @@ def outer_products(
     Returns:
       The parts for each axis, in the accumulation dtype.
     """
-    first_axis = gradient.ndim - len(structures)
-    samples = math.prod(gradient.shape[:first_axis])
-    scaled = _scaled(structures, factors)
-    x = upcast(gradient)
+    samples = math.prod(gradient.shape[: gradient.ndim - len(structures)])
+    scaled, divisors = _scaled(structures, factors)
+    groups, folded_structures, matrices = fold(structures, scaled)
+    x = fold_axes(upcast(gradient), len(structures), folded_structures)
     x = x * jnp.sqrt(jnp.asarray(batch_size, x.dtype) / samples)
-    for axis, (structure, (parts, _)) in enumerate(zip(structures, scaled, strict=True), start=first_axis):
+    first_axis = x.ndim - len(folded_structures)
+    for axis, (structure, parts) in enumerate(zip(folded_structures, matrices, strict=True), start=first_axis):
         x = structure.apply_transposed(parts, x, axis, precision=precision)
-    still_to_divide = math.prod(divisor for _, divisor in scaled)
-    outers = (
-        (structure, structure.project_outer(x.astype(parts[0].dtype), first_axis + n, precision=precision))
-        for n, (structure, (parts, _)) in enumerate(zip(structures, scaled, strict=True))
-    )
-    return tuple(times_scalar(outer, structure.dim / still_to_divide) for structure, outer in outers)
+    outers = []
+    for axis, (structure, parts) in enumerate(zip(folded_structures, matrices, strict=True), start=first_axis):
+        outer = structure.project_outer(x.astype(parts[0].dtype), axis, precision=precision)
+        outers.append(times_scalar(outer, structure.dim / math.prod(divisors)))
+    return unfold_means(groups, structures, outers)
 
 
 def factor_steps(
@@ -97,10 +98,12 @@ def factor_steps(
     Returns:
       The parts of each step, in the accumulation dtype.
     """
-    scaled = _scaled(structures, factors)
-    mean_traces = [s.squared_norm(parts) / divisor for s, (parts, divisor) in zip(structures, scaled, strict=True)]
+    scaled, divisors = _scaled(structures, factors)
+    mean_traces = [
+        s.squared_norm(parts) / divisor for s, parts, divisor in zip(structures, scaled, divisors, strict=True)
+    ]
     steps = []
-    for n, (outer, structure, (parts, divisor)) in enumerate(zip(outers, structures, scaled, strict=True)):
+    for n, (outer, structure, parts, divisor) in enumerate(zip(outers, structures, scaled, divisors, strict=True)):
         dtype = accumulation_dtype(parts[0].dtype)
         inner = structure.project_inner(parts, precision=precision)
         other_traces = math.prod((t for j, t in enumerate(mean_traces) if j != n), start=jnp.ones((), dtype))
@@ -114,16 +117,17 @@ def factor_steps(
     return tuple(steps)
 
 
-def _scaled(structures: Sequence[Structure], factors: Sequence[Parts]) -> list[tuple[Parts, float]]:
+def _scaled(structures: Sequence[Structure], factors: Sequence[Parts]) -> tuple[list[Parts], list[int]]:
     """Returns the parts that products take for each K, and what the square of these is still to be divided by.
 
     A K in half precision enters divided by √d, so that neither X nor KᵀK leaves its range on long axes. Elsewhere that
     would be one more pass over the factor.
     """
-    return [
-        (times_scalar(parts, 1 / math.sqrt(structure.dim)), 1.0) if is_half(parts[0].dtype) else (parts, structure.dim)
+    pairs = [
+        (times_scalar(parts, 1 / math.sqrt(structure.dim)), 1) if is_half(parts[0].dtype) else (parts, structure.dim)
         for structure, parts in zip(structures, factors, strict=True)
     ]
+    return [parts for parts, _ in pairs], [divisor for _, divisor in pairs]
 
 
 def published_factor(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rootfree_optax.factor_step import all_finite, max_abs, times_scalar
+from rootfree_optax.folding import fold, fold_axes
 from rootfree_optax.precision import exponent_of, power_of_two, upcast
 from rootfree_optax.structures.base import Parts, Structure
 
@@ -29,8 +30,10 @@ def precondition(
     Returns:
       The direction, [d₁, …, d_N], in the accumulation dtype.
     """
-    apply = [(s.apply_transposed, s.apply) for s in structures]
-    return _multiplied(gradient, factors, apply, precision)
+    _, folded_structures, matrices = fold(structures, factors)
+    apply = [(s.apply_transposed, s.apply) for s in folded_structures]
+    folded = fold_axes(gradient, len(structures), folded_structures)
+    return _multiplied(folded, matrices, apply, precision).reshape(gradient.shape)
 
 
 def precondition_by_squares(
@@ -41,12 +44,14 @@ def precondition_by_squares(
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
     """Returns what `precondition` does, from the parts of each KₙKₙᵀ."""
-    return _multiplied(gradient, products, [(s.apply,) for s in structures], precision)
+    _, folded_structures, matrices = fold(structures, products)
+    folded = fold_axes(gradient, len(structures), folded_structures)
+    return _multiplied(folded, matrices, [(s.apply,) for s in folded_structures], precision).reshape(gradient.shape)
 
 
 def _multiplied(
     gradient: jax.Array,
-    matrices: tuple[Parts, ...],
+    matrices: Sequence[Parts],
     products: Sequence[Sequence[Callable[..., jax.Array]]],
     precision: jax.lax.PrecisionLike,
 ) -> jax.Array:
