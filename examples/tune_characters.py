@@ -2,6 +2,7 @@
 
     python examples/tune_characters.py
     python examples/tune_characters.py --optimizer sirf_exact --trials 32 --width 64
+    python examples/tune_characters.py --optimizer sirf_exact_bfloat16 --setting-of sirf_exact
 
 Every trial is trained from one seed, the best few from some more; among these the lowest mean validation loss wins,
 and its setting is trained from fresh seeds, whose curves are kept. A trial that diverges counts as one. All trials of
@@ -9,6 +10,7 @@ an optimizer run the same compiled program, which is possible because every hype
 """
 
 import argparse
+import json
 import pathlib
 import platform
 import time
@@ -20,13 +22,14 @@ from characters.corpus import Corpus
 from characters.methods import METHODS, RESULTS
 from characters.training import SEGMENT, SEQUENCE, Network, Run
 from characters.trials import Budget, choose, finite, train
-from searching import to_json
+from searching import Hyperparameters, to_json
 
 
-def search(run: Run, data: Corpus, budget: Budget, fresh_seeds: int) -> dict[str, Any]:
-    """Returns the record of a search, and the curves of its chosen setting."""
+def search(run: Run, data: Corpus, budget: Budget, fresh_seeds: int, known: Hyperparameters | None) -> dict[str, Any]:
+    """Returns the record of a search, unless its result is known, and the curves of its chosen setting."""
     with reporting.progress_bar() as bar:
-        record = choose(run, data, budget, bar)
+        without_trials = {"chosen": known, "non_finite": 0, "trials": [], "finalists": []}
+        record = without_trials if known else choose(run, data, budget, bar)
         task = bar.add_task("its fresh seeds", total=fresh_seeds, status="")
         curves = []
         for seed in range(fresh_seeds):
@@ -52,11 +55,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help=f"sequences of {SEQUENCE} characters")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--setting-of", choices=METHODS, metavar="NAME", help="in place of a search, what one chose")
     parser.add_argument("--output", type=pathlib.Path, metavar="DIR", default=RESULTS, help="NAME.json goes there")
     options = parser.parse_args(arguments)
     if options.steps % SEGMENT:
         parser.error(f"--steps must be a multiple of {SEGMENT}, got {options.steps}")
 
+    known = None
+    if options.setting_of is not None:
+        known = json.loads((options.output / f"{options.setting_of}.json").read_text())["chosen"]
     data = corpus.load(SEQUENCE)
     options.output.mkdir(parents=True, exist_ok=True)
     for name in options.optimizer:
@@ -67,7 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
         record |= {key: getattr(options, key) for key in ("width", "layers", "batch_size", "fresh_seeds")}
         record |= budget._asdict()
         record["ranges"] = {key: str(limits) for key, limits in METHODS[name].ranges.items()}
-        record |= search(run, data, budget, options.fresh_seeds)
+        record |= {"setting_of": options.setting_of} if known else {}
+        record |= search(run, data, budget, options.fresh_seeds, known)
         (options.output / f"{name}.json").write_text(to_json(record))
         reporting.print_search(METHODS[name], record, time.perf_counter() - begin)
 

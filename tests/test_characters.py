@@ -106,6 +106,15 @@ def test_tunes_and_compares(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtur
         assert (np.abs(picture - color).max(axis=-1) < 0.01).sum() > 100
     assert summary["adamw"]["steps_to_reference_loss"] <= 40
 
+    searched = json.loads((tmp_path / "adamw.json").read_text())
+    known = ["--optimizer", "adamw", "--setting-of", "adamw", *budget, "--width", "32", *FLAGS]
+    tune_characters.main([*known, "--output", str(tmp_path)])
+    record = json.loads((tmp_path / "adamw.json").read_text())
+    assert record["setting_of"] == "adamw"
+    assert record["trials"] == []
+    for key in ("chosen", "validation_loss"):
+        assert record[key] == searched[key]
+
 
 def test_a_seed_that_diverges_is_counted_and_reaches_nothing() -> None:
     seeds = [[3.0, 2.0], [4.0, 1.0]]

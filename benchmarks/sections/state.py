@@ -45,7 +45,7 @@ def _record(shapes: trees.Shapes, structure: str | None, dtype: str, block_size:
     state = jax.eval_shape(tx.init, params)
     plan = layout.plan(params)
     kept = program.tree_bytes(_factors_and_momenta(plan, state))
-    told = plan.state_bytes(jnp.dtype(dtype))
+    told = plan.state_bytes(jnp.dtype(dtype), riemannian_momentum=True)
     assert kept == told, f"the state has {kept} bytes of factors, the plan tells {told}"
     state_bytes = program.tree_bytes(state)
     return {

@@ -162,8 +162,9 @@ class Plan:
         self,
         preconditioner_dtype: DTypeRule = None,
         *,
-        riemannian_momentum: bool = True,
+        riemannian_momentum: bool = False,
         cached_products: bool = False,
+        observed_curvature: bool = False,
     ) -> int:
         """Returns the bytes of all factors.
 
@@ -171,16 +172,18 @@ class Plan:
           preconditioner_dtype: of the factors, as `scale_by_sirf_shampoo` takes it; None counts as float32.
           riemannian_momentum: whether each factor has a momentum, of its size and dtype.
           cached_products: whether each factor K has K Kᵀ beside it, of its size and dtype.
+          observed_curvature: whether each factor has a sum beside it, as `curvature_every` keeps.
         """
-        kept = {"riemannian_momentum": riemannian_momentum, "cached_products": cached_products}
-        return sum(target.state_bytes(preconditioner_dtype, **kept) for target in self.stacks)
+        beside = (riemannian_momentum, cached_products, observed_curvature)
+        return sum(_bytes_of(target, preconditioner_dtype, beside) for target in self.stacks)
 
     def table(
         self,
         preconditioner_dtype: DTypeRule = None,
         *,
-        riemannian_momentum: bool = True,
+        riemannian_momentum: bool = False,
         cached_products: bool = False,
+        observed_curvature: bool = False,
         width: int | None = None,
     ) -> str:
         """Returns a table of each parameter's blocks, structures, bytes of state and floating-point operations.
@@ -191,20 +194,22 @@ class Plan:
           preconditioner_dtype: of the factors, as `scale_by_sirf_shampoo` takes it; None counts as float32.
           riemannian_momentum: whether each factor has a momentum.
           cached_products: whether each factor K has K Kᵀ beside it.
+          observed_curvature: whether each factor has a sum beside it, as `curvature_every` keeps.
           width: of the page, in characters; None takes the terminal's. Long key paths are shortened to keep to it.
         """
-        state_bytes = functools.partial(
-            Stack.state_bytes,
-            dtype=preconditioner_dtype,
-            riemannian_momentum=riemannian_momentum,
-            cached_products=cached_products,
-        )
+        beside = (riemannian_momentum, cached_products, observed_curvature)
+        state_bytes = functools.partial(_bytes_of, dtype=preconditioner_dtype, beside=beside)
         width = shutil.get_terminal_size().columns if width is None else width
         return table.render(self.units, self.stacks, state_bytes=state_bytes, width=width)
 
     def __str__(self) -> str:
-        """Returns the table for float32 factors with Riemannian momentum."""
+        """Returns the table for float32 factors with nothing beside them."""
         return self.table()
+
+
+def _bytes_of(stack: Stack, dtype: DTypeRule, beside: tuple[bool, bool, bool]) -> int:
+    names = ("riemannian_momentum", "cached_products", "observed_curvature")
+    return stack.state_bytes(dtype, **dict(zip(names, beside, strict=True)))
 
 
 def _suffix(unit: Unit, layer: Shape, index: Shape) -> str:

@@ -33,7 +33,12 @@ class Stack:
         return [(self.count, *shape) for structure in self.structures for shape in structure.part_shapes]
 
     def state_bytes(
-        self, dtype: DTypeRule = None, *, riemannian_momentum: bool = True, cached_products: bool = False
+        self,
+        dtype: DTypeRule = None,
+        *,
+        riemannian_momentum: bool = False,
+        cached_products: bool = False,
+        observed_curvature: bool = False,
     ) -> int:
         """Returns the bytes of the factors of all blocks.
 
@@ -41,11 +46,12 @@ class Stack:
           dtype: of the factors: one, or one per axis, or a mapping from the number of axes to either; None is float32.
           riemannian_momentum: whether each factor has a momentum, of its size and dtype.
           cached_products: whether each factor has K Kᵀ beside it, of its size and dtype.
+          observed_curvature: whether each factor has a sum beside it, as `curvature_every` keeps.
         """
         dtypes = dtypes_of(dtype, len(self.shape))
         sizes = [sum(map(math.prod, structure.part_shapes)) for structure in self.structures]
         bytes_each = [size * dtype.itemsize for size, dtype in zip(sizes, dtypes, strict=True)]
-        return self.count * sum(bytes_each) * (1 + riemannian_momentum + cached_products)
+        return self.count * sum(bytes_each) * (1 + riemannian_momentum + cached_products + observed_curvature)
 
     @property
     def apply_flops(self) -> int:

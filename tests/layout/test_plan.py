@@ -200,11 +200,19 @@ def test_bytes_are_those_of_the_real_state(momentum: float, dtype: object) -> No
     layout = Layout({1: "triltoeplitz", 2: ("hierarchical2_3", "dense"), 3: "block2diagonal"}, block_size=7)
     params = {"a": struct(9, 12), "b": struct(5), "c": struct(2, 3, 8)}
     transformation = rf.scale_by_sirf_shampoo(
-        layout=layout, riemannian_momentum=momentum, preconditioner_dtype=dtype, batch_size=1
+        0.1,
+        layout=layout,
+        refresh="published",
+        riemannian_momentum=momentum,
+        curvature_every=1 if momentum else None,
+        preconditioner_dtype=dtype,
+        batch_size=1,
     )
     state = jax.eval_shape(transformation.init, params)
-    real = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.factors, state.momenta)))
-    assert layout.plan(params).state_bytes(dtype, riemannian_momentum=momentum > 0) == real > 0
+    sums = [sums for sums, _ in state.observed]
+    real = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.factors, state.momenta, sums)))
+    beside = {"riemannian_momentum": momentum > 0, "observed_curvature": momentum > 0}
+    assert layout.plan(params).state_bytes(dtype, **beside) == real > 0
 
 
 def transformer(layers: int, width: int = 256) -> dict:
