@@ -1,13 +1,13 @@
 """Whole Kronecker optimizers: one `optax.chain` each."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax import hyperparameters as hyper
-from rootfree_optax.chaining import MaskOrFn, descent, heavy_ball, of_gradients
+from rootfree_optax.chaining import MaskOrFn, descent, heavy_ball
 from rootfree_optax.hyperparameters import UpdateEvery
 from rootfree_optax.kronecker import scale_by_sirf_shampoo
 from rootfree_optax.kronecker_inverse import scale_by_rf_shampoo
@@ -111,11 +111,13 @@ def sirf_shampoo(
       Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
       https://arxiv.org/abs/2402.03496
     """
+    average = (momentum, momentum_of, nesterov, accumulator_dtype)
     preconditioner = scale_by_sirf_shampoo(
         preconditioner_lr,
         damping,
         riemannian_momentum,
         batch_size=batch_size,
+        **_of_gradients(*average),
         update_every=update_every,
         staggered=staggered,
         curvature_every=curvature_every,
@@ -128,10 +130,7 @@ def sirf_shampoo(
         block_axes=block_axes,
         precision=precision,
     )
-    links = _links(
-        preconditioner, learning_rate, weight_decay, mask, momentum, momentum_of, nesterov, accumulator_dtype
-    )
-    return optax.chain(*links)
+    return optax.chain(preconditioner, *descent(learning_rate, weight_decay, mask, _of_directions(*average)))
 
 
 def rf_shampoo(
@@ -204,35 +203,34 @@ def rf_shampoo(
       Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
       https://arxiv.org/abs/2402.03496
     """
+    average = (momentum, momentum_of, nesterov, accumulator_dtype)
     preconditioner = scale_by_rf_shampoo(
         preconditioner_lr,
         damping,
         batch_size=batch_size,
+        **_of_gradients(*average),
         update_every=update_every,
         layout=layout,
         block_axes=block_axes,
         precision=precision,
     )
-    links = _links(
-        preconditioner, learning_rate, weight_decay, mask, momentum, momentum_of, nesterov, accumulator_dtype
-    )
-    return optax.chain(*links)
+    return optax.chain(preconditioner, *descent(learning_rate, weight_decay, mask, _of_directions(*average)))
 
 
-def _links(
-    preconditioner: optax.GradientTransformationExtraArgs,
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: optax.ScalarOrSchedule | None,
-    mask: MaskOrFn,
-    momentum: ArrayLike | None,
-    momentum_of: MomentumOf,
-    nesterov: bool,
-    accumulator_dtype: DTypeLike | None,
-) -> tuple[optax.GradientTransformation, ...]:
+def _of_gradients(
+    momentum: ArrayLike | None, momentum_of: MomentumOf, nesterov: bool, accumulator_dtype: DTypeLike | None
+) -> dict[str, Any]:
+    """Returns what the preconditioner averages, if it does."""
     hyper.require_choice("momentum_of", momentum_of, ("directions", "gradients"))
-    if momentum is None:
-        return preconditioner, *descent(learning_rate, weight_decay, mask)
-    velocity = heavy_ball(momentum, nesterov=nesterov, accumulator_dtype=accumulator_dtype)
-    if momentum_of == "gradients":
-        return of_gradients(velocity, preconditioner), *descent(learning_rate, weight_decay, mask)
-    return preconditioner, *descent(learning_rate, weight_decay, mask, velocity)
+    if momentum is None or momentum_of == "directions":
+        return {}
+    return {"momentum": momentum, "nesterov": nesterov, "accumulator_dtype": accumulator_dtype}
+
+
+def _of_directions(
+    momentum: ArrayLike | None, momentum_of: MomentumOf, nesterov: bool, accumulator_dtype: DTypeLike | None
+) -> optax.GradientTransformation | None:
+    """Returns what averages directions, or None."""
+    if momentum is None or momentum_of == "gradients":
+        return None
+    return heavy_ball(momentum, nesterov=nesterov, accumulator_dtype=accumulator_dtype)

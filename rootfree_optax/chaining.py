@@ -131,66 +131,6 @@ def heavy_ball(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class OfGradientsState(NamedTuple):
-    """State of `of_gradients`: that of the momentum, and that of the preconditioner."""
-
-    momentum: HeavyBallState
-    preconditioner: Any
-
-
-def of_gradients(
-    momentum: optax.GradientTransformationExtraArgs, preconditioner: optax.GradientTransformationExtraArgs
-) -> optax.GradientTransformationExtraArgs:
-    """Averages gradients and preconditions their average, whose curvature is estimated from the gradients themselves.
-
-        v ← momentum·v + G,    direction = P v
-
-    A plain chain of the two would take the average for a gradient, and learn the curvature of a mini-batch far larger.
-
-    Args:
-      momentum: what averages, as `heavy_ball`.
-      preconditioner: P, whose `update` takes a `curvature`, a tree like the gradients. One that is passed on is used.
-
-    Returns:
-      A transformation whose updates are the directions.
-
-    Example:
-      >>> import jax.numpy as jnp, rootfree_optax as rf
-      >>> from rootfree_optax.chaining import heavy_ball, of_gradients
-      >>> preconditioner = rf.scale_by_sirf_shampoo(0.0, initial_scale=2.0, batch_size=1)
-      >>> tx = of_gradients(heavy_ball(0.5), preconditioner)
-      >>> state = tx.init(jnp.zeros((1, 1)))
-      >>> for _ in range(2):
-      ...     direction, state = tx.update(jnp.ones((1, 1)), state)
-      >>> print(f"{direction.item():.2f}")
-      0.75
-    """
-
-    def init(params: optax.Params) -> OfGradientsState:
-        return OfGradientsState(momentum.init(params), preconditioner.init(params))
-
-    def update(
-        updates: optax.Updates,
-        state: OfGradientsState,
-        params: optax.Params | None = None,
-        *,
-        curvature: optax.Updates | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, OfGradientsState]:
-        trees.require_like(updates, state.momentum.momentum, name="gradients")
-        average, momentum_state = momentum.update(updates, state.momentum, params)
-        direction, preconditioner_state = preconditioner.update(
-            average,
-            state.preconditioner,
-            params,
-            curvature=updates if curvature is None else curvature,
-            **extra_args,
-        )
-        return direction, OfGradientsState(momentum_state, preconditioner_state)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
 def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """Multiplies updates by −learning_rate, keeping their dtype.
 

@@ -80,6 +80,14 @@ def require_floating_dtype(name: str, dtype: Any) -> None:
         raise ValueError(f"{name} must be a real floating-point dtype or None, got {jnp.dtype(dtype).name}.")
 
 
+def require_momentum(momentum: Any, nesterov: bool, accumulator_dtype: Any) -> None:
+    """Raises a ValueError for a momentum or a dtype out of range, or for Nesterov's momentum without momentum."""
+    if momentum is None and nesterov:
+        raise ValueError("momentum must be given for nesterov=True, got None. Pass a number, such as 0.9.")
+    require_fraction("momentum", momentum)
+    require_floating_dtype("accumulator_dtype", accumulator_dtype)
+
+
 def require_kronecker(preconditioner_lr: Any, damping: Any, batch_size: Any, update_every: Any) -> None:
     """Raises a ValueError for a Python number out of range among what both Kronecker transformations take."""
     require_at_least("preconditioner_lr", preconditioner_lr, 0)

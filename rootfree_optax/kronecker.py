@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax import factor_start, factor_update, preconditioning, refreshing, sharded_plan, stacks
 from rootfree_optax import hyperparameters as hyper
@@ -36,6 +36,7 @@ class ScaleBySirfShampooState(NamedTuple):
       started: for each stack, which blocks' factors have been scaled to their first gradient; empty unless they are to.
       observed: for each stack, the sums of the outer products since the last refresh, as its factors, and of how many
         gradients those of each block are; empty without `curvature_every`.
+      velocity: for each stack, the gradients' heavy-ball average v; empty without `momentum`.
     """
 
     count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
@@ -44,6 +45,7 @@ class ScaleBySirfShampooState(NamedTuple):
     products: Any = ()
     started: Any = ()
     observed: Any = ()
+    velocity: Any = ()
 
 
 def scale_by_sirf_shampoo(
@@ -52,6 +54,9 @@ def scale_by_sirf_shampoo(
     riemannian_momentum: ArrayLike | None = None,
     *,
     batch_size: ArrayLike | None = None,
+    momentum: ArrayLike | None = None,
+    nesterov: bool = False,
+    accumulator_dtype: DTypeLike | None = None,
     update_every: UpdateEvery = 1,
     staggered: bool = False,
     curvature_every: UpdateEvery | None = None,
@@ -91,6 +96,10 @@ def scale_by_sirf_shampoo(
         refresh takes none: m would hold steps relative to a K of long ago, and after one large gradient shrink K again
         and again. What m averages, S averages already.
       batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
+      momentum: in [0, 1): the gradients' heavy-ball average v ← momentum·v + G takes G's place in the direction, not
+        in X. A number or a traced scalar; None averages nothing and keeps no v.
+      nesterov: whether it is Nesterov's, G + momentum·v.
+      accumulator_dtype: floating-point dtype of v; by default the widest dtype of the parameters in a stack.
       update_every: T ≥ 1, the factors are refreshed at every T-th update, the first one included; or a callable from
         the number of past updates to whether this one refreshes, for example `growing_interval(10)`.
       staggered: whether every update refreshes a T-th of the blocks, in turn, so that no update takes longer than
@@ -146,6 +155,7 @@ def scale_by_sirf_shampoo(
     hyper.require_kronecker(preconditioner_lr, damping, batch_size, update_every)
     sharded_plan.require_block_axes(block_axes)
     require_dtype_rule(preconditioner_dtype)
+    hyper.require_momentum(momentum, nesterov, accumulator_dtype)
     keeps_momentum = riemannian_momentum is not None and not hyper.is_zero(riemannian_momentum)
     require_valid(preconditioner_lr, riemannian_momentum if keeps_momentum else None, refresh, initial_scale)
     hyper.require_at_least("curvature_every", curvature_every, 1)
@@ -167,7 +177,9 @@ def scale_by_sirf_shampoo(
         products = jax.tree.map(jnp.square, factors) if cache_products else ()  # of multiples of I
         started = stacks.not_started(plan, factors) if waits_for_gradient else ()
         observed = () if curvature_every is None else stacks.nothing_observed(plan, factors)
-        return ScaleBySirfShampooState(jnp.zeros([], jnp.int32), factors, momenta, products, started, observed)
+        velocity = () if momentum is None else stacks.zero_velocity(plan, params, factors, accumulator_dtype)
+        count = jnp.zeros([], jnp.int32)
+        return ScaleBySirfShampooState(count, factors, momenta, products, started, observed, velocity)
 
     def update(
         updates: optax.Updates,
@@ -197,7 +209,10 @@ def scale_by_sirf_shampoo(
         gradients = stacks.pack(plan, updates)
         curvatures = gradients if curvature is None else stacks.pack_curvature(plan, curvature, updates)
 
-        count, factors, momenta, products, started, observed = state
+        count, factors, momenta, products, started, observed, velocity = state
+        averages = gradients
+        if momentum is not None:
+            averages, velocity = stacks.averaged(plan, gradients, velocity, momentum=momentum, nesterov=nesterov)
         if waits_for_gradient:
             factors, products, started = refreshing.start(plan, start_block, curvatures, (factors, products, started))
         if curvature_every is not None:
@@ -216,11 +231,11 @@ def scale_by_sirf_shampoo(
             precision=precision,
         )
         matrices = products if cache_products else factors
-        directions = stacks.precondition(plan, precondition, gradients, matrices)
+        directions = stacks.precondition(plan, precondition, averages, matrices)
         if trust_radius is not None:
             shorten = functools.partial(preconditioning.shortened, trust_radius=trust_radius, batch_size=batch_size)
-            directions = stacks.precondition(plan, shorten, directions, gradients)
-        new_state = (optax.safe_increment(count), factors, momenta, products, started, observed)
+            directions = stacks.precondition(plan, shorten, directions, averages)
+        new_state = (optax.safe_increment(count), factors, momenta, products, started, observed, velocity)
         return stacks.unpack(plan, directions, updates), ScaleBySirfShampooState(*new_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax import hyperparameters as hyper
 from rootfree_optax import inverse_update, refreshing, sharded_plan, stacks
@@ -23,10 +23,12 @@ class ScaleByRfShampooState(NamedTuple):
     Attributes:
       count: how many updates there have been.
       factors: for each stack of the plan, for each axis, the parts of S with a leading axis of blocks.
+      velocity: for each stack, the gradients' heavy-ball average v; empty without `momentum`.
     """
 
     count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
     factors: Any
+    velocity: Any = ()
 
 
 def scale_by_rf_shampoo(
@@ -34,6 +36,9 @@ def scale_by_rf_shampoo(
     damping: optax.ScalarOrSchedule = 2e-4,
     *,
     batch_size: ArrayLike | None = None,
+    momentum: ArrayLike | None = None,
+    nesterov: bool = False,
+    accumulator_dtype: DTypeLike | None = None,
     update_every: UpdateEvery = 1,
     layout: Layout = Layout(),  # noqa: B008  # a frozen value
     block_axes: BlockAxes = None,
@@ -51,6 +56,9 @@ def scale_by_rf_shampoo(
       preconditioner_lr: β₂, in [0, 1]. A number, a traced scalar or a schedule.
       damping: λ ≥ 0. A number, a traced scalar or a schedule.
       batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
+      momentum: in [0, 1), of the gradients, see `scale_by_sirf_shampoo`, as the next two.
+      nesterov: whether it is Nesterov's.
+      accumulator_dtype: floating-point dtype of their average.
       update_every: T ≥ 1, or a callable, see `scale_by_sirf_shampoo`.
       layout: how parameters become blocks. The structures may be dense and diagonal.
       block_axes: mesh axes over which stacks are divided, see `scale_by_sirf_shampoo`.
@@ -80,12 +88,14 @@ def scale_by_rf_shampoo(
     at_construction = batch_size
     hyper.require_kronecker(preconditioner_lr, damping, batch_size, update_every)
     sharded_plan.require_block_axes(block_axes)
+    hyper.require_momentum(momentum, nesterov, accumulator_dtype)
 
     def init(params: optax.Params) -> ScaleByRfShampooState:
         plan = sharded_plan.for_parameters(layout.plan(params), block_axes, params)
         _require_symmetric(plan.plan)
         factors = jax.tree.map(upcast, stacks.initial_factors(plan, params))
-        return ScaleByRfShampooState(jnp.zeros([], jnp.int32), factors)
+        velocity = () if momentum is None else stacks.zero_velocity(plan, params, factors, accumulator_dtype)
+        return ScaleByRfShampooState(jnp.zeros([], jnp.int32), factors, velocity)
 
     def update(
         updates: optax.Updates,
@@ -110,8 +120,11 @@ def scale_by_rf_shampoo(
         curvatures = gradients if curvature is None else stacks.pack_curvature(plan, curvature, updates)
         due = hyper.is_due(update_every, state.count)
         (factors,) = refreshing.refresh_when(due, plan, refresh, curvatures, (state.factors,))
-        directions = stacks.precondition(plan, inverse_update.precondition, gradients, factors)
-        new_state = ScaleByRfShampooState(optax.safe_increment(state.count), factors)
+        averages, velocity = gradients, state.velocity
+        if momentum is not None:
+            averages, velocity = stacks.averaged(plan, gradients, velocity, momentum=momentum, nesterov=nesterov)
+        directions = stacks.precondition(plan, inverse_update.precondition, averages, factors)
+        new_state = ScaleByRfShampooState(optax.safe_increment(state.count), factors, velocity)
         return stacks.unpack(plan, directions, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)

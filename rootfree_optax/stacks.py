@@ -12,6 +12,7 @@ from rootfree_optax.each_stack import Stacks, as_tree, of_stack
 from rootfree_optax.factor_step import times_scalar
 from rootfree_optax.layout.rules import DTypeRule, dtypes_of
 from rootfree_optax.layout.stack import Stack
+from rootfree_optax.precision import upcast
 from rootfree_optax.sharded_plan import ShardedPlan
 
 
@@ -29,13 +30,18 @@ def initial_factors(
       dtype_rule: the factors' dtypes, see `scale_by_sirf_shampoo`.
       curvature: s > 0, a scalar.
     """
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params)
-    packed = jax.eval_shape(plan.plan.pack, shapes)
-    dtypes = [dtypes_of(dtype_rule, len(s.shape), p.dtype) for s, p in zip(plan.stacks, packed, strict=True)]
+    defaults = _dtypes_of(plan, params)
+    dtypes = [dtypes_of(dtype_rule, len(s.shape), dtype) for s, dtype in zip(plan.stacks, defaults, strict=True)]
     lengths = [length // plan.shards for length in plan.lengths]
     if not plan.stacks:
         return jnp.zeros([0])
     return plan.on_shards(_initial_factors, (plan.stacks, dtypes, lengths, curvature, plan.anchor(params)))
+
+
+def _dtypes_of(plan: ShardedPlan, params: optax.Params) -> list[DTypeLike]:
+    """Returns for each stack the widest dtype of its parameters."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params)
+    return [packed.dtype for packed in jax.eval_shape(plan.plan.pack, shapes)]
 
 
 def _initial_factors(shared: Any) -> Stacks:
@@ -80,6 +86,52 @@ def nothing_observed(plan: ShardedPlan, factors: Stacks) -> Stacks:
 def _nothing_observed(_: None, factors: Stacks) -> Stacks:
     zeros_of = lambda block_factors: jax.tree.map(jnp.zeros_like, block_factors)
     return tuple((zeros_of(of_stack), jnp.zeros(len(of_stack[0][0]), jnp.int32)) for of_stack in factors)
+
+
+def zero_velocity(plan: ShardedPlan, params: optax.Params, factors: Stacks, dtype: DTypeLike | None) -> Stacks:
+    """Returns zeros like the stacks of gradients; see `initial_factors` for a plan without any.
+
+    Args:
+      plan: the plan of `params`.
+      params: the parameters, or their shapes and dtypes.
+      factors: the stacks of factors.
+      dtype: of the zeros, or None for the widest of each stack's parameters.
+    """
+    if not plan.stacks:
+        return jnp.zeros([0])
+    dtypes = tuple(jnp.dtype(of_stack if dtype is None else dtype) for of_stack in _dtypes_of(plan, params))
+    return plan.on_shards(_zero_velocity, (plan.stacks, dtypes), factors)
+
+
+def _zero_velocity(shared: Any, factors: Stacks) -> Stacks:
+    each = zip(*shared, factors, strict=True)
+    return tuple(jnp.zeros((len(of_stack[0][0]), *stack.shape), dtype) for stack, dtype, of_stack in each)
+
+
+def averaged(
+    plan: ShardedPlan, gradients: Stacks, velocity: Stacks, *, momentum: ArrayLike, nesterov: bool
+) -> tuple[Stacks, Stacks]:
+    """Returns heavy-ball or Nesterov averages of the stacks of gradients, and the new velocity.
+
+        v ← momentum·v + G,    average = v, or G + momentum·v
+
+    Entries of G that are not finite show in the average, and leave the velocity as it was.
+    """
+    if not plan.stacks:
+        return gradients, velocity
+    return plan.on_shards(_averaged, (momentum, nesterov), gradients, velocity)
+
+
+def _averaged(shared: Any, gradients: Stacks, velocity: Stacks) -> tuple[Stacks, Stacks]:
+    momentum, nesterov = shared
+
+    def accumulate(gradient: jax.Array, past: jax.Array) -> jax.Array:
+        wide = upcast(gradient)
+        return wide + jnp.asarray(momentum, wide.dtype) * past.astype(wide.dtype)
+
+    new = jax.tree.map(accumulate, gradients, velocity)
+    keep = lambda n, v, g: jnp.where(jnp.isfinite(g), n.astype(v.dtype), v)
+    return jax.tree.map(accumulate, gradients, new) if nesterov else new, jax.tree.map(keep, new, velocity, gradients)
 
 
 def pack(plan: ShardedPlan, updates: optax.Updates) -> Stacks:

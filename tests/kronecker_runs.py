@@ -21,8 +21,9 @@ def scale_by_published(preconditioner_lr=0.2, damping=1e-4, riemannian_momentum=
     return rf.scale_by_sirf_shampoo(preconditioner_lr, damping, riemannian_momentum, **{**PUBLISHED, **others})
 
 
-def sirf_published(*args, **kwargs):
-    return rf.sirf_shampoo(*args, **{**PUBLISHED, **PUBLISHED_MOMENTUM, **kwargs})
+def sirf_published(*args, preconditioner_lr=0.2, riemannian_momentum=0.5, **others):
+    given = {"preconditioner_lr": preconditioner_lr, "riemannian_momentum": riemannian_momentum, **others}
+    return rf.sirf_shampoo(*args, **{**PUBLISHED, **PUBLISHED_MOMENTUM, **given})
 
 
 both_forms = pytest.mark.parametrize("make", [scale_by_published, rf.scale_by_rf_shampoo])

@@ -62,6 +62,12 @@ def train(tx: optax.GradientTransformationExtraArgs, shardings: Any = None) -> t
     return params, state
 
 
+def at_intervals(*args: Any, **others: Any) -> optax.GradientTransformationExtraArgs:
+    """The exact refresh with all that the state may hold."""
+    beside = {"curvature_every": 1, "trust_radius": 2.0, "cache_products": True}
+    return rf.sirf_shampoo(*args, **beside, **{"momentum": 0.9, **others})
+
+
 @functools.cache
 def expected(make: Any) -> tuple[Any, Any]:
     params, state = train(make(0.1, **SETTINGS))
@@ -74,10 +80,12 @@ def expected(make: Any) -> tuple[Any, Any]:
         (sirf_published, AxisType.Auto, (8,), FSDP, "data"),
         (sirf_published, AxisType.Explicit, (4, 2), TENSOR, ("data", "model")),
         (sirf_published, AxisType.Auto, (4, 2), TENSOR, "data"),
+        (at_intervals, AxisType.Auto, (8,), FSDP, "data"),
+        (at_intervals, AxisType.Explicit, (4, 2), TENSOR, ("data", "model")),
         (rf.rf_shampoo, AxisType.Auto, (2, 4), TENSOR, ("model", "data")),
         (rf.rf_shampoo, AxisType.Explicit, (1,), FSDP, "data"),
     ],
-    ids=["fsdp", "tensor-explicit", "tensor-over-data", "inverses", "one-device"],
+    ids=["fsdp", "tensor-explicit", "tensor-over-data", "intervals", "intervals-explicit", "inverses", "one-device"],
 )
 def test_ten_steps_equal_those_on_one_device(make: Any, kind: AxisType, sizes: Any, specs: Any, axes: Any) -> None:
     mesh = mesh_of(kind, *sizes, devices=int(np.prod(sizes)))
@@ -155,7 +163,7 @@ def test_nothing_is_sent_within_refresh_and_application(structure: str) -> None:
     def both(gradients: Any, factors: Any, count: jax.Array) -> Any:
         keywords = {"preconditioner_lr": 0.1, "damping": 0.1, "riemannian_momentum": 0.5, "batch_size": 4}
         refresh = functools.partial(factor_update.refresh, count=count, **keywords)
-        state = refreshing.refresh_when(count % 2 == 0, plan, refresh, gradients, (factors, (), ()))
+        state = refreshing.refresh_when(count % 2 == 0, plan, refresh, gradients, (factors, (), (), ()))
         return state, stacks.precondition(plan, preconditioning.precondition, gradients, state[0])
 
     [stack] = plan.stacks
@@ -168,7 +176,7 @@ def test_nothing_is_sent_within_refresh_and_application(structure: str) -> None:
 
 def mixed() -> optax.GradientTransformation:
     matrices = lambda tree: jax.tree.map(lambda leaf: "matrix" if leaf.ndim == 2 else "other", tree)
-    make = functools.partial(sirf_published, layout=LAYOUT, block_axes="data", update_every=2)
+    make = functools.partial(rf.sirf_shampoo, layout=LAYOUT, block_axes="data", update_every=2)
     injected = optax.inject_hyperparams(make, static_args=("layout", "update_every"))
     matrix = injected(learning_rate=0.1, batch_size=4, damping=0.1)
     masked = optax.masked(optax.scale_by_adam(), lambda tree: jax.tree.map(lambda leaf: leaf.ndim == 1, tree))

@@ -10,7 +10,6 @@ import pytest
 import rootfree_optax as rf
 from rootfree_optax.chaining import (
     HeavyBallState,
-    OfGradientsState,
     add_decayed_weights,
     heavy_ball,
     scale_by_learning_rate,
@@ -98,7 +97,7 @@ def test_momentum_of_gradients_is_preconditioned_by_the_curvature_of_the_gradien
         gradients = {"w": jnp.asarray(np.random.default_rng(seed).normal(size=(3, 2)), jnp.float32)}
         updates, state = tx.update(gradients, state, params)
         _, state_alone = alone.update(gradients, state_alone, params)
-        chex.assert_trees_all_equal(state[0].preconditioner.factors, state_alone[0].factors)
+        chex.assert_trees_all_equal(state[0].factors, state_alone[0].factors)
         first, second = (np.asarray(k, np.float64) for k in rf.Layout().plan(params).factors(state_alone)["w"])
         if make is rf.sirf_shampoo:
             first, second = first @ first.T, second @ second.T
@@ -119,7 +118,24 @@ def test_without_momentum_its_kind_says_nothing(make):
     ]
     for state in states:
         chex.assert_trees_all_equal_shapes_and_dtypes(state, states[0])
-    assert not any(isinstance(link, HeavyBallState | OfGradientsState) for link in states[0])
+    assert states[0][0].velocity == ()
+    assert not any(isinstance(link, HeavyBallState) for link in states[0])
+
+
+@pytest.mark.parametrize("make", [rf.scale_by_sirf_shampoo, rf.scale_by_rf_shampoo])
+def test_momentum_of_gradients_has_its_own_dtype_and_keeps_nothing_that_is_not_finite(make):
+    tx = make(0.1, batch_size=1, momentum=0.5, nesterov=True, accumulator_dtype=jnp.bfloat16)
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    state = tx.init(params)
+    assert {v.dtype for v in state.velocity} == {jnp.dtype(jnp.bfloat16)}
+    _, state = tx.update(params, state)
+    bad = {**params, "w": params["w"].at[1, 1].set(jnp.nan)}
+    direction, after = tx.update(bad, state)
+    assert not np.isfinite(direction["w"]).all()
+    flat = lambda state: np.concatenate([np.float32(v).ravel() for v in state.velocity])
+    assert sorted(flat(after)) == [1.0, *[1.5] * 7]
+    with pytest.raises(ValueError, match=r"momentum must be given for nesterov=True, got None"):
+        make(0.1, nesterov=True)
 
 
 def test_a_kind_of_momentum_that_is_none_is_an_error():

@@ -135,7 +135,7 @@ METHODS: dict[str, Candidate] = {
         PUBLISHED_DEFAULTS,
     ),
     "sirf_exact": Candidate(
-        "SIRF-Shampoo, exact", functools.partial(sirf_exact, update_every=1, maximum=0.3), EXACT, EXACT_DEFAULTS
+        "SIRF-Shampoo, exact", functools.partial(sirf_exact, update_every=1), EXACT, EXACT_DEFAULTS
     ),
     "distributed_shampoo": Candidate(
         "Distributed Shampoo",
