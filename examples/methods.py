@@ -31,6 +31,24 @@ def sirf_published(learning_rate: optax.ScalarOrSchedule, **others: Any) -> opta
     return rf.sirf_shampoo(learning_rate, **published, momentum_of="directions", nesterov=False, **others)
 
 
+def sirf_exact(
+    learning_rate: optax.Schedule,
+    batch_size: int,
+    preconditioner_lr: ArrayLike,
+    update_every: int,
+    maximum: float = 0.2,
+    **others: Any,
+) -> optax.GradientTransformation:
+    """Returns SIRF-Shampoo with its averaging schedule, for a `preconditioner_lr` that may be traced."""
+    return rf.sirf_shampoo(
+        learning_rate,
+        preconditioner_lr=rf.averaging_schedule(preconditioner_lr, update_every, maximum=maximum),
+        batch_size=batch_size,
+        update_every=update_every,
+        **others,
+    )
+
+
 # Convolution kernels become matrices, as in a network of patches: (3·3·inputs, outputs).
 LAYOUT = rf.Layout(merge_dims=288)
 
@@ -39,6 +57,14 @@ DECAY = Range(1e-3, 0.3, of_one_minus=True)
 DAMPING = Range(1e-8, 5e-4)
 DECOUPLED_DECAY = Range(1e-3, 1)  # multiplied by the learning rate alone
 COUPLED_DECAY = Range(1e-4, 1e-1)  # goes through the momentum, too
+
+KRONECKER = {
+    "learning_rate": Range(1e-4, 1e-1),
+    "preconditioner_lr": Range(1e-2, 5e-1),
+    "damping": DAMPING,
+    "momentum": MOMENTUM,
+    "weight_decay": COUPLED_DECAY,
+}
 
 METHODS: dict[str, Method] = {
     "rf_rmsprop": Method(
@@ -63,28 +89,8 @@ METHODS: dict[str, Method] = {
             "weight_decay": DECOUPLED_DECAY,
         },
     ),
-    "sirf_shampoo": Method(
-        "SIRF-Shampoo",
-        functools.partial(sirf_published, layout=LAYOUT),
-        {
-            "learning_rate": Range(1e-4, 1e-1),
-            "preconditioner_lr": Range(1e-2, 5e-1),
-            "damping": DAMPING,
-            "momentum": MOMENTUM,
-            "weight_decay": COUPLED_DECAY,
-        },
-    ),
-    "sirf_exact": Method(
-        "SIRF-Shampoo, exact",
-        functools.partial(rf.sirf_shampoo, layout=LAYOUT, momentum_of="directions", nesterov=False),
-        {
-            "learning_rate": Range(1e-4, 1e-1),
-            "preconditioner_lr": Range(1e-2, 3e-1),
-            "damping": DAMPING,
-            "momentum": MOMENTUM,
-            "weight_decay": Range(1e-2, 1e1),  # its learning rates are smaller, and so would be what decays
-        },
-    ),
+    "sirf_shampoo": Method("SIRF-Shampoo", functools.partial(sirf_exact, update_every=1, layout=LAYOUT), KRONECKER),
+    "sirf_published": Method("SIRF-Shampoo, published", functools.partial(sirf_published, layout=LAYOUT), KRONECKER),
     "adamw": Method(
         "AdamW",
         adamw,

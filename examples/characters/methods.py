@@ -5,11 +5,10 @@ Another optimizer joins by one entry in `METHODS` and one run of tune_characters
 
 import functools
 import pathlib
-from typing import Any
 
 import optax
 from jax.typing import ArrayLike
-from methods import sirf_published
+from methods import sirf_exact, sirf_published
 from searching import Method, Range, adamw
 
 import rootfree_optax as rf
@@ -45,24 +44,6 @@ SIRF_PUBLISHED = {
 SIRF_EXACT = SIRF_PUBLISHED | {"preconditioner_lr": Range(0.03, 0.5)}
 SIRF_EXACT_PLAIN = SIRF_PUBLISHED | {"preconditioner_lr": Range(0.01, 0.2)}  # larger ones diverge
 SIRF_EXACT_T1 = SIRF_PUBLISHED | {"preconditioner_lr": Range(0.003, 0.1)}  # which averages over a few more steps
-
-
-def sirf_exact(
-    learning_rate: optax.Schedule,
-    batch_size: int,
-    preconditioner_lr: ArrayLike,
-    update_every: int,
-    maximum: float = 0.2,
-    **others: Any,
-) -> optax.GradientTransformation:
-    """Returns SIRF-Shampoo with its averaging schedule, for a `preconditioner_lr` that may be traced."""
-    return rf.sirf_shampoo(
-        learning_rate,
-        preconditioner_lr=rf.averaging_schedule(preconditioner_lr, update_every, maximum=maximum),
-        batch_size=batch_size,
-        update_every=update_every,
-        **others,
-    )
 
 
 # With the curvature of every other gradient, a refresh may weigh more than with that of one.

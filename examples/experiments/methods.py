@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import optax
-from characters.methods import muon, sirf_exact
+from characters.methods import muon
 from jax.typing import ArrayLike
-from methods import COUPLED_DECAY, DECAY, DECOUPLED_DECAY, MOMENTUM, sgd, sirf_published
+from methods import COUPLED_DECAY, DECAY, DECOUPLED_DECAY, KRONECKER, MOMENTUM, sgd, sirf_exact, sirf_published
 from methods import METHODS as DIGITS_METHODS
 from searching import Method, Range, adamw
 
@@ -67,7 +67,6 @@ def rf_rmsprop(
 
 RF_RMSPROP = DIGITS_METHODS["rf_rmsprop"].ranges | {"learning_rate": Range(1e-3, 1)}
 RF_ADAMW = DIGITS_METHODS["rf_adamw"].ranges | {"learning_rate": Range(1e-3, 1)}
-KRONECKER = DIGITS_METHODS["sirf_shampoo"].ranges
 EXACT = KRONECKER | {"learning_rate": Range(3e-5, 3e-2), "preconditioner_lr": Range(1e-2, 3e-1)}
 
 
