@@ -120,7 +120,7 @@ METHODS: dict[str, Candidate] = {
     "rf_rmsprop": Candidate("RF-RMSProp", rf_rmsprop, RF_RMSPROP, RF_RMSPROP_DEFAULTS, FROM_ONE_WITH_TERMS),
     "rf_adamw": Candidate("RF-AdamW", rf.rf_adamw, RF_ADAMW, defaults_of(rf.rf_adamw, RF_ADAMW)),
     "rf_shampoo": Candidate("RF-Shampoo", rf.rf_shampoo, KRONECKER, defaults_of(rf.rf_shampoo, KRONECKER)),
-    "sirf_shampoo": Candidate("SIRF-Shampoo", sirf_published, KRONECKER, PUBLISHED_DEFAULTS),
+    "sirf_shampoo": Candidate("SIRF-Shampoo, published", sirf_published, KRONECKER, PUBLISHED_DEFAULTS),
     "sirf_bfloat16": Candidate(
         "SIRF-Shampoo, bfloat16",
         functools.partial(sirf_published, preconditioner_dtype="bfloat16"),
