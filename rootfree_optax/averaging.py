@@ -22,7 +22,8 @@ def averaging_schedule(
       preconditioner_lr: β₂ > 0, what the schedule falls to. A number or a traced scalar.
       update_every: T ≥ 1, the interval of the refreshes.
       maximum: of any refresh, in (0, 1): one mini-batch says something of a few directions alone. With T = 1 it may be
-        0.3; with T = 10 that has made runs come apart.
+        0.3; with T = 10 that has made runs come apart, unless `curvature_every` gave a refresh more mini-batches and a
+        `trust_radius` bounded its steps: then it may be 0.5.
 
     Returns:
       A schedule for `preconditioner_lr`, from the number of past updates to β₂.
