@@ -1,6 +1,7 @@
 """Session-wide settings: strict promotion, eight host devices for the sharding tests, and one cache of programs."""
 
 import atexit
+import collections.abc
 import os
 import shutil
 import tempfile
@@ -18,6 +19,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drop_programs() -> collections.abc.Iterator[None]:
+    """Drops the programs of a file behind it: a process may not map the code of all files at once, and would abort."""
+    yield
+    jax.clear_caches()

@@ -169,7 +169,7 @@ OPTIMIZERS = (
     Case(
         "sirf_shampoo_interval",
         rf.sirf_shampoo,
-        {"update_every": 3, "curvature_every": 1, "trust_radius": 2.0, **_KRONECKER},
+        {"update_every": 3, "curvature_every": 1, "trust_radius": 8.0, **_KRONECKER},
         mechanized={"learning_rate": 1.0, "damping": 1.0},
         elementwise=False,
         complex_parameters=False,
