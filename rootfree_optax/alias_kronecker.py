@@ -83,7 +83,8 @@ def sirf_shampoo(
       trust_radius: r > 0, how long a block's direction may be in the metric of the curvature, for T > 1, see
         `scale_by_sirf_shampoo`. Momentum of gradients makes it longer, to about √(1 / (1 − momentum²)): try 3.
       cache_products: whether K Kᵀ is kept in the state: steps without refresh take half the products.
-      accumulator_dtype: floating-point dtype of v; by default each parameter's own.
+      accumulator_dtype: floating-point dtype of v; by default each parameter's own, or for momentum of gradients the
+        widest of those whose blocks have one shape.
       block_axes: mesh axes over which stacks of blocks are divided, see `scale_by_sirf_shampoo`.
       precision: of every matrix product, see `jax.lax.Precision`.
 
@@ -175,7 +176,8 @@ def rf_shampoo(
       batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
       update_every: T ≥ 1: the factors are refreshed at every T-th update; or a callable, see `scale_by_sirf_shampoo`.
       layout: how parameters become blocks. The structures may be dense and diagonal.
-      accumulator_dtype: floating-point dtype of v; by default each parameter's own.
+      accumulator_dtype: floating-point dtype of v; by default each parameter's own, or for momentum of gradients the
+        widest of those whose blocks have one shape.
       block_axes: mesh axes over which stacks of blocks are divided, see `scale_by_sirf_shampoo`.
       precision: of every matrix product, see `jax.lax.Precision`.
 

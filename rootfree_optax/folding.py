@@ -44,11 +44,15 @@ def fold(structures: Sequence[Structure], matrices: Sequence[Parts]) -> Folded:
       structures: the structure of each axis.
       matrices: the parts for each axis.
     """
-    groups = _groups(tuple(structures), tuple(parts[0].dtype for parts in matrices))
-    of_group = lambda group: dense(math.prod(structures[n].dim for n in group))
-    folded = [(of_group(g), (_kronecker([matrices[n][0] for n in g]),)) if len(g) > 1 else None for g in groups]
-    alone = [(structures[group[0]], matrices[group[0]]) for group in groups]
-    new_structures, new_matrices = zip(*(new or old for new, old in zip(folded, alone, strict=True)), strict=True)
+
+    def folded(group: tuple[int, ...]) -> tuple[Structure, Parts]:
+        if len(group) == 1:
+            return structures[group[0]], matrices[group[0]]
+        kronecker = functools.reduce(jnp.kron, (matrices[n][0] for n in group))
+        return dense(len(kronecker)), (kronecker,)
+
+    groups = _groups(structures, [parts[0].dtype for parts in matrices])
+    new_structures, new_matrices = zip(*map(folded, groups), strict=True)
     return Folded(groups, new_structures, new_matrices)
 
 
@@ -72,7 +76,7 @@ def unfold_means(groups: Groups, structures: Sequence[Structure], outers: Sequen
     )
 
 
-def _groups(structures: tuple[Structure, ...], dtypes: tuple[jnp.dtype, ...]) -> Groups:
+def _groups(structures: Sequence[Structure], dtypes: Sequence[jnp.dtype]) -> Groups:
     size = math.prod(structure.dim for structure in structures)
 
     def fits(group: tuple[int, ...]) -> bool:
@@ -89,10 +93,6 @@ def _groups(structures: tuple[Structure, ...], dtypes: tuple[jnp.dtype, ...]) ->
         else:
             groups.append((axis,))
     return tuple(groups)
-
-
-def _kronecker(matrices: Sequence[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.kron, matrices)
 
 
 def _partial_mean(matrix: jax.Array, lengths: Sequence[int], index: int) -> jax.Array:

@@ -105,8 +105,8 @@ def scale_by_sirf_shampoo(
       staggered: whether every update refreshes a T-th of the blocks, in turn, so that no update takes longer than
         others. T is a Python int then.
       curvature_every: c ≥ 1: a refresh takes the mean curvature of every c-th gradient since the last one; or a
-        callable, as above. The sums are as large as the factors, and each gradient in them costs the products that
-        precondition it, and as many again. None takes the curvature of the refresh's own gradient, and keeps no sums.
+        callable, as above. The sums are as large as the factors, and each gradient in them costs two products an axis.
+        None takes the curvature of the refresh's own gradient, and keeps no sums.
       layout: how parameters become blocks, and the structure of their factors.
       preconditioner_dtype: floating-point dtype of the factors, or a tuple of one per (squeezed, merged) axis, or a
         mapping from the number of axes to either; by default the widest dtype of the parameters in a stack.
@@ -164,6 +164,8 @@ def scale_by_sirf_shampoo(
         preconditioner_lr = default_average(refresh, update_every)
     period = hyper.require_static_interval(update_every) if staggered else 1
     waits_for_gradient = isinstance(initial_scale, str)
+    by_matrices = preconditioning.precondition_by_squares if cache_products else preconditioning.precondition
+    precondition_block = functools.partial(by_matrices, precision=precision)
 
     def init(params: optax.Params) -> ScaleBySirfShampooState:
         plan = sharded_plan.for_parameters(layout.plan(params), block_axes, params)
@@ -226,12 +228,7 @@ def scale_by_sirf_shampoo(
         factors, momenta, products, observed = refresh_stacks(
             plan, refresh_block, curvatures, (factors, momenta, products, observed)
         )
-        precondition = functools.partial(
-            preconditioning.precondition_by_squares if cache_products else preconditioning.precondition,
-            precision=precision,
-        )
-        matrices = products if cache_products else factors
-        directions = stacks.precondition(plan, precondition, averages, matrices)
+        directions = stacks.precondition(plan, precondition_block, averages, products if cache_products else factors)
         if trust_radius is not None:
             shorten = functools.partial(preconditioning.shortened, trust_radius=trust_radius, batch_size=batch_size)
             directions = stacks.precondition(plan, shorten, directions, averages)

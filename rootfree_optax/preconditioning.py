@@ -30,10 +30,7 @@ def precondition(
     Returns:
       The direction, [d₁, …, d_N], in the accumulation dtype.
     """
-    _, folded_structures, matrices = fold(structures, factors)
-    apply = [(s.apply_transposed, s.apply) for s in folded_structures]
-    folded = fold_axes(gradient, len(structures), folded_structures)
-    return _multiplied(folded, matrices, apply, precision).reshape(gradient.shape)
+    return _multiplied(gradient, factors, structures, lambda s: (s.apply_transposed, s.apply), precision)
 
 
 def precondition_by_squares(
@@ -44,15 +41,14 @@ def precondition_by_squares(
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
     """Returns what `precondition` does, from the parts of each KₙKₙᵀ."""
-    _, folded_structures, matrices = fold(structures, products)
-    folded = fold_axes(gradient, len(structures), folded_structures)
-    return _multiplied(folded, matrices, [(s.apply,) for s in folded_structures], precision).reshape(gradient.shape)
+    return _multiplied(gradient, products, structures, lambda s: (s.apply,), precision)
 
 
 def _multiplied(
     gradient: jax.Array,
-    matrices: Sequence[Parts],
-    products: Sequence[Sequence[Callable[..., jax.Array]]],
+    matrices: tuple[Parts, ...],
+    structures: Sequence[Structure],
+    products: Callable[[Structure], Sequence[Callable[..., jax.Array]]],
     precision: jax.lax.PrecisionLike,
 ) -> jax.Array:
     """Returns G after one or more products with every matrix along its axis, or G itself if it is not finite.
@@ -65,9 +61,11 @@ def _multiplied(
     intermediate leaves that range before the result itself does. Elsewhere this would be two passes over the factors
     for nothing: `balance` keeps them so close that an intermediate is out of range only where the result is, too.
     """
-    direction, finite = upcast(gradient), all_finite(gradient)
-    rescale = jnp.ones((), direction.dtype)
-    for axis, (multiplications, parts) in enumerate(zip(products, matrices, strict=True)):
+    _, folded_structures, folded_matrices = fold(structures, matrices)
+    direction = fold_axes(upcast(gradient), len(structures), folded_structures)
+    finite, rescale = all_finite(gradient), jnp.ones((), direction.dtype)
+    for axis, (structure, parts) in enumerate(zip(folded_structures, folded_matrices, strict=True)):
+        multiplications = products(structure)
         if jnp.finfo(parts[0].dtype).maxexp < jnp.finfo(direction.dtype).maxexp:
             scale = power_of_two(exponent_of(max_abs(parts))).astype(rescale.dtype)
             unit = power_of_two(exponent_of(jnp.max(jnp.abs(direction)))).astype(rescale.dtype)
@@ -75,7 +73,7 @@ def _multiplied(
             rescale = rescale * jnp.where(finite, unit * scale ** len(multiplications), 1)
         for multiply in multiplications:
             direction = jnp.where(finite, multiply(parts, direction, axis, precision=precision), direction)
-    return direction * rescale
+    return (direction * rescale).reshape(gradient.shape)
 
 
 def shortened(

@@ -39,7 +39,10 @@ def start(
 def _started(shared: Any, curvatures: Stacks, state: tuple[Stacks, Stacks, Stacks]) -> tuple[Stacks, Stacks, Stacks]:
     stacks, start_block = shared
     factors, products, started = state
-    firsts = tuple(map(jax.vmap(is_first), curvatures, started))
+    # Only as long as a block waits: the search is a pass over all gradients.
+    waits = functools.reduce(jnp.logical_or, (~jnp.all(of_stack) for of_stack in started))
+    search = lambda: tuple(map(jax.vmap(is_first), curvatures, started))
+    firsts = jax.lax.cond(waits, search, lambda: jax.tree.map(jnp.zeros_like, started))
 
     def scaled(stack: Stack, curvature_and_first: Any, old: tuple[Any, ...]) -> tuple[Any, ...]:
         curvature, first = curvature_and_first

@@ -227,7 +227,7 @@ def test_block_axes_are_never_ignored() -> None:
             with refuses(ValueError, "the axes ('x',)"):
                 function(params)
     with refuses(TypeError, "block_axes", "1"):
-        sirf_published(0.1, block_axes=1)  # type: ignore[arg-type]
+        sirf_published(0.1, block_axes=1)
     for wrong in ((), ("data", "data")):
         with refuses(ValueError, "at least one mesh axis and none twice"):
             rf.rf_shampoo(0.1, block_axes=wrong)

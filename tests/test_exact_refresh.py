@@ -44,6 +44,17 @@ def test_agrees_with_the_method_with_inverses_after_a_hundred_refreshes(dtype, t
         assert np.abs(direction - other).max() < tolerance * np.abs(other).max()
 
 
+def test_by_default_it_is_exact_and_averages_from_the_first_gradient_on():
+    gradients = draw({"matrix": (4, 3)}, steps=30)
+    given = {"refresh": "exact", "initial_scale": "first_gradient", "damping": 2e-4, "riemannian_momentum": None}
+    explicit = rf.scale_by_sirf_shampoo(rf.averaging_schedule(0.1, 2), batch_size=4, update_every=2, **given)
+    directions, _ = run(rf.scale_by_sirf_shampoo(batch_size=4, update_every=2), gradients)
+    expected, _ = run(explicit, gradients)
+    chex.assert_trees_all_equal(directions, expected)
+    constant, _ = run(rf.scale_by_sirf_shampoo(0.1, batch_size=4, update_every=2), gradients)
+    assert np.abs(directions["matrix"][10] / constant["matrix"][10] - 1).max() > 0.1
+
+
 def test_vectors_have_the_accumulator_of_rf_rmsprop():
     gradients = draw({"vector": (5,)}, steps=30)
     directions, states = run(scale_by_exact(damping=0.0), gradients)
@@ -217,6 +228,13 @@ def test_what_cannot_be_is_refused():
         rf.scale_by_sirf_shampoo(initial_scale=0.0)
     with refuses(ValueError, "preconditioner_lr", "[0, 1)", "1.0"):
         scale_by_exact(preconditioner_lr=1.0)
+    for options in (
+        {"refresh": "published"},
+        {"update_every": rf.growing_interval(10)},
+        {"update_every": jnp.bool_(1)},
+    ):
+        with refuses(ValueError, "preconditioner_lr must be given", "at an interval that is a number has a default"):
+            rf.scale_by_sirf_shampoo(**options)
     with refuses(ValueError, "riemannian_momentum", "None or 0", "0.5"):
         rf.scale_by_sirf_shampoo(riemannian_momentum=0.5)
     for structure in ("triltoeplitz", "trilbottomrightdiag"):

@@ -83,6 +83,20 @@ def test_a_block_that_has_observed_nothing_stays_as_it_was():
         np.testing.assert_array_equal(history[0], history[-1])
 
 
+def test_half_precision_sums_are_close_to_single_precision_even_of_spikes():
+    """The step stays at least −I/2 up to what rounding a sum does, so that K stays positive definite."""
+    gradients = draw({"w": (6, 5)}, steps=60)
+    gradients["w"][::7] *= 1e2
+    run_in = lambda dtype: run(
+        rf.scale_by_sirf_shampoo(curvature_every=1, preconditioner_dtype=dtype, **SETTING), gradients
+    )
+    (expected, _), (found, states) = run_in("float32"), run_in("bfloat16")
+    error = np.linalg.norm(found["w"] - expected["w"], axis=(1, 2)) / np.linalg.norm(expected["w"], axis=(1, 2))
+    assert error.max() < 0.1, error
+    for factor in rf.Layout().plan(params_of(gradients)).factors(last(states))["w"]:
+        assert np.linalg.slogdet(np.float64(factor))[0] == 1
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_sums_are_of_the_factors_dtype(dtype):
     tx = rf.scale_by_sirf_shampoo(curvature_every=1, preconditioner_dtype=dtype, **SETTING)

@@ -174,8 +174,9 @@ class Plan:
           cached_products: whether each factor K has K Kᵀ beside it, of its size and dtype.
           observed_curvature: whether each factor has a sum beside it, as `curvature_every` keeps.
         """
-        beside = (riemannian_momentum, cached_products, observed_curvature)
-        return sum(_bytes_of(target, preconditioner_dtype, beside) for target in self.stacks)
+        beside = {"riemannian_momentum": riemannian_momentum, "cached_products": cached_products}
+        beside["observed_curvature"] = observed_curvature
+        return sum(target.state_bytes(preconditioner_dtype, **beside) for target in self.stacks)
 
     def table(
         self,
@@ -197,19 +198,19 @@ class Plan:
           observed_curvature: whether each factor has a sum beside it, as `curvature_every` keeps.
           width: of the page, in characters; None takes the terminal's. Long key paths are shortened to keep to it.
         """
-        beside = (riemannian_momentum, cached_products, observed_curvature)
-        state_bytes = functools.partial(_bytes_of, dtype=preconditioner_dtype, beside=beside)
+        state_bytes = functools.partial(
+            Stack.state_bytes,
+            dtype=preconditioner_dtype,
+            riemannian_momentum=riemannian_momentum,
+            cached_products=cached_products,
+            observed_curvature=observed_curvature,
+        )
         width = shutil.get_terminal_size().columns if width is None else width
         return table.render(self.units, self.stacks, state_bytes=state_bytes, width=width)
 
     def __str__(self) -> str:
         """Returns the table for float32 factors with nothing beside them."""
         return self.table()
-
-
-def _bytes_of(stack: Stack, dtype: DTypeRule, beside: tuple[bool, bool, bool]) -> int:
-    names = ("riemannian_momentum", "cached_products", "observed_curvature")
-    return stack.state_bytes(dtype, **dict(zip(names, beside, strict=True)))
 
 
 def _suffix(unit: Unit, layer: Shape, index: Shape) -> str:

@@ -33,7 +33,7 @@ def render(units: Sequence[Unit], stacks: Sequence[Stack], *, state_bytes: Calla
         f"{blocks} blocks in {len(stacks)} stacks. State: {state / max(adam, 1):.2f} times Adam's {_metric(adam)}B "
         "(float32).",
         "Refresh, apply: floating-point operations, of all factors and all gradients.",
-        "To the published refresh the exact one adds eight products of each factor.",
+        "To the published refresh the exact one adds eight products of a dense factor.",
     ]
     return "\n".join([header, line, *lines, line, last, *notes])
 

@@ -31,7 +31,7 @@ temperature       scalar        1             diagonal       4B        8      4
 total             310k          11                       2.95MB    1.35G   602M
 11 blocks in 6 stacks. State: 1.19 times Adam's 2.48MB (float32).
 Refresh, apply: floating-point operations, of all factors and all gradients.
-To the published refresh the exact one adds eight products of each factor."""
+To the published refresh the exact one adds eight products of a dense factor."""
 
 
 def test_golden(monkeypatch: pytest.MonkeyPatch) -> None:
