@@ -186,6 +186,15 @@ def test_the_start_at_the_first_gradient_of_each_block():
     np.testing.assert_allclose(started_at(factors["huge"]), ROOT(np.float64(gradients["huge"][0])), rtol=1e-5)
 
 
+def test_a_block_starts_after_the_others_of_its_stack():
+    gradients = draw({"early": (4, 4), "late": (4, 4)}, steps=3)
+    gradients["late"][:2] = 0
+    _, states = run(scale_by_exact(**FIRST), gradients)
+    factors = rf.Layout().plan(params_of(gradients)).factors(last(states))
+    np.testing.assert_allclose(started_at(factors["early"]), ROOT(gradients["early"][0]), rtol=1e-5)
+    np.testing.assert_allclose(started_at(factors["late"]), ROOT(gradients["late"][2]), rtol=1e-5)
+
+
 def test_a_large_block_starts_at_no_gradient_with_a_nan_in_any_place():
     """XLA's vectorized maximum of floats drops some on a CPU, by where they are."""
     gradients = draw({"w": (64, 256)}, steps=1)

@@ -23,12 +23,12 @@ def with_means_by_hand(gradients, every, **options):
     tx = rf.scale_by_sirf_shampoo(layout=LAYOUT, **SETTING, **options)
     steps = len(jax.tree.leaves(gradients)[0])
     at = lambda step: jax.tree.map(lambda g: jnp.asarray(g[step]), gradients)
-    state, directions = tx.init(at(0)), []
+    state, directions, update = tx.init(at(0)), [], jax.jit(tx.update)
     for step in range(steps):
         taken = [t for t in range(max(0, step - INTERVAL + 1), step + 1) if t % every == 0]
         curvature = jax.tree.map(lambda g, taken=taken: jnp.asarray(g[np.array(taken)]), gradients)
         due = step % INTERVAL == 0
-        direction, state = tx.update(at(step), state, curvature=curvature if due else None)
+        direction, state = update(at(step), state, curvature=curvature if due else None)
         directions.append(direction)
     return jax.tree.map(lambda *arrays: np.stack(arrays), *directions), state
 
