@@ -85,8 +85,8 @@ def scale_by_sirf_shampoo(
     most β₂, so that wide layers, long intervals and sudden large gradients need many refreshes. It is what the paper
     and the official code do, with `preconditioner_lr=0.2, riemannian_momentum=0.5, initial_scale=1.0` or the like.
 
-    A block with a non-finite gradient, or whose factors would come out non-finite, keeps its factors; a non-finite
-    block of the gradient is passed through as it is, so that `optax.apply_if_finite` works.
+    A block with a non-finite gradient, or whose factors would come out non-finite, keeps its factors; its direction is
+    not finite where its gradient is not, and mostly elsewhere too, so that `optax.apply_if_finite` works.
 
     Args:
       preconditioner_lr: β₂ ≥ 0, and below 1 for the exact refresh. A number, a traced scalar or a schedule. None, for

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax.factor_step import all_finite, max_abs, times_scalar
+from rootfree_optax.factor_step import max_abs, times_scalar
 from rootfree_optax.folding import fold, fold_axes
 from rootfree_optax.precision import exponent_of, power_of_two, upcast
 from rootfree_optax.structures.base import Parts, Structure
@@ -19,7 +19,7 @@ def precondition(
     structures: Sequence[Structure],
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
-    """Returns G multiplied along every axis n by KₙKₙᵀ, or G itself if it is not finite.
+    """Returns G multiplied along every axis n by KₙKₙᵀ. An entry of G that is not finite makes its own of it so.
 
     Args:
       gradient: G, [d₁, …, d_N].
@@ -51,10 +51,7 @@ def _multiplied(
     products: Callable[[Structure], Sequence[Callable[..., jax.Array]]],
     precision: jax.lax.PrecisionLike,
 ) -> jax.Array:
-    """Returns G after one or more products with every matrix along its axis, or G itself if it is not finite.
-
-    A G that is not finite is handed on at every product. Chosen at the end, it would have to be kept until then, and
-    memory that is new at every step costs more than arithmetic on it.
+    """Returns G after one or more products with every matrix along its axis.
 
     Where the matrices' dtype has a narrower range than the accumulation dtype (float16), each of them enters divided by
     a power of two near its largest entry, and so do G and the products on the way; the result is scaled back. So no
@@ -63,16 +60,16 @@ def _multiplied(
     """
     _, folded_structures, folded_matrices = fold(structures, matrices)
     direction = fold_axes(upcast(gradient), len(structures), folded_structures)
-    finite, rescale = all_finite(gradient), jnp.ones((), direction.dtype)
+    rescale = jnp.ones((), direction.dtype)
     for axis, (structure, parts) in enumerate(zip(folded_structures, folded_matrices, strict=True)):
         multiplications = products(structure)
         if jnp.finfo(parts[0].dtype).maxexp < jnp.finfo(direction.dtype).maxexp:
             scale = power_of_two(exponent_of(max_abs(parts))).astype(rescale.dtype)
             unit = power_of_two(exponent_of(jnp.max(jnp.abs(direction)))).astype(rescale.dtype)
-            direction, parts = jnp.where(finite, direction / unit, direction), times_scalar(parts, 1 / scale)
-            rescale = rescale * jnp.where(finite, unit * scale ** len(multiplications), 1)
+            direction, parts = direction / unit, times_scalar(parts, 1 / scale)
+            rescale = rescale * unit * scale ** len(multiplications)
         for multiply in multiplications:
-            direction = jnp.where(finite, multiply(parts, direction, axis, precision=precision), direction)
+            direction = multiply(parts, direction, axis, precision=precision)
     return (direction * rescale).reshape(gradient.shape)
 
 

@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, PartitionSpec
 
 from rootfree_optax import partition
@@ -171,7 +170,9 @@ def _from_stacks(plan: ShardedPlan, stacks: tuple[jax.Array, ...], like: Any) ->
         stops = [partition.route(plan._mesh, plan.axes, stack.shape)[-2::-1] for stack in stacks]
         whole = [partition.move(plan._mesh, stack, back) for stack, back in zip(stacks, stops, strict=True)]
         pairs = zip(jax.tree.leaves(plan.tree(whole, like)), jax.tree.leaves(like), strict=True)
-        return tuple(shard_alike(leaf, other)[0] for leaf, other in pairs)
+        # Where a gradient is NaN its direction is. Saying so changes nothing, but is an operation on both, entry by
+        # entry: so the compiler lays the one out as the other.
+        return tuple(jax.lax.select(jnp.isnan(other), other, leaf) for leaf, other in pairs)
 
     specs = [jax.typeof(leaf).sharding.spec for leaf in leaves]
     return jax.tree.unflatten(structure, partition.partitioned(plan._mesh, to_leaves, specs, stacks, like))

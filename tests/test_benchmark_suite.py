@@ -81,7 +81,7 @@ def test_what_is_compiled_is_written_before_it_is_timed(tmp_path, monkeypatch):
 
 def test_periods_are_told_apart():
     seconds = iter([9.0] * 3 + [5.0, 1.0, 1.0] + [5.0, 1.0, 3.0])
-    [times] = turns.take_turns({"one": lambda: (next(seconds), 0.0)}, periods=2, period=3).values()
+    [times] = turns.take_turns({"one": lambda count: (next(seconds), 0.0)}, periods=2, period=3).values()
     found = turns.summary(times)
     assert found["refresh_seconds"] == 5.0
     assert found["plain_seconds"] == 1.0

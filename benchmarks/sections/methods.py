@@ -64,6 +64,7 @@ def sirf_methods(block_size: int) -> dict[str, Method]:
         "sirf, bfloat16": _sirf(block_size, preconditioner_dtype=half),
         "sirf *, bfloat16": _sirf(block_size, cache_products=True, preconditioner_dtype=half),
         "sirf *, exact": _sirf(block_size, cache_products=True, **_EXACT),
+        "sirf *, exact, bfloat16": _sirf(block_size, cache_products=True, preconditioner_dtype=half, **_EXACT),
         "sirf *, observing": _sirf(block_size, cache_products=True, curvature_every=2, trust_radius=3.0, **_EXACT),
     }
 

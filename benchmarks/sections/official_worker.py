@@ -2,9 +2,10 @@
 
 It runs in an environment of its own, which has PyTorch and sirfshampoo and need not have JAX, and speaks JSON, one
 object per line. It first reads {"shapes": [...], "settings": {...}, "threads": n, "device": "cpu" or "cuda",
-"float32_products": "highest" or "high"} and answers {"versions": {...}, "device": name, "state_bytes": n}. "high" lets
-a GPU round the factors of float32 products to TF32. To every further line it makes a step, waits until the device is
-done, and answers {"seconds": t, "process_seconds": t}: what it took by the clock, and of CPU time.
+"float32_products": "highest" or "high", "preconditioner_dtype": name or null} and answers {"versions": {...}, "device":
+name, "state_bytes": n}. "high" lets a GPU round the factors of float32 products to TF32. To every further line,
+{"steps": n}, it makes n steps, waits until the device is done, and answers {"seconds": t, "process_seconds": t}: what
+they took by the clock, and of CPU time.
 """
 
 import importlib.metadata
@@ -49,15 +50,18 @@ def main() -> None:
     torch.set_default_device(request["device"])
     is_gpu = request["device"] == "cuda"
     wait = torch.cuda.synchronize if is_gpu else lambda: None
-    optimizer = SIRFShampoo(Parameters(request["shapes"]), **request["settings"])
+    name = request["preconditioner_dtype"]
+    dtype = name and getattr(torch, name)
+    optimizer = SIRFShampoo(Parameters(request["shapes"]), preconditioner_dtypes=dtype, **request["settings"])
     packages = ("torch", "sirfshampoo", "singd")
     versions = {package: importlib.metadata.version(package) for package in packages}
     device = torch.cuda.get_device_name() if is_gpu else "cpu"
     _answer({"versions": versions, "device": device, "state_bytes": _state_bytes(optimizer, request["shapes"])})
-    for _ in sys.stdin:
+    for line in sys.stdin:
         wait()
         start, process_start = time.perf_counter(), time.process_time()
-        optimizer.step()
+        for _ in range(json.loads(line)["steps"]):
+            optimizer.step()
         wait()
         process_seconds, seconds = time.process_time() - process_start, time.perf_counter() - start
         _answer({"seconds": seconds, "process_seconds": process_seconds})

@@ -1,7 +1,6 @@
 """What part of a whole training step the optimizer takes."""
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -70,7 +69,7 @@ def measure(
     steps = {f"{name}: step": _training_step(tx, params, jax.grad(_loss), batch) for name, tx in chosen.items()}
     given = lambda params, gradients: gradients
     steps |= {f"{name}: update": _training_step(tx, params, given, gradients) for name, tx in chosen.items()}
-    steps["gradient"] = _timed(lambda _: gradient(params, batch), None)
+    steps["gradient"] = turns.timed(lambda _: gradient(params, batch), None)
     times = turns.take_turns(steps, periods, methods.PERIOD, watch)
     seconds = {name: turns.summary(of_method)["mean_seconds"] for name, of_method in times.items()}
     return [
@@ -95,14 +94,4 @@ def _training_step(
         updates, state = tx.update(gradient(params, given), state, params)
         return optax.apply_updates(params, updates), state
 
-    return _timed(lambda carry: train(carry, given), jax.tree.map(jnp.copy, (params, tx.init(params))))
-
-
-def _timed(function: Any, carry: Any) -> turns.Step:
-    def step() -> tuple[float, float]:
-        nonlocal carry
-        start, process_start = time.perf_counter(), time.process_time()
-        carry = jax.block_until_ready(function(carry))
-        return time.perf_counter() - start, time.process_time() - process_start
-
-    return step
+    return turns.timed(lambda carry: train(carry, given), jax.tree.map(jnp.copy, (params, tx.init(params))))

@@ -5,7 +5,6 @@ import functools
 import os
 import pathlib
 import statistics
-import time
 from typing import Any
 
 import jax
@@ -66,8 +65,12 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def official_request(shapes: trees.Shapes) -> dict[str, Any]:
+def official_request(shapes: trees.Shapes, *, preconditioner_dtype: str | None = None) -> dict[str, Any]:
     """Returns what the official optimizer is asked: these shapes, on JAX's own kind of device, as precise in float32.
+
+    Args:
+      shapes: the parameters'.
+      preconditioner_dtype: of the factors; None is the parameters'.
 
     Raises:
       ValueError: on an accelerator that PyTorch is not timed on.
@@ -80,6 +83,7 @@ def official_request(shapes: trees.Shapes) -> dict[str, Any]:
     return {
         "shapes": trees.shapes_of(shapes),
         "settings": OFFICIAL_SETTINGS,
+        "preconditioner_dtype": preconditioner_dtype,
         "threads": threads(),
         "device": devices[backend],
         "float32_products": "highest" if exact or backend == "cpu" else "high",
@@ -103,7 +107,7 @@ def measure(
         if official_python is not None:
             worker = stack.enter_context(official.worker(official_python, WORKER))
             versions = worker.ask(official_request(shapes))["versions"]
-            steps[OFFICIAL] = functools.partial(_official_step, worker)
+            steps[OFFICIAL] = functools.partial(official_step, worker)
         steps |= {name: _jax_step(tx, shapes) for name, tx in (_ours() | OTHERS).items()}
         times = turns.take_turns(steps, periods, PERIOD, watch)
     records = [{"method": name, **_summary(seconds)} for name, seconds in times.items()]
@@ -133,8 +137,9 @@ def _ours() -> dict[str, optax.GradientTransformation]:
     }
 
 
-def _official_step(worker: official.Worker) -> tuple[float, float]:
-    answer = worker.ask({})
+def official_step(worker: official.Worker, count: int) -> turns.Seconds:
+    """Makes so many steps of the official optimizer."""
+    answer = worker.ask({"steps": count})
     return answer["seconds"], answer["process_seconds"]
 
 
@@ -142,14 +147,7 @@ def _jax_step(tx: optax.GradientTransformation, shapes: trees.Shapes) -> turns.S
     gradients, params = trees.normal(shapes, 1e-2), trees.normal(shapes, 1.0)
     carry = (params, tx.init(params))
     run = program.compile_step(functools.partial(program.optimizer_step, tx), carry, gradients).run
-
-    def step() -> tuple[float, float]:
-        nonlocal carry
-        start, process_start = time.perf_counter(), time.process_time()
-        carry = jax.block_until_ready(run(carry))
-        return time.perf_counter() - start, time.process_time() - process_start
-
-    return step
+    return turns.timed(run, carry)
 
 
 def _summary(periods: list[list[turns.Seconds]]) -> dict[str, float]:

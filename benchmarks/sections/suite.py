@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import sys
-import time
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -13,16 +12,19 @@ import optax
 import trees
 from harness import official, peers, program, report, roofline, turns
 
+import rootfree_optax as rf
 from sections import methods, speed
 
 TITLE = "{tree}: {parameters:.2f} million parameters, {threads} threads"
 CAPTION = (
     "sirf: rf.sirf_shampoo in blocks of {block_size}, published refresh at every 10th step unless said otherwise, "
     "float32 factors; *: with K Kᵀ cached; observing: exact, with the curvature of every 2nd gradient and a trust "
-    "radius. official: SIRFShampoo in PyTorch, whole axes, T=10. soap keeps the second moment of the old basis when "
-    "that turns, a known defect. mean, max: of the steps of a period, medians over periods. "
+    "radius. official: SIRFShampoo in PyTorch, whole axes, T=10; in blocks: given each block as a parameter, vectors' "
+    "too. soap keeps the second moment of the old basis when that turns, a known defect. mean, max: of the steps of a "
+    "period, medians over periods; an accelerator is not waited for between steps. "
     "/floor: step with and without refresh over the least time that the products, at the measured rate of such "
-    "products, or the bytes, at that of a copy, take. The methods take turns, step by step."
+    "products, or the bytes, at that of a copy, take. % of rate: what the products of the refresh alone would take, of "
+    "what it adds to a step. The methods take turns."
 )
 TIME_COLUMNS = (
     report.Column("method", "method"),
@@ -31,6 +33,7 @@ TIME_COLUMNS = (
     report.Column("mean_over_adamw", "mean\n/adamw", ".1f"),
     report.Column("refresh_over_floor", "refresh\n/floor", ".2f"),
     report.Column("plain_over_floor", "plain\n/floor", ".2f"),
+    report.Column("refresh_of_rate", "refresh,\n% of rate", ".0f", 1e2),
 )
 PROGRAM_TITLE = "{tree}: what compiling takes, and memory"
 PROGRAM_CAPTION = "lines: of StableHLO. temp.: what a step needs besides parameters, gradients and state."
@@ -43,9 +46,17 @@ PROGRAM_COLUMNS = (
 )
 
 
+# Whether the blocks are its parameters, and its factors' dtype.
+OFFICIALS = {
+    speed.OFFICIAL: (False, None),
+    "official, in blocks": (True, None),
+    "official, in blocks, bf16": (True, "bfloat16"),
+}
+
+
 def names(block_size: int = 256) -> list[str]:
     """Returns the names of all methods, in the table's order."""
-    return [*methods.sirf_methods(block_size), *methods.other_methods(block_size), *peers.PEERS, speed.OFFICIAL]
+    return [*methods.sirf_methods(block_size), *methods.other_methods(block_size), *peers.PEERS, *OFFICIALS]
 
 
 def measure(
@@ -74,8 +85,12 @@ def measure(
     steps: dict[str, turns.Step] = {}
     with contextlib.ExitStack() as stack:
         for name in (name for name in names(block_size) if name in chosen):
-            if name == speed.OFFICIAL:
-                steps[name], records[name] = _official(stack, shapes, official_python)
+            if name in OFFICIALS:
+                blocks, dtype = OFFICIALS[name]
+                layout = rf.Layout("dense", block_size=block_size)
+                given = _block_shapes(layout.plan(trees.abstract(shapes))) if blocks else shapes
+                request = functools.partial(speed.official_request, given, preconditioner_dtype=dtype)
+                steps[name], records[name] = _official(stack, request, official_python)
             else:
                 make = sirf[name].make if name in sirf else functools.partial(others.get, name)
                 steps[name], records[name] = _prepare(name, make if name not in peers.PEERS else None, shapes)
@@ -109,35 +124,29 @@ def _compiled_step(tx: optax.GradientTransformation, shapes: trees.Shapes) -> tu
     gradients, params = trees.normal(shapes, 1e-2), trees.normal(shapes, 1.0)
     state = tx.init(params)
     copy = lambda tree: jax.tree.map(lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
-    carry = copy((params, state))
-    compiled = program.compile_step(functools.partial(program.optimizer_step, tx), carry, gradients)
-
-    def step() -> tuple[float, float]:
-        nonlocal carry
-        start, process_start = time.perf_counter(), time.process_time()
-        carry = jax.block_until_ready(compiled.run(carry))
-        return time.perf_counter() - start, time.process_time() - process_start
-
-    step()  # what is broken shows now
-    carry = copy((params, state))  # so that the first step timed is one with refresh
+    compiled = program.compile_step(functools.partial(program.optimizer_step, tx), (params, state), gradients)
+    jax.block_until_ready(compiled.run(copy((params, state))))  # what is broken shows now
+    step = turns.timed(compiled.run, copy((params, state)))
     return step, {**compiled.cost(), "state_bytes": program.tree_bytes(jax.eval_shape(tx.init, params))}
 
 
+def _block_shapes(plan: rf.Plan) -> trees.Shapes:
+    """Returns the shape of every block, as a parameter of its own."""
+    return {block.name: plan.stacks[block.stack].shape for block in plan.blocks}
+
+
 def _official(
-    stack: contextlib.ExitStack, shapes: trees.Shapes, python: str | None
+    stack: contextlib.ExitStack, request: Callable[[], dict[str, Any]], python: str | None
 ) -> tuple[turns.Step | None, dict[str, Any]]:
     if python is None:
         return None, {"problem": "absent: no --official-python"}
     worker = stack.enter_context(official.worker(python, speed.WORKER))
-    answer, problem = peers.first_error(lambda: worker.ask(speed.official_request(shapes)))
+    answer, problem = peers.first_error(lambda: worker.ask(request()))
     if answer is None:
         return None, {"problem": problem}
-
-    def step() -> tuple[float, float]:
-        times = worker.ask({})
-        return times["seconds"], times["process_seconds"]
-
-    return step, {key: answer[key] for key in ("state_bytes", "versions", "device")}
+    return functools.partial(speed.official_step, worker), {
+        key: answer[key] for key in ("state_bytes", "versions", "device")
+    }
 
 
 def _add_floor(record: dict[str, Any], method: methods.Method, shapes: trees.Shapes) -> None:
@@ -146,12 +155,16 @@ def _add_floor(record: dict[str, Any], method: methods.Method, shapes: trees.Sha
     moved = 4 * trees.size(shapes) * 5 + plan.state_bytes(method.dtype, riemannian_momentum=False)
     record |= roofline.floors(plan, dtype=method.dtype, cached=method.cached, step_bytes=moved)
     if method.options.get("refresh") == "exact" or method.options.get("staggered"):
-        record.pop("refresh_floor_seconds")  # the plan counts the published refresh, of all blocks at once
+        # The plan counts the published refresh, of all blocks at once.
+        del record["refresh_floor_seconds"], record["refresh_products_seconds"]
     for kind in ("refresh", "plain"):
         # At T=1 every step has a refresh, at T=2 every other of those that count as without.
         always = kind == "plain" and method.period < methods.PERIOD
         if f"{kind}_floor_seconds" in record and not always and not method.options.get("staggered"):
             record[f"{kind}_over_floor"] = record[f"{kind}_seconds"] / record[f"{kind}_floor_seconds"]
+    refreshing = record["refresh_seconds"] - record["plain_seconds"]
+    if method.period == methods.PERIOD and "refresh_products_seconds" in record and refreshing > 0:
+        record["refresh_of_rate"] = record["refresh_products_seconds"] / refreshing
 
 
 def _compare(records: dict[str, dict[str, Any]]) -> None:
