@@ -58,7 +58,7 @@ def run_tree(options: argparse.Namespace, tree: str, watch: Any) -> None:
     )
     description = _write(options, f"suite_{tree}", settings, records)
     caption = suite.CAPTION.format(**settings) + "\n" + machine.summary(description)
-    report.show(Console(), suite.TITLE.format(**settings), caption, suite.TIME_COLUMNS, records)
+    report.show(Console(), suite.TITLE.format(**settings), caption, suite.time_columns(), records)
     title = suite.PROGRAM_TITLE.format(**settings)
     report.show(Console(), title, suite.PROGRAM_CAPTION, suite.PROGRAM_COLUMNS, records)
     figure.draw(options.output / f"suite_{tree}.png", suite.TITLE.format(**settings), records)

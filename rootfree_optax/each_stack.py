@@ -9,6 +9,12 @@ import jax
 from rootfree_optax.layout.stack import Stack
 
 Stacks = Any  # a tuple over the stacks of a plan
+Given = Stacks | Callable[[], Stacks]  # or what makes it where it is needed
+
+
+def made(given: Given) -> Stacks:
+    """Returns the stacks that are given, or made here."""
+    return given() if callable(given) else given
 
 
 def each_stack(

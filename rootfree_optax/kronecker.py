@@ -209,7 +209,7 @@ def scale_by_sirf_shampoo(
         whole = layout.plan(updates if params is None else params)
         plan = sharded_plan.for_state(whole, block_axes, state.factors, updates)
         gradients = stacks.pack(plan, updates)
-        curvatures = gradients if curvature is None else stacks.pack_curvature(plan, curvature, updates)
+        curvatures = stacks.curvatures(plan, curvature, updates, gradients)
 
         count, factors, momenta, products, started, observed, velocity = state
         averages = gradients

@@ -117,7 +117,7 @@ def scale_by_rf_shampoo(
         whole = layout.plan(updates if params is None else params)
         plan = sharded_plan.for_state(whole, block_axes, state.factors, updates)
         gradients = stacks.pack(plan, updates)
-        curvatures = gradients if curvature is None else stacks.pack_curvature(plan, curvature, updates)
+        curvatures = stacks.curvatures(plan, curvature, updates, gradients)
         due = hyper.is_due(update_every, state.count)
         (factors,) = refreshing.refresh_when(due, plan, refresh, curvatures, (state.factors,))
         averages, velocity = gradients, state.velocity

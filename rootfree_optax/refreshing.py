@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rootfree_optax.each_stack import Stacks, as_tree, each_stack, of_stack
+from rootfree_optax.each_stack import Given, Stacks, as_tree, each_stack, made, of_stack
 from rootfree_optax.factor_start import is_first
 from rootfree_optax.layout.stack import Stack
 from rootfree_optax.sharded_plan import ShardedPlan
@@ -20,7 +20,7 @@ _ENOUGH = 2**18  # numbers in the factors that are refreshed at once: below that
 def start(
     plan: ShardedPlan,
     start_block: Callable[..., tuple[Any, ...]],
-    curvatures: Stacks,
+    curvatures: Given,
     state: tuple[Stacks, Stacks, Stacks],
 ) -> tuple[Stacks, Stacks, Stacks]:
     """Returns factors, products and flags after the blocks that see their first gradient have started.
@@ -36,19 +36,19 @@ def start(
     return plan.on_shards(_started, (plan.stacks, as_tree(start_block)), curvatures, state)
 
 
-def _started(shared: Any, curvatures: Stacks, state: tuple[Stacks, Stacks, Stacks]) -> tuple[Stacks, Stacks, Stacks]:
+def _started(shared: Any, curvatures: Given, state: tuple[Stacks, Stacks, Stacks]) -> tuple[Stacks, Stacks, Stacks]:
     stacks, start_block = shared
     factors, products, started = state
     # Only as long as a block waits: the search is a pass over all gradients.
     waits = functools.reduce(jnp.logical_or, (~jnp.all(of_stack) for of_stack in started))
-    search = lambda: tuple(map(jax.vmap(is_first), curvatures, started))
+    search = lambda: tuple(map(jax.vmap(is_first), made(curvatures), started))
     firsts = jax.lax.cond(waits, search, lambda: jax.tree.map(jnp.zeros_like, started))
 
     def scaled(stack: Stack, curvature_and_first: Any, old: tuple[Any, ...]) -> tuple[Any, ...]:
         curvature, first = curvature_and_first
         return of_stack(start_block, stack)(curvature, *old, first)
 
-    change = lambda: each_stack(scaled, stacks, tuple(zip(curvatures, firsts, strict=True)), (factors, products))
+    change = lambda: each_stack(scaled, stacks, tuple(zip(made(curvatures), firsts, strict=True)), (factors, products))
     factors, products = jax.lax.cond(
         functools.reduce(jnp.logical_or, map(jnp.any, firsts)), change, lambda: (factors, products)
     )
@@ -59,7 +59,7 @@ def observe_when(
     due: jax.Array | bool,
     plan: ShardedPlan,
     observe_block: Callable[..., tuple[Any]],
-    curvatures: Stacks,
+    curvatures: Given,
     factors: Stacks,
     observed: Stacks,
 ) -> Stacks:
@@ -78,14 +78,14 @@ def observe_when(
     return plan.on_shards(_observed, (plan.stacks, due, as_tree(observe_block)), curvatures, factors, observed)
 
 
-def _observed(shared: Any, curvatures: Stacks, factors: Stacks, observed: Stacks) -> Stacks:
+def _observed(shared: Any, curvatures: Given, factors: Stacks, observed: Stacks) -> Stacks:
     stacks, due, observe_block = shared
 
     def observe(stack: Stack, given: tuple[Any, ...], old: tuple[Any, ...]) -> tuple[Any, ...]:
         return of_stack(observe_block, stack)(*given, *old)
 
-    inputs = tuple(zip(curvatures, factors, strict=True))
-    all_observed = lambda: each_stack(observe, stacks, inputs, (observed,))[0]
+    inputs = lambda: tuple(zip(made(curvatures), factors, strict=True))
+    all_observed = lambda: each_stack(observe, stacks, inputs(), (observed,))[0]
     return all_observed() if due is True else jax.lax.cond(due, all_observed, lambda: observed)
 
 
@@ -93,7 +93,7 @@ def refresh_when(
     due: jax.Array | bool,
     plan: ShardedPlan,
     refresh: Callable[..., tuple[Any, ...]],
-    curvatures: Stacks,
+    curvatures: Given,
     state: tuple[Stacks, ...],
 ) -> tuple[Stacks, ...]:
     """Returns the state that `refresh` makes of each stack's, or the old state where it is not due.
@@ -110,7 +110,7 @@ def refresh_when(
     return plan.on_shards(_refreshed, (plan.stacks, due, as_tree(refresh)), curvatures, state)
 
 
-def _refreshed(shared: Any, curvatures: Stacks, state: tuple[Stacks, ...]) -> tuple[Stacks, ...]:
+def _refreshed(shared: Any, curvatures: Given, state: tuple[Stacks, ...]) -> tuple[Stacks, ...]:
     stacks, due, refresh = shared
 
     def refreshed(stack: Stack, curvature: jax.Array, old: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -119,7 +119,7 @@ def _refreshed(shared: Any, curvatures: Stacks, state: tuple[Stacks, ...]) -> tu
         # A loop of one turn would keep the compiler from working on the arrays as they are.
         return turn(0, old) if size == length else jax.lax.fori_loop(0, -(-length // size), turn, old)
 
-    all_refreshed = lambda: each_stack(refreshed, stacks, curvatures, state)
+    all_refreshed = lambda: each_stack(refreshed, stacks, made(curvatures), state)
     return all_refreshed() if due is True else jax.lax.cond(due, all_refreshed, lambda: state)
 
 
@@ -139,7 +139,7 @@ def refresh_in_turn(
     period: int,
     plan: ShardedPlan,
     refresh: Callable[..., tuple[Any, ...]],
-    curvatures: Stacks,
+    curvatures: Given,
     state: tuple[Stacks, ...],
 ) -> tuple[Stacks, ...]:
     """Returns the state after some blocks of each stack were refreshed, so that all are once in every period.
@@ -160,8 +160,9 @@ def refresh_in_turn(
     return plan.on_shards(_refreshed_in_turn, (plan.stacks, count, period, as_tree(refresh)), curvatures, state)
 
 
-def _refreshed_in_turn(shared: Any, curvatures: Stacks, state: tuple[Stacks, ...]) -> tuple[Stacks, ...]:
+def _refreshed_in_turn(shared: Any, curvatures: Given, state: tuple[Stacks, ...]) -> tuple[Stacks, ...]:
     stacks, count, period, refresh = shared
+    curvatures = made(curvatures)
     sizes = [-(-len(curvature) // period) for curvature in curvatures]
     turns = [-(-len(curvature) // size) for curvature, size in zip(curvatures, sizes, strict=True)]
     begins = itertools.accumulate(turns, initial=0)  # so that stacks of few turns have them at different steps

@@ -99,7 +99,7 @@ class ShardedPlan:
           sample_axis: whether every array has one more, leading axis; then stacks are [length, samples, *shape].
         """
         if not self.axes:
-            return self.blocks(partition.replicated(tree), name, sample_axis)
+            return _whole_stacks(self, tree, name, sample_axis)
         if self.is_local:
             return tuple(map(self._own_part, self.blocks(tree, name, sample_axis)))
         return _to_stacks(self, tree, name, sample_axis)
@@ -146,8 +146,13 @@ def _padded(stack: jax.Array, length: int) -> jax.Array:
     return jnp.pad(stack, [(0, padding)] + [(0, 0)] * (stack.ndim - 1)) if padding else stack
 
 
-# These two are compiled even when called outside `jax.jit`: arrays that are cut across shards, one small operation
-# after another, would be laid out anew each time.
+# These are compiled even when called outside `jax.jit`: arrays that are cut across shards, one small operation after
+# another, would be laid out anew each time. The first is called from several branches, and is in the program once.
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _whole_stacks(plan: ShardedPlan, tree: Any, name: str, sample_axis: bool) -> tuple[jax.Array, ...]:
+    return plan.blocks(partition.replicated(tree), name, sample_axis)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3), inline=True)

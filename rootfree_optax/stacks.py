@@ -139,6 +139,25 @@ def pack(plan: ShardedPlan, updates: optax.Updates) -> Stacks:
     return plan.pack(updates, "gradients")
 
 
+def curvatures(
+    plan: ShardedPlan, curvature: optax.Updates | None, updates: optax.Updates, gradients: Stacks
+) -> Stacks | Callable[[], Stacks]:
+    """Returns the stacks that the curvature is estimated from, or a function that packs them where it is.
+
+    That is within the branch of a refresh, so that other steps need no copy of the gradients as they are. From other
+    devices they are fetched once and for all.
+
+    Args:
+      plan: the plan of the stacks.
+      curvature: what `update` was given: a tree like `updates`, or one with a leading axis of samples; or None.
+      updates: the tree of gradients.
+      gradients: the stacks of those.
+    """
+    if plan.axes:
+        return gradients if curvature is None else pack_curvature(plan, curvature, updates)
+    return lambda: pack(plan, updates) if curvature is None else pack_curvature(plan, curvature, updates)
+
+
 def pack_curvature(plan: ShardedPlan, curvature: optax.Updates, updates: optax.Updates) -> Stacks:
     """Returns the stacks of a tree like `updates`, [blocks, …], or one with a leading axis, [blocks, samples, …]."""
     ranks = [jnp.ndim(leaf) for leaf in jax.tree.leaves(curvature)]

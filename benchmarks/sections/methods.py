@@ -11,7 +11,13 @@ import rootfree_optax as rf
 
 PERIOD = 10
 _COMMON = {"preconditioner_lr": 1e-2, "damping": 1e-3, "momentum": 0.9, "batch_size": 32}
-_EXACT = {"refresh": "exact", "riemannian_momentum": None, "initial_scale": "first_gradient"}
+_EXACT = {
+    "refresh": "exact",
+    "riemannian_momentum": None,
+    "initial_scale": "first_gradient",
+    "momentum_of": "gradients",
+    "nesterov": True,
+}
 
 
 @dataclasses.dataclass(frozen=True)

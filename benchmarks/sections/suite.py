@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import trees
-from harness import official, peers, program, report, roofline, turns
+from harness import busy, official, peers, program, report, roofline, turns
 
 import rootfree_optax as rf
 from sections import methods, speed
@@ -19,22 +19,37 @@ TITLE = "{tree}: {parameters:.2f} million parameters, {threads} threads"
 CAPTION = (
     "sirf: rf.sirf_shampoo in blocks of {block_size}, published refresh at every 10th step unless said otherwise, "
     "float32 factors; *: with K Kᵀ cached; observing: exact, with the curvature of every 2nd gradient and a trust "
-    "radius. official: SIRFShampoo in PyTorch, whole axes, T=10; in blocks: given each block as a parameter, vectors' "
+    "radius. official: SIRFShampoo in PyTorch, whole axes, T=10; blocks: given each block as a parameter, vectors' "
     "too. soap keeps the second moment of the old basis when that turns, a known defect. mean, max: of the steps of a "
     "period, medians over periods; an accelerator is not waited for between steps. "
     "/floor: step with and without refresh over the least time that the products, at the measured rate of such "
-    "products, or the bytes, at that of a copy, take. % of rate: what the products of the refresh alone would take, of "
-    "what it adds to a step. The methods take turns."
+    "products, or the bytes, at that of a copy, take. rate: what the products of the refresh alone would take, of what "
+    "it adds to a step. busy: how long the accelerator's kernels run. The methods take turns."
 )
 TIME_COLUMNS = (
     report.Column("method", "method"),
     report.Column("mean_seconds", "mean\nms", ".1f", 1e3),
-    report.Column("max_seconds", "max\nms", ".1f", 1e3),
     report.Column("mean_over_adamw", "mean\n/adamw", ".1f"),
+    report.Column("max_seconds", "max\nms", ".1f", 1e3),
+    report.Column("busy_seconds", "busy\nms", ".1f", 1e3),
+    report.Column("busy_over_adamw", "busy\n/adamw", ".1f"),
     report.Column("refresh_over_floor", "refresh\n/floor", ".2f"),
     report.Column("plain_over_floor", "plain\n/floor", ".2f"),
-    report.Column("refresh_of_rate", "refresh,\n% of rate", ".0f", 1e2),
+    report.Column("refresh_of_rate", "rate\n%", ".0f", 1e2),
 )
+
+
+def time_columns() -> list[report.Column]:
+    """Returns the columns of the times: where steps do not wait, how long kernels run in place of the slowest step."""
+    other_place = "max" if on_accelerator() else "busy"
+    return [column for column in TIME_COLUMNS if not column.key.startswith(other_place)]
+
+
+def on_accelerator() -> bool:
+    """Returns whether steps run elsewhere than on the processor that hands them over."""
+    return jax.default_backend() != "cpu"
+
+
 PROGRAM_TITLE = "{tree}: what compiling takes, and memory"
 PROGRAM_CAPTION = "lines: of StableHLO. temp.: what a step needs besides parameters, gradients and state."
 PROGRAM_COLUMNS = (
@@ -49,8 +64,8 @@ PROGRAM_COLUMNS = (
 # Whether the blocks are its parameters, and its factors' dtype.
 OFFICIALS = {
     speed.OFFICIAL: (False, None),
-    "official, in blocks": (True, None),
-    "official, in blocks, bf16": (True, "bfloat16"),
+    "official, blocks": (True, None),
+    "official, blocks, bf16": (True, "bfloat16"),
 }
 
 
@@ -99,6 +114,8 @@ def measure(
         times = turns.take_turns(steps, periods, methods.PERIOD, watch)
     for name, seconds in times.items():
         records[name] |= turns.summary(seconds)
+        if on_accelerator() and name not in OFFICIALS and (kernels := busy.seconds(steps[name], methods.PERIOD)):
+            records[name]["busy_seconds"] = kernels / methods.PERIOD
         if name in sirf:
             _add_floor(records[name], sirf[name], shapes)
     _compare(records)
@@ -168,7 +185,8 @@ def _add_floor(record: dict[str, Any], method: methods.Method, shapes: trees.Sha
 
 
 def _compare(records: dict[str, dict[str, Any]]) -> None:
-    reference = records.get("adamw", {}).get("mean_seconds")
-    for record in records.values():
-        if reference and "mean_seconds" in record:
-            record["mean_over_adamw"] = record["mean_seconds"] / reference
+    for kind in ("mean", "busy"):
+        reference = records.get("adamw", {}).get(f"{kind}_seconds")
+        for record in records.values():
+            if reference and f"{kind}_seconds" in record:
+                record[f"{kind}_over_adamw"] = record[f"{kind}_seconds"] / reference
