@@ -94,7 +94,7 @@ def inverse_root_table() -> Table:
         row = []
         for degree in DEGREES:
             coefficients, error = inverse_root_polynomial(low, high, degree)
-            low, high = (1 - error) ** 2, (1 + error) ** 2
+            low, high = float((1 - error) ** 2), float((1 + error) ** 2)
             row.append(coefficients)
         rows.append(row)
         errors.append(error)

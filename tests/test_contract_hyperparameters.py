@@ -1,6 +1,7 @@
 """Hyperparameters: Python numbers, traced arrays, schedules and injected ones mean the same; bad ones are refused."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,6 +42,12 @@ def as_arrays(values: dict[str, float]) -> dict[str, jax.Array]:
     return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
 
 
+def update_of(case: Case) -> Callable[..., tuple[Any, Any]]:
+    """Returns the update as a function of the hyperparameters too, so that one program serves all their values."""
+    update = jax.jit(lambda traced, gradient, state, params: case(**traced).update(gradient, state, params))
+    return lambda values, *arguments: update(as_arrays(values), *arguments)
+
+
 @over(CONSTRUCTORS)
 def test_every_numeric_hyperparameter_is_exercised_by_some_variant(case: Case) -> None:
     exercised = {name for other in ALL if other.make is case.make for name in other.numeric}
@@ -74,10 +81,10 @@ def test_schedules_equal_stepwise_constants(case: Case, dtype: Any) -> None:
     schedules = {name: lambda t, n=name: values[n] + slopes[n] * t.astype(jnp.float32) for name in slopes}
     scheduled, last_state = run(case(**{**values, **schedules}), params, gradients)
 
-    state = case(**values).init(params)
+    state, update = case(**values).init(params), update_of(case)
     for t, gradient in enumerate(gradients):
         constants = {name: values[name] + slopes[name] * t for name in slopes}
-        updates, state = case(**{**values, **constants}).update(gradient, state, params)
+        updates, state = update({**values, **constants}, gradient, state, params)
         params = optax.apply_updates(params, updates)
         assert_close(scheduled[t], updates, tolerance_of(case, dtype))
     assert_close(last_state, state, tolerance_of(case, dtype))
@@ -100,16 +107,16 @@ def test_injected_hyperparameters_equal_constants_and_can_be_changed(case: Case,
     state = injected.init(params)
     assert set(state.hyperparams) == set(case.numeric)
 
-    tx = case(**values)
-    expected = tx.update(first, tx.init(params), params)
-    actual, state = injected.update(first, state, params)
+    update, update_injected = update_of(case), jax.jit(injected.update)
+    expected = update(values, first, case(**values).init(params), params)
+    actual, state = update_injected(first, state, params)
     assert_close((actual, state.inner_state), expected, tolerance_of(case, dtype))
 
     for name in case.numeric:
         other = HYPERPARAMETERS[name][1]
-        expected, _ = case(**{**values, name: other}).update(second, state.inner_state, params)
+        expected, _ = update({**values, name: other}, second, state.inner_state, params)
         changed = {**state.hyperparams, name: jnp.asarray(other, state.hyperparams[name].dtype)}
-        actual, _ = injected.update(second, state._replace(hyperparams=changed), params)
+        actual, _ = update_injected(second, state._replace(hyperparams=changed), params)
         assert_close(actual, expected, tolerance_of(case, dtype))
 
 
@@ -119,9 +126,10 @@ def test_vmap_over_hyperparameters_equals_a_loop_and_each_has_an_effect(case: Ca
     gradients = make_gradients(params, 3)
     values = first_values(case)
     settings = [values, *({**values, name: HYPERPARAMETERS[name][1]} for name in case.numeric)]
-    singly = [run(case(**setting), params, gradients) for setting in settings]
+    of_setting = jax.jit(lambda traced: run(case(**traced), params, gradients))
+    singly = [of_setting(as_arrays(setting)) for setting in settings]
     stacked = {name: jnp.asarray([setting[name] for setting in settings], jnp.float32) for name in values}
-    together = jax.vmap(lambda traced: run(case(**traced), params, gradients))(stacked)
+    together = jax.jit(jax.vmap(lambda traced: run(case(**traced), params, gradients)))(stacked)
     for i, expected in enumerate(singly):
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), expected, tolerance_of(case))
     base, *others = (updates[-1]["layer"]["kernel"] for updates, _ in singly)

@@ -34,9 +34,11 @@ def with_means_by_hand(gradients, every, **options):
 
 
 @pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize("options", [{}, PUBLISHED], ids=["exact", "published"])
-def test_a_refresh_takes_the_mean_over_the_gradients_since_the_last_one(every, options):
-    gradients = draw(SHAPES, steps=10)
+@pytest.mark.parametrize(
+    ("options", "names"), [({}, ["matrix", "twin", "vector"]), (PUBLISHED, SHAPES)], ids=["exact", "published"]
+)
+def test_a_refresh_takes_the_mean_over_the_gradients_since_the_last_one(every, options, names):
+    gradients = draw({name: SHAPES[name] for name in names}, steps=10)
     tx = rf.scale_by_sirf_shampoo(layout=LAYOUT, curvature_every=every, **SETTING, **options)
     directions, states = run(tx, gradients)
     expected, expected_state = with_means_by_hand(gradients, every, **options)

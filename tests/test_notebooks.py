@@ -21,6 +21,7 @@ def _words(text: str) -> list[str]:
     return re.sub(r"\d[\d.e+-]*", "", text).split()
 
 
+@pytest.mark.notebooks
 def test_runs_and_prints_and_draws_what_is_stored(path: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """In a folder of its own, so that the figures that a notebook saves do not replace the committed ones."""
     stored, notebook = nbformat.read(path, as_version=4), nbformat.read(path, as_version=4)
