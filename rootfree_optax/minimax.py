@@ -90,11 +90,11 @@ def inverse_root_table() -> Table:
     conditions = np.geomspace(_SMALLEST_CONDITION, LARGEST_CONDITION, round(octaves * _ROWS_PER_OCTAVE) + 1)
     rows, errors = [], []
     for condition in conditions:
-        low, high = 1 / condition, 1.0
+        low, high = 1 / float(condition), 1.0
         row = []
         for degree in DEGREES:
             coefficients, error = inverse_root_polynomial(low, high, degree)
-            low, high = float((1 - error) ** 2), float((1 + error) ** 2)
+            low, high = (1 - error) ** 2, (1 + error) ** 2
             row.append(coefficients)
         rows.append(row)
         errors.append(error)
