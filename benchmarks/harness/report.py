@@ -40,7 +40,7 @@ def table(title: str, caption: str, columns: Sequence[Column], records: Sequence
     result = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     result.box, result.show_edge, result.pad_edge = box.SIMPLE_HEAD, False, False
     for column in columns:
-        result.add_column(column.heading, justify="right" if column.spec else "left", no_wrap=bool(column.spec))
+        result.add_column(column.heading, justify="right" if column.spec else "left", no_wrap=True)
     for record in records:
         result.add_row(*(column.show(record) for column in columns))
     return result

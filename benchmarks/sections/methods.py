@@ -67,10 +67,10 @@ def sirf_methods(block_size: int) -> dict[str, Method]:
         "sirf": _sirf(block_size),
         "sirf *": _sirf(block_size, cache_products=True),
         "sirf *, staggered": _sirf(block_size, cache_products=True, staggered=True),
-        "sirf, bfloat16": _sirf(block_size, preconditioner_dtype=half),
-        "sirf *, bfloat16": _sirf(block_size, cache_products=True, preconditioner_dtype=half),
+        "sirf, bf16": _sirf(block_size, preconditioner_dtype=half),
+        "sirf *, bf16": _sirf(block_size, cache_products=True, preconditioner_dtype=half),
         "sirf *, exact": _sirf(block_size, cache_products=True, **_EXACT),
-        "sirf *, exact, bfloat16": _sirf(block_size, cache_products=True, preconditioner_dtype=half, **_EXACT),
+        "sirf *, exact, bf16": _sirf(block_size, cache_products=True, preconditioner_dtype=half, **_EXACT),
         "sirf *, observing": _sirf(block_size, cache_products=True, curvature_every=2, trust_radius=3.0, **_EXACT),
     }
 

@@ -19,9 +19,9 @@ TITLE = "{tree}: {parameters:.2f} million parameters, {threads} threads"
 CAPTION = (
     "sirf: rf.sirf_shampoo in blocks of {block_size}, published refresh at every 10th step unless said otherwise, "
     "float32 factors; *: with K Kᵀ cached; observing: exact, with the curvature of every 2nd gradient and a trust "
-    "radius. official: SIRFShampoo in PyTorch, whole axes, T=10; blocks: given each block as a parameter, vectors' "
-    "too. soap keeps the second moment of the old basis when that turns, a known defect. mean, max: of the steps of a "
-    "period, medians over periods; an accelerator is not waited for between steps. "
+    "radius. official: SIRFShampoo in PyTorch, whole axes, T=10; official blocks: with each block, of vectors too, as a "
+    "parameter. soap keeps the second moment of the old basis when that turns, a known defect. mean, max: of the steps "
+    "of a period, medians over periods; an accelerator is not waited for between steps. "
     "/floor: step with and without refresh over the least time that the products, at the measured rate of such "
     "products, or the bytes, at that of a copy, take. rate: what the products of the refresh alone would take, of what "
     "it adds to a step. busy: how long the accelerator's kernels run. The methods take turns."
@@ -33,7 +33,7 @@ TIME_COLUMNS = (
     report.Column("max_seconds", "max\nms", ".1f", 1e3),
     report.Column("busy_seconds", "busy\nms", ".1f", 1e3),
     report.Column("busy_over_adamw", "busy\n/adamw", ".1f"),
-    report.Column("refresh_over_floor", "refresh\n/floor", ".2f"),
+    report.Column("refresh_over_floor", "refr.\n/floor", ".2f"),
     report.Column("plain_over_floor", "plain\n/floor", ".2f"),
     report.Column("refresh_of_rate", "rate\n%", ".0f", 1e2),
 )
@@ -64,8 +64,8 @@ PROGRAM_COLUMNS = (
 # Whether the blocks are its parameters, and its factors' dtype.
 OFFICIALS = {
     speed.OFFICIAL: (False, None),
-    "official, blocks": (True, None),
-    "official, blocks, bf16": (True, "bfloat16"),
+    "official blocks": (True, None),
+    "official blocks, bf16": (True, "bfloat16"),
 }
 
 
