@@ -124,6 +124,20 @@ def test_the_state_is_sharded_from_init_on_and_updates_are_sharded_like_gradient
         assert update.sharding.is_equivalent_to(shardings[name], update.ndim), name
 
 
+@pytest.mark.parametrize("block_size", [None, 8, 12])
+def test_updates_are_laid_out_as_gradients_are_where_no_type_says_so(block_size: int | None) -> None:
+    mesh = mesh_of(AxisType.Auto, 8)
+    specs = {"rows": PartitionSpec("data"), "columns": PartitionSpec(None, "data"), "vector": PartitionSpec("data")}
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    params = {"rows": jnp.ones((16, 24)), "columns": jnp.ones((24, 16)), "vector": jnp.ones(16)}
+    params = jax.device_put(params, shardings)
+    tx = rf.sirf_shampoo(0.1, batch_size=1, layout=rf.Layout(block_size=block_size), block_axes="data")
+    state = jax.jit(tx.init, out_shardings=rf.state_shardings(tx, params))(params)
+    updates, _ = jax.jit(tx.update)(params, state, params)
+    for name, update in updates.items():
+        assert update.sharding.is_equivalent_to(shardings[name], update.ndim), name
+
+
 def test_a_shard_mapped_step_works_on_its_own_blocks() -> None:
     tx = sirf_published(0.1, block_axes="data", **SETTINGS)
     mesh = mesh_of(AxisType.Auto, 8)
