@@ -19,7 +19,7 @@ TITLE = "{tree}: {parameters:.2f} million parameters, {threads} threads"
 CAPTION = (
     "sirf: rf.sirf_shampoo in blocks of {block_size}, published refresh at every 10th step unless said otherwise, "
     "float32 factors; *: with K Kᵀ cached; observing: exact, with the curvature of every 2nd gradient and a trust "
-    "radius. official: SIRFShampoo in PyTorch, whole axes, T=10; official blocks: with each block, of vectors too, as a "
+    "radius. official: SIRFShampoo in PyTorch, whole axes, T=10; official blocks: each block, of vectors too, is a "
     "parameter. soap keeps the second moment of the old basis when that turns, a known defect. mean, max: of the steps "
     "of a period, medians over periods; an accelerator is not waited for between steps. "
     "/floor: step with and without refresh over the least time that the products, at the measured rate of such "
