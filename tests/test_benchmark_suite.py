@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 import suite
 import trees
-from harness import peers, roofline, turns
+from harness import busy, peers, roofline, turns
 from sections import speed
 
 import rootfree_optax as rf
@@ -64,6 +64,27 @@ def test_the_floor_counts_the_products_that_are_made():
     assert cached == pytest.approx(plain / 2)
     moved = roofline.floors(plan, dtype="float32", cached=True, step_bytes=10**12)["plain_floor_seconds"]
     assert moved == pytest.approx(10**12 / roofline.copy_rate())
+
+
+def test_where_steps_do_not_wait_the_first_is_what_a_period_takes_beyond_the_others(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    counts = []
+
+    def step(count):
+        counts.append(count)
+        return count + (4.0 if count == 10 else 0.0), 0.0
+
+    [times] = turns.take_turns({"one": step}, periods=2, period=10).values()
+    found = turns.summary(times)
+    assert counts == 3 * [10, 1, 9]
+    assert found["refresh_seconds"] == found["max_seconds"] == 5.0
+    assert found["plain_seconds"] == 1.0
+    assert found["mean_seconds"] == pytest.approx(1.4)
+
+
+def test_only_an_accelerator_is_busy():
+    step = turns.timed(jax.jit(lambda x: x + 1), jax.numpy.ones(3))
+    assert busy.seconds(step, 2) is None
 
 
 def test_what_is_compiled_is_written_before_it_is_timed(tmp_path, monkeypatch):
