@@ -15,7 +15,7 @@ from harness import busy, official, peers, program, report, roofline, turns
 import rootfree_optax as rf
 from sections import methods, speed
 
-TITLE = "{tree}: {parameters:.2f} million parameters, {threads} threads"
+TITLE = "{tree}: {parameters:.2f} million parameters, {where}"
 CAPTION = (
     "sirf: rf.sirf_shampoo in blocks of {block_size}, published refresh at every 10th step unless said otherwise, "
     "float32 factors; *: with K Kᵀ cached; observing: exact, with the curvature of every 2nd gradient and a trust "
