@@ -28,7 +28,7 @@ def start(
     Args:
       plan: the plan of the stacks.
       start_block: for one block, (curvature, factors, products, first, structures=…) -> (factors, products).
-      curvatures: the stacks that the curvature is estimated from.
+      curvatures: the stacks that the curvature is estimated from, or a function that returns them.
       state: the factors, the products K Kᵀ (or empty), and whether each block has started.
     """
     if not plan.stacks:
@@ -69,7 +69,7 @@ def observe_when(
       due: whether to observe, a scalar.
       plan: the plan of the stacks.
       observe_block: for one block, (curvature, factors, observed, structures=…) -> (observed,).
-      curvatures: the stacks that the curvature is estimated from.
+      curvatures: the stacks that the curvature is estimated from, or a function that returns them.
       factors: the stacks of factors.
       observed: for each stack, what its blocks have observed.
     """
@@ -102,7 +102,7 @@ def refresh_when(
       due: whether to refresh, a scalar.
       plan: the plan of the stacks.
       refresh: for one block, (curvature, *state, structures=…) -> new state.
-      curvatures: the stacks that the curvature is estimated from.
+      curvatures: the stacks that the curvature is estimated from, or a function that returns them.
       state: tuples over the stacks, or empty, and then passed for each stack and returned as that.
     """
     if not plan.stacks:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax.each_stack import Stacks, as_tree, of_stack
+from rootfree_optax.each_stack import Given, Stacks, as_tree, of_stack
 from rootfree_optax.factor_step import times_scalar
 from rootfree_optax.layout.rules import DTypeRule, dtypes_of
 from rootfree_optax.layout.stack import Stack
@@ -139,9 +139,7 @@ def pack(plan: ShardedPlan, updates: optax.Updates) -> Stacks:
     return plan.pack(updates, "gradients")
 
 
-def curvatures(
-    plan: ShardedPlan, curvature: optax.Updates | None, updates: optax.Updates, gradients: Stacks
-) -> Stacks | Callable[[], Stacks]:
+def curvatures(plan: ShardedPlan, curvature: optax.Updates | None, updates: optax.Updates, gradients: Stacks) -> Given:
     """Returns the stacks that the curvature is estimated from, or a function that packs them where it is.
 
     That is within the branch of a refresh, so that other steps need no copy of the gradients as they are. From other
