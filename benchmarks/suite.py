@@ -45,7 +45,7 @@ def run_tree(options: argparse.Namespace, tree: str, watch: Any) -> None:
         "block_size": options.block_size,
         "periods": options.periods,
         "threads": speed.threads(),
-        "where": jax.devices()[0].device_kind if suite.on_accelerator() else f"{speed.threads()} threads",
+        "where": jax.devices()[0].device_kind if machine.on_accelerator() else f"{speed.threads()} threads",
         "float32_products": jax.config.jax_default_matmul_precision or "the backend's default",
     }
     records = suite.measure(

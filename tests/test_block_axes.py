@@ -11,34 +11,13 @@ import pytest
 from contract import assert_close, refuses, shapes_and_dtypes, types
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from kronecker_runs import scale_by_published, sirf_published
+from meshes import FSDP, LAYOUT, SETTINGS, TENSOR, draw, mesh_of, shardings_on
 
 import rootfree_optax as rf
 from rootfree_optax import factor_update, preconditioning, refreshing, sharded_plan, stacks
 
-# Ten blocks of 4×4, two of 2×4 and one vector: nothing divides by eight.
-SHAPES = {"up": (4, 16), "down": (16, 4), "odd": (6, 8), "bias": (16,)}
-LAYOUT = rf.Layout(block_size=4)
-SETTINGS = {"batch_size": 4, "update_every": 2, "layout": LAYOUT, "weight_decay": 0.1, "damping": 0.1}
-FSDP = {"up": (None, "data"), "down": ("data",), "odd": (None, "data"), "bias": ("data",)}
-TENSOR = {"up": ("data", "model"), "down": ("model", "data"), "odd": (None, "data"), "bias": ("model",)}
 STEPS = 10
-
-
-def draw(seed: int) -> dict[str, jax.Array]:
-    rng = np.random.default_rng(seed)
-    return {name: np.float32(rng.normal(size=shape)) for name, shape in SHAPES.items()}
-
-
 GRADIENTS = [draw(seed) for seed in range(1, STEPS + 1)]
-
-
-def mesh_of(kind: AxisType, *sizes: int, devices: int = 8) -> jax.sharding.Mesh:
-    names = ("data", "model")[: len(sizes)]
-    return jax.make_mesh(sizes, names, axis_types=(kind,) * len(sizes), devices=jax.devices()[:devices])
-
-
-def shardings_on(mesh: jax.sharding.Mesh, specs: dict[str, Any]) -> dict[str, NamedSharding]:
-    return {name: NamedSharding(mesh, PartitionSpec(*spec)) for name, spec in specs.items()}
 
 
 def train(tx: optax.GradientTransformationExtraArgs, shardings: Any = None) -> tuple[Any, Any]:
@@ -188,49 +167,6 @@ def test_nothing_is_sent_within_refresh_and_application(structure: str) -> None:
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
         assert collective not in program.as_text()
     assert f"f32[{stack.count // 8},4,4]" in program.as_text()
-
-
-def mixed() -> optax.GradientTransformation:
-    matrices = lambda tree: jax.tree.map(lambda leaf: "matrix" if leaf.ndim == 2 else "other", tree)
-    make = functools.partial(rf.sirf_shampoo, layout=LAYOUT, block_axes="data", update_every=2)
-    injected = optax.inject_hyperparams(make, static_args=("layout", "update_every"))
-    matrix = injected(learning_rate=0.1, batch_size=4, damping=0.1)
-    masked = optax.masked(optax.scale_by_adam(), lambda tree: jax.tree.map(lambda leaf: leaf.ndim == 1, tree))
-    other = optax.chain(masked, rf.rf_adamw(0.1, batch_size=4))
-    return optax.MultiSteps(optax.partition({"matrix": matrix, "other": other}, matrices), every_k_schedule=2)
-
-
-def test_state_shardings_are_those_of_init_through_every_wrapper() -> None:
-    tx = mixed()
-    states = []
-    for kind in (AxisType.Explicit, AxisType.Auto):
-        mesh = mesh_of(kind, 8)
-        with jax.set_mesh(mesh):
-            params = jax.device_put(draw(0), shardings_on(mesh, FSDP))
-            shardings = rf.state_shardings(tx, params)
-            state = tx.init(params) if kind is AxisType.Explicit else jax.jit(tx.init, out_shardings=shardings)(params)
-        assert jax.tree.structure(state) == jax.tree.structure(shardings)
-        for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
-            assert sharding.mesh == mesh
-            spec = jax.typeof(leaf).sharding.spec if kind is AxisType.Explicit else leaf.sharding.spec
-            assert NamedSharding(mesh, spec).is_equivalent_to(sharding, leaf.ndim)
-        states.append(state)
-    split = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(states[1]) if leaf.ndim > 0}
-    assert len(split) >= 3  # over the first axis, over the second, and nowhere
-    assert_close(jax.device_get(states[1]), jax.device_get(states[0]), tolerance=0)
-
-
-def test_state_shardings_of_the_diagonal_methods_are_the_parameters() -> None:
-    mesh = mesh_of(AxisType.Auto, 4, 2)
-    shardings = shardings_on(mesh, TENSOR)
-    shapes = {name: jax.ShapeDtypeStruct(SHAPES[name], jnp.float32, sharding=s) for name, s in shardings.items()}
-    state = rf.state_shardings(rf.scale_by_rf_adam(batch_size=4), shapes)
-    assert state.count.spec == PartitionSpec()
-    for tree in (state.mu, state.nu):
-        for name, sharding in shardings.items():
-            assert tree[name].is_equivalent_to(sharding, len(SHAPES[name]))
-    with refuses(ValueError, "one mesh", "got 0"):
-        rf.state_shardings(optax.adam(0.1), draw(0))
 
 
 def test_block_axes_are_never_ignored() -> None:

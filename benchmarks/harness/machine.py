@@ -27,6 +27,11 @@ def describe() -> dict[str, Any]:
     }
 
 
+def on_accelerator() -> bool:
+    """Returns whether steps run elsewhere than on the processor that hands them over, many at once."""
+    return jax.default_backend() != "cpu"
+
+
 def summary(machine: dict[str, Any]) -> str:
     """Returns a description of `describe` in one line."""
     versions = ", ".join(f"{package} {machine[package]}" for package in PACKAGES)

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from harness import machine
+
 Seconds = tuple[float, float]
 Step = Callable[[int], Seconds]
 """Makes so many steps, then waits for the device, and returns the seconds by the clock and of CPU time for all."""
@@ -44,7 +46,7 @@ def take_turns(
     """
     times: dict[str, list[Seconds]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(0).shuffle
-    in_a_row = jax.default_backend() != "cpu"
+    in_a_row = machine.on_accelerator()
     for _ in watch(range((1 + periods) * (1 if in_a_row else period))):
         shuffle(order)
         for name in order:

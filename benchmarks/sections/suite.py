@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import trees
-from harness import busy, official, peers, program, report, roofline, turns
+from harness import busy, machine, official, peers, program, report, roofline, turns
 
 import rootfree_optax as rf
 from sections import methods, speed
@@ -41,13 +41,8 @@ TIME_COLUMNS = (
 
 def time_columns() -> list[report.Column]:
     """Returns the columns of the times: where steps do not wait, how long kernels run in place of the slowest step."""
-    other_place = "max" if on_accelerator() else "busy"
+    other_place = "max" if machine.on_accelerator() else "busy"
     return [column for column in TIME_COLUMNS if not column.key.startswith(other_place)]
-
-
-def on_accelerator() -> bool:
-    """Returns whether steps run elsewhere than on the processor that hands them over."""
-    return jax.default_backend() != "cpu"
 
 
 PROGRAM_TITLE = "{tree}: what compiling takes, and memory"
@@ -114,7 +109,11 @@ def measure(
         times = turns.take_turns(steps, periods, methods.PERIOD, watch)
     for name, seconds in times.items():
         records[name] |= turns.summary(seconds)
-        if on_accelerator() and name not in OFFICIALS and (kernels := busy.seconds(steps[name], methods.PERIOD)):
+        if (
+            machine.on_accelerator()
+            and name not in OFFICIALS
+            and (kernels := busy.seconds(steps[name], methods.PERIOD))
+        ):
             records[name]["busy_seconds"] = kernels / methods.PERIOD
         if name in sirf:
             _add_floor(records[name], sirf[name], shapes)
