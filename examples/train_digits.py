@@ -24,7 +24,7 @@ from image_data import ImageData
 from methods import METHODS, RESULTS, tuned_settings
 from reporting import History
 from rich.progress import Progress
-from training import Run, TrainingState, evaluate_seeds, initial_params, run_on, train_epoch
+from training import BATCH_SIZE, EPOCHS, Run, TrainingState, evaluate_seeds, initial_params, run_on, train_epoch
 
 EVALUATIONS = 25
 
@@ -62,9 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(METHODS)
     parser.add_argument("--optimizer", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=names)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, metavar="N", help="channels, by layer")
     parser.add_argument("--train-size", type=int, help="images to train on; 300 of the digits, all of CIFAR's")
     parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="folder with CIFAR-10/100's files")

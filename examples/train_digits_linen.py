@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 from methods import tuned_settings
 from searching import warmup_cosine
+from training import BATCH_SIZE, EPOCHS
 
 import rootfree_optax as rf
 
@@ -51,8 +52,8 @@ def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple
 def main(arguments: list[str] | None = None) -> tuple[np.ndarray, float]:
     """Runs the command line and returns the training losses, [steps], and the test error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
 

@@ -27,7 +27,7 @@ from image_data import ImageData, Split
 from methods import METHODS, RESULTS
 from rich.progress import Progress
 from searching import Outcomes, Settings, rows, to_json
-from training import Network, Run, initial_params, run_on, train
+from training import BATCH_SIZE, EPOCHS, Network, Run, initial_params, run_on, train
 
 FIRST_SEED = 1000  # the seeds that train_digits.py reports are others
 AT_ONCE = 32
@@ -104,9 +104,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=4, help="of every trial")
     parser.add_argument("--finalists", type=int, default=8, help="trials that get more seeds")
-    parser.add_argument("--final-seeds", type=int, default=8, help="how many more")
-    parser.add_argument("--epochs", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--final-seeds", type=int, default=24, help="how many more")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, metavar="N", help="channels, by layer")
     parser.add_argument("--train-size", type=int, help="images to train on; 300 of the digits, all of CIFAR's")
     parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="folder with CIFAR-10/100's files")

@@ -43,16 +43,16 @@ def test_trains_and_reports(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtur
         assert f"{100 * row['test_error_mean']:.2f} ± {100 * row['test_error_std']:.2f}" in line
         assert row["test_error_mean"] < 0.04
         assert row["train_loss"] < 0.1
-        assert row["steps"] == 50 * 6
+        assert row["steps"] == 20 * 6
         color = matplotlib.colors.to_rgb(reporting.COLORS[list(METHODS).index(name)])
         assert (np.abs(picture - color).max(axis=-1) < 0.01).sum() > 100
-    assert summary["adamw"]["steps_to_reference_loss"] <= 300
-    assert summary["rf_rmsprop"]["steps_to_reference_loss"] is None
+    assert summary["adamw"]["steps_to_reference_loss"] == 120  # its loss falls at every epoch
+    assert 60 <= summary["rf_rmsprop"]["steps_to_reference_loss"] <= 96
 
 
 def test_linen_loop_learns() -> None:
     losses, error = train_digits_linen.main([])
-    assert losses.shape == (50 * 6,)
+    assert losses.shape == (20 * 6,)
     assert losses[0] > 2
     assert losses[-6:].mean() < 0.1
     assert error < 0.04
