@@ -52,16 +52,16 @@ def test_factors_with_inverses_are_in_single_precision_at_least():
     assert dtypes_of(state.factors) == [[F32, F32]]
 
 
-def equations(jaxpr):
-    """Yields every equation, those of inner functions included."""
+def equations(jaxpr, outside=()):
+    """Yields every equation, those of inner functions included, but for those inside of operations named so."""
     for equation in jaxpr.eqns:
         yield equation
-        for value in equation.params.values():
+        for value in () if equation.primitive.name in outside else equation.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 if hasattr(inner, "eqns"):
-                    yield from equations(inner)
+                    yield from equations(inner, outside)
                 elif hasattr(inner, "jaxpr"):
-                    yield from equations(inner.jaxpr)
+                    yield from equations(inner.jaxpr, outside)
 
 
 # Each of the structures once, in sizes that show the whole of it.
@@ -88,6 +88,16 @@ def test_precision_reaches_every_product(make, fewest):
         found = [e.params["precision"] for e in equations(jaxpr) if e.primitive.name == "dot_general"]
         assert len(found) >= fewest
         assert set(found) == {None if precision is None else (precision, precision)}
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "curvature_every": 5}], ids=str)
+def test_a_step_without_refresh_packs_the_gradients_once(options):
+    params = {name: jnp.zeros((4, 6)) for name in "abc"}
+    tx = rf.scale_by_sirf_shampoo(update_every=10, batch_size=1, **options)
+    jaxpr = jax.make_jaxpr(tx.update)(params, jax.eval_shape(tx.init, params)).jaxpr
+    packs = lambda found: sum(e.primitive.name == "concatenate" and e.outvars[0].aval.shape[0] == 3 for e in found)
+    assert packs(equations(jaxpr, outside=("cond",))) == 1
+    assert packs(equations(jaxpr)) > 1  # a refresh packs its curvature
 
 
 # An operation, or the call of a library, that decomposes a matrix or solves with one.
