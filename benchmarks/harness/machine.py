@@ -10,10 +10,12 @@ from typing import Any
 import jax
 
 PACKAGES = ("jax", "jaxlib", "optax", "rootfree-optax")
+# What changes how fast all programs of a run are.
+VARIABLES = ("GLIBC_TUNABLES", "XLA_FLAGS")
 
 
 def describe() -> dict[str, Any]:
-    """Returns processor, cores, accelerator, versions, date and load, all of them ready for JSON."""
+    """Returns processor, cores, accelerator, versions, date, load and environment, all of them ready for JSON."""
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -23,6 +25,7 @@ def describe() -> dict[str, Any]:
         "devices": jax.device_count(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         **{package: importlib.metadata.version(package) for package in PACKAGES},
     }
 
@@ -35,9 +38,10 @@ def on_accelerator() -> bool:
 def summary(machine: dict[str, Any]) -> str:
     """Returns a description of `describe` in one line."""
     versions = ", ".join(f"{package} {machine[package]}" for package in PACKAGES)
+    environment = "".join(f", {name}={value}" for name, value in machine["environment"].items())
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['devices']} × {machine['device']}, {versions}, "
-        f"Python {machine['python']}, {machine['date']}, load {machine['load_average']} at the start"
+        f"Python {machine['python']}, {machine['date']}, load {machine['load_average']} at the start{environment}"
     )
 
 
