@@ -21,9 +21,9 @@ def averaging_schedule(
     Args:
       preconditioner_lr: β₂ > 0, what the schedule falls to. A number or a traced scalar.
       update_every: T ≥ 1, the interval of the refreshes.
-      maximum: of any refresh, in (0, 1): one mini-batch says something of a few directions alone. With T = 1 it may be
-        0.3; with T = 10 that has made runs come apart, unless `curvature_every` gave a refresh more mini-batches and a
-        `trust_radius` bounded its steps: then it may be 0.5.
+      maximum: of the first refreshes, unless β₂ is larger, in (0, 1): one mini-batch says something of a few directions
+        alone. With T = 1 it may be 0.3; with T = 10 that has made runs come apart, unless `curvature_every` gave a
+        refresh more mini-batches and a `trust_radius` bounded its steps: then it may be 0.5.
 
     Returns:
       A schedule for `preconditioner_lr`, from the number of past updates to β₂.
@@ -41,7 +41,7 @@ def averaging_schedule(
     hyper.require_fraction("preconditioner_lr", preconditioner_lr)
     hyper.require_positive("maximum", maximum)
     hyper.require_fraction("maximum", maximum)
-    hyper.require_at_least("update_every", update_every, 1)
+    hyper.require_interval("update_every", update_every)
 
     def schedule(count: jax.Array) -> jax.Array:
         as_float = lambda number: jnp.asarray(number, jnp.float32)  # a traced one may be of any dtype

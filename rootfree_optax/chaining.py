@@ -15,15 +15,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax import hyperparameters as hyper
 from rootfree_optax import trees
-from rootfree_optax.precision import dtype_like, upcast
+from rootfree_optax.momentum_update import add_scaled, kept
+from rootfree_optax.precision import dtype_like
 
 MaskOrFn = Any | Callable[[optax.Params], Any] | None
-
-
-def _accumulate(array: jax.Array, factor: ArrayLike, other: jax.Array) -> jax.Array:
-    """Returns array + factor·other, of the first array's dtype."""
-    wide = upcast(array)
-    return (wide + jnp.asarray(factor, wide.dtype) * other.astype(wide.dtype)).astype(array.dtype)
 
 
 class AddDecayedWeightsState(NamedTuple):
@@ -70,7 +65,7 @@ def add_decayed_weights(
         if params is None:
             raise ValueError("weight decay needs the parameters: call tx.update(grads, state, params).")
         factor = hyper.value_at(weight_decay, state.count)
-        updates = trees.map_gradients(lambda u, p: _accumulate(u, factor, p), updates, params)
+        updates = trees.map_gradients(lambda u, p: add_scaled(u, factor, p).astype(u.dtype), updates, params)
         return updates, AddDecayedWeightsState(optax.safe_increment(state.count))
 
     transformation = optax.GradientTransformationExtraArgs(init, update)
@@ -88,7 +83,7 @@ def heavy_ball(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds up past updates, v ← momentum·v + update, as `optax.trace`, whatever the dtypes.
 
-    As there, a non-finite update makes v non-finite for good: reject such steps by `optax.apply_if_finite`.
+    Entries of an update that are not finite show in what is returned, and leave v as it was.
 
     Args:
       momentum: α₁, in [0, 1). A number or a traced scalar.
@@ -100,6 +95,7 @@ def heavy_ball(
 
     Raises:
       ValueError: for a Python number outside [0, 1).
+      TypeError: for a schedule.
 
     Example:
       >>> import jax.numpy as jnp
@@ -111,6 +107,7 @@ def heavy_ball(
       >>> print(velocity)
       1.75
     """
+    hyper.require_constant(momentum=momentum)
     hyper.require_fraction("momentum", momentum)
     hyper.require_floating_dtype("accumulator_dtype", accumulator_dtype)
 
@@ -121,12 +118,13 @@ def heavy_ball(
         updates: optax.Updates, state: HeavyBallState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, HeavyBallState]:
         del params, extra_args
-        velocity = trees.map_gradients(lambda u, v: _accumulate(u, momentum, v), updates, state.momentum)
-        keep_dtype = lambda v, u: u.astype(v.dtype)
-        new_state = HeavyBallState(trees.map_accumulators(keep_dtype, state.momentum, velocity))
+        add_past = lambda u, v: add_scaled(u, momentum, v)
+        averages = trees.map_gradients(add_past, updates, state.momentum)
+        velocity = trees.map_accumulators(kept, state.momentum, averages, updates)
         if nesterov:
-            velocity = trees.map_gradients(lambda u, v: _accumulate(u, momentum, v), updates, velocity)
-        return velocity, new_state
+            averages = trees.map_gradients(add_past, updates, averages)
+        averages = trees.map_gradients(lambda u, average: average.astype(u.dtype), updates, averages)
+        return averages, HeavyBallState(velocity)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -133,8 +133,8 @@ def scale_by_rf_adam(
       damping: λ ≥ 0. A number, a traced scalar or a schedule.
       batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
       initial_scale: s before the first step, ≥ 0.
-      bias_correction: whether to divide m by 1 − b1ᵗ and s by 1 − b2ᵗ. Off by default: s starts at one, so unlike
-        Adam's it is not biased towards zero. The correction of s assumes a constant b2.
+      bias_correction: whether to divide m by 1 − b1ᵗ and s by 1 − b2ᵗ, for an `initial_scale` of 0. Off by default: s
+        starts at one, so unlike Adam's it is not biased towards zero. The correction of s assumes a constant b2.
       mu_dtype: floating-point dtype of m; by default `accumulator_dtype`.
       accumulator_dtype: floating-point dtype of the state; by default each parameter's own.
 
@@ -159,6 +159,7 @@ def scale_by_rf_adam(
       https://arxiv.org/abs/2402.03496
     """
     at_construction = batch_size
+    hyper.require_constant(b1=b1)
     hyper.require_fraction("b1", b1)
     _require_valid(b2=b2, damping=damping, batch_size=batch_size, initial_scale=initial_scale)
     hyper.require_floating_dtype("mu_dtype", mu_dtype)
@@ -199,6 +200,7 @@ def scale_by_rf_adam(
 def _require_valid(*, damping: Any, batch_size: Any, initial_scale: Any, **decay: Any) -> None:
     for name, value in decay.items():
         hyper.require_fraction(name, value)
+    hyper.require_constant(initial_scale=initial_scale, batch_size=batch_size)
     hyper.require_at_least("damping", damping, 0)
     hyper.require_at_least("initial_scale", initial_scale, 0)
     hyper.require_positive("batch_size", batch_size)

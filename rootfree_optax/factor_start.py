@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax.factor_step import max_abs, times_scalar
-from rootfree_optax.precision import upcast
+from rootfree_optax.factor_step import max_abs
+from rootfree_optax.precision import saturate, upcast
 from rootfree_optax.structures.base import Parts, Structure
 
 
@@ -52,5 +52,12 @@ def start(
         largest * jnp.sqrt(jnp.asarray(batch_size, g.dtype) * mean_square), jnp.sqrt(jnp.asarray(damping, g.dtype))
     )
     factor = jnp.where(first, root ** (-1 / len(structures)), 1)
-    scaled = tuple(times_scalar(parts, factor) for parts in factors)
-    return scaled, tuple(times_scalar(parts, jnp.square(factor)) for parts in products)
+
+    def scaled(part: jax.Array, by: jax.Array) -> jax.Array:
+        wide = upcast(part)
+        return saturate(wide * by.astype(wide.dtype), part.dtype)
+
+    return (
+        jax.tree.map(lambda part: scaled(part, factor), factors),
+        jax.tree.map(lambda part: scaled(part, jnp.square(factor)), products),
+    )

@@ -12,16 +12,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rootfree_optax.factor_step import all_finite, factor_steps, max_abs, outer_products, published_factor, times_scalar
-from rootfree_optax.precision import exponent_of, power_of_two, upcast
+from rootfree_optax.precision import exponent_of, power_of_two, saturate, upcast
 from rootfree_optax.structures.base import Parts, Structure
 
 Observed = tuple[tuple[Parts, ...], jax.Array]
-
-
-def _saturate(array: jax.Array, like: jax.Array) -> jax.Array:
-    """Returns `array` in the dtype of `like`, entries beyond its range at the range's end."""
-    limit = jnp.asarray(jnp.finfo(like.dtype).max, array.dtype)
-    return jnp.clip(array, -limit, limit).astype(like.dtype)
 
 
 def balance(factors: tuple[Parts, ...], sizes: Sequence[jax.Array]) -> tuple[Parts, ...]:
@@ -69,7 +63,7 @@ def observe(
     sums, number = observed
     outers = outer_products(gradient, structures, factors, batch_size=batch_size, precision=precision)
     keep = all_finite([max_abs(parts) for parts in outers])
-    add = lambda total, outer: jnp.where(keep, _saturate(upcast(total) + outer, total), total)
+    add = lambda total, outer: jnp.where(keep, saturate(upcast(total) + outer, total.dtype), total)
     return ((jax.tree.map(add, sums, outers), number + keep.astype(number.dtype)),)
 
 
@@ -79,6 +73,7 @@ def refresh(
     momenta: tuple[Parts, ...],
     products: tuple[Parts, ...] = (),
     observed: Observed | tuple[()] = (),
+    started: jax.Array | tuple[()] = (),
     *,
     structures: Sequence[Structure],
     preconditioner_lr: ArrayLike,
@@ -88,7 +83,7 @@ def refresh(
     count: jax.Array,
     refresh_factor: Callable[..., Parts] = published_factor,
     precision: jax.lax.PrecisionLike = None,
-) -> tuple[tuple[Parts, ...], tuple[Parts, ...], tuple[Parts, ...], Observed | tuple[()]]:
+) -> tuple[tuple[Parts, ...], tuple[Parts, ...], tuple[Parts, ...], Observed | tuple[()], jax.Array | tuple[()]]:
     """Refreshes a block's factors and their momenta; a block that would come out non-finite stays as it was.
 
         mₙ ← α₂ mₙ + (1 − α₂) stepₙ        Kₙ ← refresh_factor(Kₙ, mₙ)
@@ -100,6 +95,8 @@ def refresh(
       products: the parts of each KₙKₙᵀ, or empty: then none is kept.
       observed: what `observe` has added up, whose mean takes the place of G's outer products; or empty. A block that
         has observed nothing stays as it was.
+      started: whether the block has seen a gradient, a scalar, without which it stays as it was: refreshed with none,
+        its factors would grow until they know of the damping alone. Or empty.
       structures: the structure of each factor.
       preconditioner_lr: β₂ ≥ 0.
       damping: λ ≥ 0.
@@ -110,7 +107,8 @@ def refresh(
       precision: of every product.
 
     Returns:
-      The new factors, momenta and products, of the dtypes of the old, and zeros in place of what was observed.
+      The new factors, momenta and products, of the dtypes of the old, zeros in place of what was observed, and whether
+      the block has started, as before.
     """
     if observed:
         sums, number = observed
@@ -131,13 +129,16 @@ def refresh(
         refresh_factor(s, k, m, preconditioner_lr=preconditioner_lr, count=count, precision=precision)
         for s, k, m in zip(structures, factors, directions, strict=True)
     )
-    new_momenta = jax.tree.map(_saturate, directions, momenta) if momenta else ()
+    stored = lambda new, old: saturate(new, old.dtype)
+    new_momenta = jax.tree.map(stored, directions, momenta) if momenta else ()
     # Each pass over the factors counts beside their products. These say what one over every entry would, and of the
     # momenta, too: one that is not finite makes its factor so.
     sizes = [max_abs(parts) for parts in refreshed]
-    keep = all_finite(sizes) & (observed[1] > 0 if observed else True)
+    conditions = [all_finite(sizes), *(number > 0 for number in observed[1:]), *jax.tree.leaves(started)]
+    keep = functools.reduce(jnp.logical_and, conditions)
     select = functools.partial(jax.tree.map, lambda new, old: jnp.where(keep, new, old))
     new_factors = select(balance(refreshed, sizes), factors)
     squares = tuple(s.square(k, precision=precision) for s, k in zip(structures, new_factors, strict=True) if products)
-    new_products = jax.tree.map(_saturate, squares, products)
-    return new_factors, select(new_momenta, momenta), new_products, jax.tree.map(jnp.zeros_like, observed)
+    new_products = jax.tree.map(stored, squares, products)
+    nothing = jax.tree.map(jnp.zeros_like, observed)
+    return new_factors, select(new_momenta, momenta), new_products, nothing, started

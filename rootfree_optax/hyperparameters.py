@@ -50,10 +50,32 @@ def is_due(update_every: UpdateEvery, count: jax.Array) -> jax.Array | bool:
     return due if due.dtype == jnp.bool_ else count % due.astype(count.dtype) == 0
 
 
+def require_constant(**hyperparameters: Any) -> None:
+    """Raises a TypeError for a schedule among what may be a number or a traced scalar only."""
+    for name, value in hyperparameters.items():
+        if callable(value):
+            raise TypeError(
+                f"{name} must be a number or a traced scalar, got the callable {value!r}. To change it from step to "
+                "step, wrap the optimizer in optax.inject_hyperparams."
+            )
+
+
+def require_interval(name: str, value: Any) -> None:
+    """Raises a ValueError if `value` is a Python number that is not a whole one of at least 1."""
+    if _is_number(value) and not (value >= 1 and value == int(value)):
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value}.")
+
+
 def require_at_least(name: str, value: Any, minimum: float) -> None:
     """Raises a ValueError if `value` is a Python number below `minimum` (or NaN); arrays and schedules pass."""
     if _is_number(value) and not value >= minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+
+
+def require_at_most(name: str, value: Any, maximum: float) -> None:
+    """Raises a ValueError if `value` is a Python number above `maximum`; arrays and schedules pass."""
+    if _is_number(value) and not value <= maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {value}.")
 
 
 def require_positive(name: str, value: Any) -> None:
@@ -81,19 +103,21 @@ def require_floating_dtype(name: str, dtype: Any) -> None:
 
 
 def require_momentum(momentum: Any, nesterov: bool, accumulator_dtype: Any) -> None:
-    """Raises a ValueError for a momentum or a dtype out of range, or for Nesterov's momentum without momentum."""
+    """Raises an error for a momentum or a dtype that is none, or for Nesterov's momentum without momentum."""
     if momentum is None and nesterov:
         raise ValueError("momentum must be given for nesterov=True, got None. Pass a number, such as 0.9.")
+    require_constant(momentum=momentum)
     require_fraction("momentum", momentum)
     require_floating_dtype("accumulator_dtype", accumulator_dtype)
 
 
 def require_kronecker(preconditioner_lr: Any, damping: Any, batch_size: Any, update_every: Any) -> None:
-    """Raises a ValueError for a Python number out of range among what both Kronecker transformations take."""
+    """Raises an error for what is out of range, or no schedule, among what both Kronecker transformations take."""
     require_at_least("preconditioner_lr", preconditioner_lr, 0)
     require_at_least("damping", damping, 0)
+    require_constant(batch_size=batch_size)
     require_positive("batch_size", batch_size)
-    require_at_least("update_every", update_every, 1)
+    require_interval("update_every", update_every)
 
 
 def require_static_interval(update_every: UpdateEvery) -> int:
@@ -115,8 +139,10 @@ def resolve_batch_size(at_update: ArrayLike | None, at_construction: ArrayLike |
 
     Raises:
       ValueError: if neither is given, or if the one given to `update` is a Python number that is not positive.
+      TypeError: if that is a schedule.
     """
     if at_update is not None:
+        require_constant(batch_size=at_update)
         require_positive("batch_size", at_update)
         return at_update
     if at_construction is None:

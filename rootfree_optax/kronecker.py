@@ -158,7 +158,8 @@ def scale_by_sirf_shampoo(
     hyper.require_momentum(momentum, nesterov, accumulator_dtype)
     keeps_momentum = riemannian_momentum is not None and not hyper.is_zero(riemannian_momentum)
     require_valid(preconditioner_lr, riemannian_momentum if keeps_momentum else None, refresh, initial_scale)
-    hyper.require_at_least("curvature_every", curvature_every, 1)
+    hyper.require_interval("curvature_every", curvature_every)
+    hyper.require_constant(trust_radius=trust_radius)
     hyper.require_positive("trust_radius", trust_radius)
     if preconditioner_lr is None:
         preconditioner_lr = default_average(refresh, update_every)
@@ -225,8 +226,8 @@ def scale_by_sirf_shampoo(
             refresh_stacks = functools.partial(refreshing.refresh_in_turn, count, period)
         else:
             refresh_stacks = functools.partial(refreshing.refresh_when, hyper.is_due(update_every, count))
-        factors, momenta, products, observed = refresh_stacks(
-            plan, refresh_block, curvatures, (factors, momenta, products, observed)
+        factors, momenta, products, observed, started = refresh_stacks(
+            plan, refresh_block, curvatures, (factors, momenta, products, observed, started)
         )
         directions = stacks.precondition(plan, precondition_block, averages, products if cache_products else factors)
         if trust_radius is not None:

@@ -87,6 +87,7 @@ def scale_by_rf_shampoo(
     """
     at_construction = batch_size
     hyper.require_kronecker(preconditioner_lr, damping, batch_size, update_every)
+    hyper.require_at_most("preconditioner_lr", preconditioner_lr, 1)
     sharded_plan.require_block_axes(block_axes)
     hyper.require_momentum(momentum, nesterov, accumulator_dtype)
 

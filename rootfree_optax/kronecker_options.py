@@ -33,7 +33,8 @@ def default_average(refresh: Refresh, update_every: UpdateEvery) -> optax.Schedu
 
 
 def require_valid(preconditioner_lr: Any, riemannian_momentum: Any, refresh: Any, initial_scale: Any) -> None:
-    """Raises a ValueError for an option out of range, or for options that do not go together."""
+    """Raises an error for an option out of range, or for options that do not go together."""
+    hyper.require_constant(riemannian_momentum=riemannian_momentum, initial_scale=initial_scale)
     hyper.require_choice("refresh", refresh, REFRESHES)
     if isinstance(initial_scale, str):
         hyper.require_choice("initial_scale", initial_scale, ("first_gradient",))
@@ -44,8 +45,9 @@ def require_valid(preconditioner_lr: Any, riemannian_momentum: Any, refresh: Any
         hyper.require_fraction("preconditioner_lr", preconditioner_lr)
         if riemannian_momentum is not None:
             raise ValueError(
-                f"riemannian_momentum must be None or 0 for refresh='exact', got {riemannian_momentum}: S is a moving "
-                "average already. Lower preconditioner_lr for a longer one, or pass refresh='published'."
+                "riemannian_momentum must be None or a Python 0 for refresh='exact', got "
+                f"{riemannian_momentum!r}: S is a moving average already. Lower preconditioner_lr for a longer one, "
+                "or pass refresh='published'."
             )
 
 

@@ -59,6 +59,14 @@ def finite_or_zero(array: jax.Array) -> jax.Array:
     return jax.lax.select(jnp.isfinite(array), array, jax.lax.full_like(array, 0))
 
 
+def saturate(array: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Returns `array` in another dtype, no wider, real entries beyond its range at the range's end."""
+    if jnp.iscomplexobj(array):
+        return array.astype(dtype)
+    limit = jnp.asarray(jnp.finfo(dtype).max, array.dtype)
+    return jax.lax.clamp(-limit, array, limit).astype(dtype)
+
+
 def round_dithered(array: jax.Array, dtype: DTypeLike, count: jax.Array) -> jax.Array:
     """Rounds to a narrower dtype so that the error averages to zero over consecutive steps.
 
@@ -84,4 +92,5 @@ def round_dithered(array: jax.Array, dtype: DTypeLike, count: jax.Array) -> jax.
     pattern = jnp.uint32 if width == 32 else jnp.uint64
     offset = (phase.astype(pattern) << (width - 32)) >> (width - dropped)
     kept = ((array.view(pattern) + offset) >> dropped) << dropped
-    return kept.view(array.dtype).astype(dtype)
+    # A NaN of which all bits are set, as NVIDIA's are, would become a zero.
+    return jnp.where(jnp.isfinite(array), kept.view(array.dtype), array).astype(dtype)

@@ -33,14 +33,15 @@ def start(
     """
     if not plan.stacks:
         return state
-    return plan.on_shards(_started, (plan.stacks, as_tree(start_block)), curvatures, state)
+    return plan.on_shards(_started, (plan.stacks, plan.axes, as_tree(start_block)), curvatures, state)
 
 
 def _started(shared: Any, curvatures: Given, state: tuple[Stacks, Stacks, Stacks]) -> tuple[Stacks, Stacks, Stacks]:
-    stacks, start_block = shared
+    stacks, axes, start_block = shared
     factors, products, started = state
-    # Only as long as a block waits: the search is a pass over all gradients.
-    waits = functools.reduce(jnp.logical_or, (~jnp.all(of_stack) for of_stack in started))
+    # Only as long as a block waits: the search is a pass over all gradients. Padding would wait for ever.
+    waiting = (~(flags | _is_padding(stack, len(flags), axes)) for stack, flags in zip(stacks, started, strict=True))
+    waits = functools.reduce(jnp.logical_or, map(jnp.any, waiting))
     search = lambda: tuple(map(jax.vmap(is_first), made(curvatures), started))
     firsts = jax.lax.cond(waits, search, lambda: jax.tree.map(jnp.zeros_like, started))
 
@@ -53,6 +54,12 @@ def _started(shared: Any, curvatures: Given, state: tuple[Stacks, Stacks, Stacks
         functools.reduce(jnp.logical_or, map(jnp.any, firsts)), change, lambda: (factors, products)
     )
     return factors, products, tuple(map(jnp.logical_or, started, firsts))
+
+
+def _is_padding(stack: Stack, length: int, axes: tuple[str, ...]) -> jax.Array:
+    """Returns which of this device's blocks of a stack, `length` of them, are padding."""
+    first = jax.lax.axis_index(axes) * length if axes else 0
+    return first + jnp.arange(length) >= stack.count
 
 
 def observe_when(

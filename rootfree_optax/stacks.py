@@ -12,7 +12,7 @@ from rootfree_optax.each_stack import Given, Stacks, as_tree, of_stack
 from rootfree_optax.factor_step import times_scalar
 from rootfree_optax.layout.rules import DTypeRule, dtypes_of
 from rootfree_optax.layout.stack import Stack
-from rootfree_optax.precision import upcast
+from rootfree_optax.momentum_update import add_scaled, kept
 from rootfree_optax.sharded_plan import ShardedPlan
 
 
@@ -124,14 +124,10 @@ def averaged(
 
 def _averaged(shared: Any, gradients: Stacks, velocity: Stacks) -> tuple[Stacks, Stacks]:
     momentum, nesterov = shared
-
-    def accumulate(gradient: jax.Array, past: jax.Array) -> jax.Array:
-        wide = upcast(gradient)
-        return wide + jnp.asarray(momentum, wide.dtype) * past.astype(wide.dtype)
-
-    new = jax.tree.map(accumulate, gradients, velocity)
-    keep = lambda n, v, g: jnp.where(jnp.isfinite(g), n.astype(v.dtype), v)
-    return jax.tree.map(accumulate, gradients, new) if nesterov else new, jax.tree.map(keep, new, velocity, gradients)
+    add_past = lambda gradient, past: add_scaled(gradient, momentum, past)
+    averages = jax.tree.map(add_past, gradients, velocity)
+    new = jax.tree.map(kept, velocity, averages, gradients)
+    return jax.tree.map(add_past, gradients, averages) if nesterov else averages, new
 
 
 def pack(plan: ShardedPlan, updates: optax.Updates) -> Stacks:

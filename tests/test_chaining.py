@@ -78,6 +78,32 @@ def test_momentum_dtype():
     np.testing.assert_allclose(updates, 0.5, rtol=2**-8)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_wide_accumulator_adds_up_what_half_precision_cannot(nesterov):
+    tx = heavy_ball(0.999, nesterov=nesterov, accumulator_dtype=jnp.float32)
+    ones = jnp.ones(1, jnp.bfloat16)
+    step = lambda state, _: (tx.update(ones, state)[1], None)
+    state, _ = jax.lax.scan(step, tx.init(ones), None, length=3000)
+    np.testing.assert_allclose(state.momentum, (1 - 0.999**3000) / 0.001, rtol=1e-3)
+
+
+def test_an_update_that_is_not_finite_shows_and_leaves_the_momentum():
+    tx = heavy_ball(0.5)
+    _, state = tx.update(jnp.array([1.0, 2.0, 3.0]), tx.init(jnp.zeros(3)))
+    updates, state = tx.update(jnp.array([jnp.nan, jnp.inf, 1.0]), state)
+    np.testing.assert_array_equal(np.isfinite(updates), [False, False, True])
+    np.testing.assert_array_equal(state.momentum, [1.0, 2.0, 2.5])
+
+
+def test_momentum_of_large_half_precision_gradients_stays_within_its_range():
+    tx = rf.scale_by_sirf_shampoo(0.1, batch_size=1, momentum=0.875, initial_scale=1.0)
+    large, small = jnp.full((3, 2), 30000, jnp.float16), jnp.ones((3, 2), jnp.float16)
+    state = tx.init(large)
+    for gradient in (large, large, large, small):
+        _, state = tx.update(gradient, state)
+        assert np.isfinite(state.velocity[0]).all()
+
+
 def test_weight_decay_without_parameters_is_an_error():
     tx = add_decayed_weights(0.1)
     with pytest.raises(ValueError, match=r"needs the parameters: call tx.update\(grads, state, params\)"):

@@ -97,6 +97,19 @@ def test_a_schedule_that_a_variant_cannot_follow_is_refused(case: Case) -> None:
             case(**{name: optax.constant_schedule(HYPERPARAMETERS[name][0])})
 
 
+@over(CONSTRUCTORS)
+def test_a_schedule_of_what_may_be_none_is_refused(case: Case) -> None:
+    constants = set(numeric_parameters(case.make)) - set(numeric_parameters(case.make, schedule=True))
+    assert "batch_size" in constants
+    for name in constants:
+        with refuses(TypeError, name, "inject_hyperparams"):
+            case(**{name: optax.constant_schedule(HYPERPARAMETERS[name][0])})
+    params = make_params()
+    tx = case()
+    with refuses(TypeError, "batch_size", "inject_hyperparams"):
+        tx.update(params, tx.init(params), params, batch_size=optax.constant_schedule(4.0))
+
+
 @over(ALL)
 @DTYPES
 def test_injected_hyperparameters_equal_constants_and_can_be_changed(case: Case, dtype: Any) -> None:

@@ -240,7 +240,7 @@ def test_a_refresh_that_is_not_finite_leaves_factors_and_momenta(value):
     )
     gradient = np.ones((3, 4), np.float32)
     gradient[1, 2] = value
-    chex.assert_trees_all_equal(refresh_matrix(gradient, factors, momenta), (factors, momenta, (), ()))
+    chex.assert_trees_all_equal(refresh_matrix(gradient, factors, momenta), (factors, momenta, (), (), ()))
     moved, *_ = refresh_matrix(np.ones((3, 4), np.float32), factors, momenta)
     assert all(np.abs(new - old).max() > 1e-2 for (new,), (old,) in zip(moved, factors, strict=True))
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rootfree_optax.precision import round_dithered
+from rootfree_optax.precision import round_dithered, saturate
 
 
 @given(
@@ -32,6 +32,22 @@ def test_dithered_rounding_leaves_representable_values_alone(dtype):
     values = jnp.array([0.0, 1.0, -1.0, 1.9921875, 2.0**-12], dtype)
     rounded = jax.vmap(lambda c: round_dithered(values.astype(jnp.float32), dtype, c))(counts)
     np.testing.assert_array_equal(rounded, jnp.broadcast_to(values, rounded.shape))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001])
+def test_what_is_not_a_number_stays_so_whatever_its_bits(bits, dtype):
+    """The first is a CPU's, the second an NVIDIA GPU's."""
+    value = jax.lax.bitcast_convert_type(jnp.uint32(bits), jnp.float32)
+    assert all(np.isnan(np.float32(round_dithered(value, dtype, count))) for count in jnp.arange(5))
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, -3.4e38, 98304.0, 1.0, np.nan])
+def test_saturation(value):
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+        limit = float(jnp.finfo(dtype).max)
+        expected = np.clip(np.float32(value), -limit, limit)
+        np.testing.assert_array_equal(np.float32(saturate(jnp.float32(value), dtype)), np.float32(expected))
 
 
 def test_no_dither_where_the_dtype_is_not_narrower():

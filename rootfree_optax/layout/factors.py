@@ -22,6 +22,8 @@ def find_factors(state: Any, stacks: Sequence[Stack]) -> tuple[Any, ...]:
     Raises:
       ValueError: if the state holds no factors of these stacks.
     """
+    if not stacks:
+        return ()
     expected = [shape for stack in stacks for shape in stack.part_shapes]
     nodes = [node for node in jax.tree.leaves(state, is_leaf=_has_factors) if _has_factors(node)]
     found = [[part.shape for part in jax.tree.leaves(node.factors)] for node in nodes]
