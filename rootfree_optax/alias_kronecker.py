@@ -89,7 +89,7 @@ def sirf_shampoo(
       precision: of every matrix product, see `jax.lax.Precision`.
 
     Returns:
-      The optimizer. Print `layout.plan(params)` to see what its state will hold and its steps cost.
+      The optimizer. Print `layout.plan(params)` to see how large its factors are and what its steps cost.
 
     Raises:
       ValueError: see `scale_by_sirf_shampoo`.

@@ -8,20 +8,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax import factor_start, factor_update, preconditioning, refreshing, sharded_plan, stacks
+from rootfree_optax import factor_stacks, preconditioning, sharded_plan, stacks
 from rootfree_optax import hyperparameters as hyper
+from rootfree_optax.factor_stacks import FactorStacks
 from rootfree_optax.hyperparameters import UpdateEvery
-from rootfree_optax.kronecker_options import (
-    REFRESHES,
-    InitialScale,
-    Refresh,
-    default_average,
-    require_inverse_roots,
-    require_symmetric,
-    require_valid,
-)
+from rootfree_optax.kronecker_options import FactorOptions, InitialScale, Refresh
 from rootfree_optax.layout import Layout
-from rootfree_optax.layout.rules import DTypeRule, require_dtype_rule
+from rootfree_optax.layout.rules import DTypeRule
 from rootfree_optax.sharded_plan import BlockAxes
 
 
@@ -154,35 +147,29 @@ def scale_by_sirf_shampoo(
     at_construction = batch_size
     hyper.require_kronecker(preconditioner_lr, damping, batch_size, update_every)
     sharded_plan.require_block_axes(block_axes)
-    require_dtype_rule(preconditioner_dtype)
     hyper.require_momentum(momentum, nesterov, accumulator_dtype)
-    keeps_momentum = riemannian_momentum is not None and not hyper.is_zero(riemannian_momentum)
-    require_valid(preconditioner_lr, riemannian_momentum if keeps_momentum else None, refresh, initial_scale)
-    hyper.require_interval("curvature_every", curvature_every)
     hyper.require_constant(trust_radius=trust_radius)
     hyper.require_positive("trust_radius", trust_radius)
-    if preconditioner_lr is None:
-        preconditioner_lr = default_average(refresh, update_every)
-    period = hyper.require_static_interval(update_every) if staggered else 1
-    waits_for_gradient = isinstance(initial_scale, str)
+    options = FactorOptions(
+        preconditioner_dtype=preconditioner_dtype,
+        riemannian_momentum=None if hyper.is_zero(riemannian_momentum) else riemannian_momentum,
+        refresh=refresh,
+        initial_scale=initial_scale,
+        update_every=update_every,
+        staggered=staggered,
+        curvature_every=curvature_every,
+        cache_products=cache_products,
+        precision=precision,
+    )
+    preconditioner_lr = options.rate(preconditioner_lr)
     by_matrices = preconditioning.precondition_by_squares if cache_products else preconditioning.precondition
     precondition_block = functools.partial(by_matrices, precision=precision)
 
     def init(params: optax.Params) -> ScaleBySirfShampooState:
         plan = sharded_plan.for_parameters(layout.plan(params), block_axes, params)
-        if refresh == "exact":
-            require_inverse_roots(plan)
-        if cache_products:
-            require_symmetric(plan)
-        curvature = 1.0 if isinstance(initial_scale, str) else initial_scale
-        factors = stacks.initial_factors(plan, params, preconditioner_dtype, curvature=curvature)
-        momenta = stacks.zeros_like(plan, factors) if keeps_momentum else ()
-        products = jax.tree.map(jnp.square, factors) if cache_products else ()  # of multiples of I
-        started = stacks.not_started(plan, factors) if waits_for_gradient else ()
-        observed = () if curvature_every is None else stacks.nothing_observed(plan, factors)
-        velocity = () if momentum is None else stacks.zero_velocity(plan, params, factors, accumulator_dtype)
-        count = jnp.zeros([], jnp.int32)
-        return ScaleBySirfShampooState(count, factors, momenta, products, started, observed, velocity)
+        kept = factor_stacks.initial(plan, params, options)
+        velocity = () if momentum is None else stacks.zero_velocity(plan, params, kept.factors, accumulator_dtype)
+        return ScaleBySirfShampooState(jnp.zeros([], jnp.int32), *kept, velocity)
 
     def update(
         updates: optax.Updates,
@@ -194,46 +181,30 @@ def scale_by_sirf_shampoo(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleBySirfShampooState]:
         del extra_args
-        damping_now = hyper.value_at(damping, state.count)
+        count, *kept, velocity = state
         batch_size = hyper.resolve_batch_size(batch_size, at_construction)
-        refresh_block = functools.partial(
-            factor_update.refresh,
-            preconditioner_lr=hyper.value_at(preconditioner_lr, state.count),
-            damping=damping_now,
-            riemannian_momentum=0.0 if riemannian_momentum is None else riemannian_momentum,
-            batch_size=batch_size,
-            count=state.count,
-            refresh_factor=REFRESHES[refresh],
-            precision=precision,
-        )
-        start_block = functools.partial(factor_start.start, damping=damping_now, batch_size=batch_size)
         whole = layout.plan(updates if params is None else params)
         plan = sharded_plan.for_state(whole, block_axes, state.factors, updates)
         gradients = stacks.pack(plan, updates)
-        curvatures = stacks.curvatures(plan, curvature, updates, gradients)
-
-        count, factors, momenta, products, started, observed, velocity = state
+        new = factor_stacks.renewed(
+            plan,
+            stacks.curvatures(plan, curvature, updates, gradients),
+            FactorStacks(*kept),
+            options,
+            preconditioner_lr=hyper.value_at(preconditioner_lr, count),
+            damping=hyper.value_at(damping, count),
+            batch_size=batch_size,
+            count=count,
+        )
         averages = gradients
         if momentum is not None:
             averages, velocity = stacks.averaged(plan, gradients, velocity, momentum=momentum, nesterov=nesterov)
-        if waits_for_gradient:
-            factors, products, started = refreshing.start(plan, start_block, curvatures, (factors, products, started))
-        if curvature_every is not None:
-            observe_block = functools.partial(factor_update.observe, batch_size=batch_size, precision=precision)
-            due = hyper.is_due(curvature_every, count)
-            observed = refreshing.observe_when(due, plan, observe_block, curvatures, factors, observed)
-        if staggered:
-            refresh_stacks = functools.partial(refreshing.refresh_in_turn, count, period)
-        else:
-            refresh_stacks = functools.partial(refreshing.refresh_when, hyper.is_due(update_every, count))
-        factors, momenta, products, observed, started = refresh_stacks(
-            plan, refresh_block, curvatures, (factors, momenta, products, observed, started)
-        )
-        directions = stacks.precondition(plan, precondition_block, averages, products if cache_products else factors)
+        matrices = new.products if cache_products else new.factors
+        directions = stacks.precondition(plan, precondition_block, averages, matrices)
         if trust_radius is not None:
             shorten = functools.partial(preconditioning.shortened, trust_radius=trust_radius, batch_size=batch_size)
             directions = stacks.precondition(plan, shorten, directions, averages)
-        new_state = (optax.safe_increment(count), factors, momenta, products, started, observed, velocity)
-        return stacks.unpack(plan, directions, updates), ScaleBySirfShampooState(*new_state)
+        new_state = ScaleBySirfShampooState(optax.safe_increment(count), *new, velocity)
+        return stacks.unpack(plan, directions, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)

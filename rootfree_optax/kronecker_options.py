@@ -1,8 +1,10 @@
 """The options of the inverse-free transformation: what they may be, what goes together, what is chosen by default."""
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
@@ -11,6 +13,7 @@ from rootfree_optax import hyperparameters as hyper
 from rootfree_optax.averaging import averaging_schedule
 from rootfree_optax.factor_step import exact_factor, published_factor
 from rootfree_optax.hyperparameters import UpdateEvery
+from rootfree_optax.layout.rules import DTypeRule, require_dtype_rule
 from rootfree_optax.sharded_plan import ShardedPlan
 from rootfree_optax.structures.base import Structure
 
@@ -21,34 +24,68 @@ REFRESHES = {"published": published_factor, "exact": exact_factor}
 _DEFAULT_PRECONDITIONER_LR = 0.1
 
 
-def default_average(refresh: Refresh, update_every: UpdateEvery) -> optax.Schedule:
-    """Returns the schedule that stands for a `preconditioner_lr` of None, where one can."""
-    # Under `optax.inject_hyperparams` a callable's value comes, a bool.
-    if refresh != "exact" or callable(update_every) or jnp.result_type(update_every) == jnp.bool_:
-        raise ValueError(
-            f"preconditioner_lr must be given for refresh={refresh!r} and update_every={update_every!r}: only the "
-            "exact refresh at an interval that is a number has a default. Pass 0.2, for example."
-        )
-    return averaging_schedule(_DEFAULT_PRECONDITIONER_LR, update_every)
+@dataclasses.dataclass(frozen=True)
+class FactorOptions:
+    """The arguments of `scale_by_sirf_shampoo` that say what is kept of the curvature, and when it is renewed.
 
+    A riemannian_momentum of None keeps none.
 
-def require_valid(preconditioner_lr: Any, riemannian_momentum: Any, refresh: Any, initial_scale: Any) -> None:
-    """Raises an error for an option out of range, or for options that do not go together."""
-    hyper.require_constant(riemannian_momentum=riemannian_momentum, initial_scale=initial_scale)
-    hyper.require_choice("refresh", refresh, REFRESHES)
-    if isinstance(initial_scale, str):
-        hyper.require_choice("initial_scale", initial_scale, ("first_gradient",))
-    hyper.require_positive("initial_scale", initial_scale)
-    if riemannian_momentum is not None:
-        hyper.require_fraction("riemannian_momentum", riemannian_momentum)
-    if refresh == "exact":
-        hyper.require_fraction("preconditioner_lr", preconditioner_lr)
-        if riemannian_momentum is not None:
+    Raises:
+      ValueError: for an option out of range, or for options that do not go together.
+      TypeError: for a schedule where none may be.
+    """
+
+    preconditioner_dtype: DTypeRule
+    riemannian_momentum: ArrayLike | None
+    refresh: Refresh
+    initial_scale: InitialScale
+    update_every: UpdateEvery
+    staggered: bool
+    curvature_every: UpdateEvery | None
+    cache_products: bool
+    precision: jax.lax.PrecisionLike
+
+    def __post_init__(self) -> None:
+        require_dtype_rule(self.preconditioner_dtype)
+        hyper.require_constant(riemannian_momentum=self.riemannian_momentum, initial_scale=self.initial_scale)
+        hyper.require_choice("refresh", self.refresh, REFRESHES)
+        if isinstance(self.initial_scale, str):
+            hyper.require_choice("initial_scale", self.initial_scale, ("first_gradient",))
+        hyper.require_positive("initial_scale", self.initial_scale)
+        hyper.require_interval("curvature_every", self.curvature_every)
+        hyper.require_fraction("riemannian_momentum", self.riemannian_momentum)
+        if self.staggered:
+            hyper.require_static_interval(self.update_every)
+        if self.refresh == "exact" and self.riemannian_momentum is not None:
             raise ValueError(
                 "riemannian_momentum must be None or a Python 0 for refresh='exact', got "
-                f"{riemannian_momentum!r}: S is a moving average already. Lower preconditioner_lr for a longer one, "
-                "or pass refresh='published'."
+                f"{self.riemannian_momentum!r}: S is a moving average already. Lower preconditioner_lr for a longer "
+                "one, or pass refresh='published'."
             )
+
+    @property
+    def waits_for_gradient(self) -> bool:
+        """Whether blocks start at the scale of their first gradient."""
+        return isinstance(self.initial_scale, str)
+
+    def rate(self, preconditioner_lr: optax.ScalarOrSchedule | None) -> optax.ScalarOrSchedule:
+        """Returns β₂ as it is given, or the schedule that stands for None, where one can.
+
+        Raises:
+          ValueError: for a Python number that the refresh does not admit, or for None where no schedule stands for it.
+        """
+        if self.refresh == "exact":
+            hyper.require_fraction("preconditioner_lr", preconditioner_lr)
+        if preconditioner_lr is not None:
+            return preconditioner_lr
+        # Under `optax.inject_hyperparams` a callable's value comes, a bool.
+        every = self.update_every
+        if self.refresh != "exact" or callable(every) or jnp.result_type(every) == jnp.bool_:
+            raise ValueError(
+                f"preconditioner_lr must be given for refresh={self.refresh!r} and update_every={every!r}: only the "
+                "exact refresh at an interval that is a number has a default. Pass 0.2, for example."
+            )
+        return averaging_schedule(_DEFAULT_PRECONDITIONER_LR, every)
 
 
 def require_inverse_roots(plan: ShardedPlan) -> None:
