@@ -1,4 +1,4 @@
-"""The mathematics of heavy-ball momentum, for one array, of gradients or of directions."""
+"""The mathematics of heavy-ball momentum, for one array."""
 
 import jax
 import jax.numpy as jnp

@@ -79,12 +79,6 @@ def map_gradients(function: Callable[..., Any], gradients: Any, *rest: Any) -> A
     )
 
 
-def map_accumulators(function: Callable[..., Any], accumulators: Any, gradients: Any, *rest: Any) -> Any:
-    """Maps `function(accumulator, gradient, *others)` over trees; one whose gradient is None stays as it was."""
-    return jax.tree.map(
-        lambda g, a, *others: a if g is None else function(a, g, *others),
-        gradients,
-        accumulators,
-        *rest,
-        is_leaf=_is_none,
-    )
+def map_accumulators(function: Callable[..., Any], accumulators: Any, gradients: Any) -> Any:
+    """Maps `function(accumulator, gradient)` over trees; a gradient of None leaves the accumulator as it was."""
+    return jax.tree.map(lambda g, a: a if g is None else function(a, g), gradients, accumulators, is_leaf=_is_none)

@@ -57,7 +57,7 @@ def test_the_exact_refresh_of_a_vector_is_the_average():
         ({"preconditioner_lr": 0.0}, r"preconditioner_lr must be positive, got 0.0"),
         ({"preconditioner_lr": 1.0}, r"preconditioner_lr must lie in \[0, 1\), got 1.0"),
         ({"preconditioner_lr": 0.1, "maximum": 1.0}, r"maximum must lie in \[0, 1\), got 1.0"),
-        ({"preconditioner_lr": 0.1, "update_every": 0}, r"update_every must be at least 1, got 0"),
+        ({"preconditioner_lr": 0.1, "update_every": 0}, r"update_every must be a whole number of at least 1, got 0"),
     ],
 )
 def test_numbers_out_of_range(arguments, message):

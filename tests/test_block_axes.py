@@ -158,7 +158,7 @@ def test_nothing_is_sent_within_refresh_and_application(structure: str) -> None:
     def both(gradients: Any, factors: Any, count: jax.Array) -> Any:
         keywords = {"preconditioner_lr": 0.1, "damping": 0.1, "riemannian_momentum": 0.5, "batch_size": 4}
         refresh = functools.partial(factor_update.refresh, count=count, **keywords)
-        state = refreshing.refresh_when(count % 2 == 0, plan, refresh, gradients, (factors, (), (), ()))
+        state = refreshing.refresh_when(count % 2 == 0, plan, refresh, gradients, (factors, (), (), (), ()))
         return state, stacks.precondition(plan, preconditioning.precondition, gradients, state[0])
 
     [stack] = plan.stacks

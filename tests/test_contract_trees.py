@@ -159,4 +159,4 @@ def test_training_goes_on_after_thousands_of_zero_gradients(case: Case, dtype: s
     assert_close(quiet, zero, tolerance=0)
     updates, state = tx.update(jax.tree.map(lambda g: g * 1e-2, gradient), state, params)
     assert all(np.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((updates, state)))
-    assert np.any(optax.tree.norm(updates) > 0)
+    assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(updates))

@@ -30,9 +30,9 @@ def render(units: Sequence[Unit], stacks: Sequence[Stack], *, state_bytes: Calla
     line = "─" * max(map(len, (header, *lines, last)))
     state, adam = sum(map(state_bytes, stacks)), 8 * parameters
     notes = [
-        f"{blocks} blocks in {len(stacks)} stacks. Factors: {state / max(adam, 1):.2f} times Adam's {_metric(adam)}B "
+        f"{blocks} blocks in {len(stacks)} stacks. State: {state / max(adam, 1):.2f} times Adam's {_metric(adam)}B "
         "(float32).",
-        "Momentum of gradients or directions, if there is one, is as large as the parameters.",
+        "Beside it, momentum of gradients or directions is as large as the parameters.",
         "Refresh, apply: floating-point operations, of all factors and all gradients.",
         "To the published refresh the exact one adds eight products of a dense factor.",
     ]
