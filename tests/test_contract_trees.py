@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from contract import ALL, Case, assert_close, make_gradients, make_params, over, refuses, run, tolerance_alone
 
