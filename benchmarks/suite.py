@@ -9,9 +9,9 @@ The peers are installed as `harness/peers.py` says, PyTorch's official optimizer
 psgd and SOAP minutes to compile, so name them only with that time at hand. On a GPU the same commands run there; set
 `JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32` or `highest` to say how float32 is multiplied, which the JSON records.
 
-On Linux processors, arrays of more than 32 MB are mapped anew at every step, and paging them in takes a tenth to a third of
-a product of such. `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` has it done in large pages, for every method alike; the JSON says
-whether it was set.
+On Linux processors, arrays of more than 32 MB are mapped anew at every step, and paging them in takes a tenth to a
+third of a product of such. `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` has it done in large pages, for every method alike;
+the JSON says whether it was set.
 
 The JSON is written after every method that is compiled, so that what a run has found outlives it.
 """

@@ -44,7 +44,7 @@ def rf_rmsprop(
 
     Raises:
       ValueError: at construction for a Python number out of range; at the first `update` without any batch size.
-      TypeError: at `init` for parameters that are not floating point.
+      TypeError: at construction for a schedule where none may be; at `init` for parameters that are not floating point.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, rootfree_optax as rf
@@ -112,7 +112,7 @@ def rf_adamw(
 
     Raises:
       ValueError: at construction for a Python number out of range; at the first `update` without any batch size.
-      TypeError: at `init` for parameters that are not floating point.
+      TypeError: at construction for a schedule where none may be; at `init` for parameters that are not floating point.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, rootfree_optax as rf

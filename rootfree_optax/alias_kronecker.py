@@ -93,7 +93,8 @@ def sirf_shampoo(
 
     Raises:
       ValueError: see `scale_by_sirf_shampoo`.
-      TypeError: at `init` for parameters that are not real floating point.
+      TypeError: at construction for a schedule where none may be; at `init` for parameters that are not real floating
+        point.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, rootfree_optax as rf
@@ -186,7 +187,8 @@ def rf_shampoo(
 
     Raises:
       ValueError: see `scale_by_rf_shampoo`.
-      TypeError: at `init` for parameters that are not real floating point.
+      TypeError: at construction for a schedule where none may be; at `init` for parameters that are not real floating
+        point.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, rootfree_optax as rf

@@ -57,7 +57,7 @@ def scale_by_rf_rms(
     Raises:
       ValueError: at construction for a Python number out of range; at the first `update` without any batch size, or
         for gradients unlike the parameters.
-      TypeError: at `init` for parameters that are not floating point.
+      TypeError: at construction for a schedule where none may be; at `init` for parameters that are not floating point.
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
@@ -144,7 +144,7 @@ def scale_by_rf_adam(
     Raises:
       ValueError: at construction for a Python number out of range, or for bias correction with a schedule for b2; at
         the first `update` without any batch size, or for gradients unlike the parameters.
-      TypeError: at `init` for parameters that are not floating point.
+      TypeError: at construction for a schedule where none may be; at `init` for parameters that are not floating point.
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf

@@ -62,7 +62,7 @@ def require_constant(**hyperparameters: Any) -> None:
 
 def require_interval(name: str, value: Any) -> None:
     """Raises a ValueError if `value` is a Python number that is not a whole one of at least 1."""
-    if _is_number(value) and not (value >= 1 and value == int(value)):
+    if _is_number(value) and not (value >= 1 and float(value).is_integer()):
         raise ValueError(f"{name} must be a whole number of at least 1, got {value}.")
 
 

@@ -128,7 +128,8 @@ def scale_by_sirf_shampoo(
         default; at `init` for a layout that does not fit a
         parameter; at the first `update` without any batch size, or for gradients or a state unlike the parameters;
         at both without a mesh that has the `block_axes`.
-      TypeError: at `init` for parameters that are not real floating point.
+      TypeError: at construction for a schedule where none may be; at `init` for parameters that are not real floating
+        point.
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf

@@ -70,7 +70,8 @@ def scale_by_rf_shampoo(
 
     Raises:
       ValueError: as `scale_by_sirf_shampoo`, and at `init` for a structure that is neither dense nor diagonal.
-      TypeError: at `init` for parameters that are not real floating point.
+      TypeError: at construction for a schedule where none may be; at `init` for parameters that are not real floating
+        point.
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf

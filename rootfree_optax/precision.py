@@ -60,10 +60,10 @@ def finite_or_zero(array: jax.Array) -> jax.Array:
 
 
 def saturate(array: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Returns `array` in another dtype, no wider, real entries beyond its range at the range's end."""
+    """Returns `array` in another dtype, real entries beyond the range of either at the range's end."""
     if jnp.iscomplexobj(array):
         return array.astype(dtype)
-    limit = jnp.asarray(jnp.finfo(dtype).max, array.dtype)
+    limit = jnp.asarray(min(float(jnp.finfo(kind).max) for kind in (dtype, array.dtype)), array.dtype)
     return jax.lax.clamp(-limit, array, limit).astype(dtype)
 
 

@@ -54,6 +54,7 @@ def test_a_dtype_that_does_not_fit_is_refused(rule, message):
     [
         ({"update_every": 0}, "update_every must be a whole number of at least 1, got 0"),
         ({"update_every": 2.5}, r"update_every must be a whole number of at least 1, got 2\.5"),
+        ({"update_every": float("inf")}, "update_every must be a whole number of at least 1, got inf"),
         ({"preconditioner_lr": -0.1}, r"preconditioner_lr must be at least 0, got -0\.1"),
         ({"damping": float("nan")}, "damping must be at least 0, got nan"),
         ({"batch_size": 0}, "batch_size must be positive, got 0"),

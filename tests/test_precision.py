@@ -45,6 +45,7 @@ def test_what_is_not_a_number_stays_so_whatever_its_bits(bits, dtype):
 @pytest.mark.parametrize("value", [np.inf, -np.inf, -3.4e38, 98304.0, 1.0, np.nan])
 def test_saturation(value):
     for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+        assert saturate(jnp.ones((), dtype), jnp.float32) == 1
         limit = float(jnp.finfo(dtype).max)
         expected = np.clip(np.float32(value), -limit, limit)
         np.testing.assert_array_equal(np.float32(saturate(jnp.float32(value), dtype)), np.float32(expected))
