@@ -1,12 +1,14 @@
 """The benchmark of pods reads programs rightly, and on a real TPU topology the work is divided as promised."""
 
 import importlib.util
+import io
 import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
@@ -55,6 +57,26 @@ def test_the_report_shows_every_record_and_what_does_not_compile(
     assert "| adamw | 2.5 | – |" in page
     assert "| none |" in page
     assert "muon does not compile: no memory" in page
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_a_table_that_is_too_wide_is_turned(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from harness import report
+
+    columns = [report.Column("method", "method")]
+    columns += [report.Column(f"n{i}", f"quan-\ntity {i}\nMB", ".1f") for i in range(10)]
+    records = [{"method": name, **{f"n{i}": 10.0 * i for i in range(10)}} for name in ("first", "second")]
+    console = Console(width=width, file=io.StringIO())
+    report.show(console, "Title", "Caption.", columns, records)
+    printed = console.file.getvalue()
+    lines = printed.splitlines()
+    assert "…" not in printed
+    assert max(map(len, lines)) <= width
+    expected = (
+        ["quantity", "7", "MB", "70.0", "70.0"] if width == 60 else ["first", *(f"{10 * i:.1f}" for i in range(10))]
+    )
+    assert expected in [line.split() for line in lines]
 
 
 SCRIPT = """

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 
@@ -37,12 +38,30 @@ class Column:
 
 def table(title: str, caption: str, columns: Sequence[Column], records: Sequence[dict[str, Any]]) -> Table:
     """Returns a table with one row per record: text to the left, numbers to the right."""
-    result = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    result.box, result.show_edge, result.pad_edge = box.SIMPLE_HEAD, False, False
+    result = _empty(title, caption)
     for column in columns:
         result.add_column(column.heading, justify="right" if column.spec else "left", no_wrap=True)
     for record in records:
         result.add_row(*(column.show(record) for column in columns))
+    return result
+
+
+def turned_table(title: str, caption: str, columns: Sequence[Column], records: Sequence[dict[str, Any]]) -> Table:
+    """Returns a table with one column per record, the first of `columns` at their heads, and one row for each other."""
+    names, *rows = columns
+    result = _empty(title, caption)
+    result.add_column(names.heading, no_wrap=True)
+    for record in records:
+        result.add_column(names.show(record), justify="right", overflow="fold")
+    for row in rows:
+        heading = row.heading.replace("-\n", "").replace("\n", " ")
+        result.add_row(heading, *(row.show(record) for record in records))
+    return result
+
+
+def _empty(title: str, caption: str) -> Table:
+    result = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    result.box, result.show_edge, result.pad_edge = box.SIMPLE_HEAD, False, False
     return result
 
 
@@ -61,6 +80,8 @@ def _six_digits(value: Any) -> Any:
 
 
 def show(console: Console, *args: Any, **kwargs: Any) -> None:
-    """Prints the table that `table` makes of the same arguments, with an empty line before it."""
+    """Prints the table of the same arguments after an empty line, `turned_table`'s where that of rows is too wide."""
+    by_rows = table(*args, **kwargs)
+    needed = Measurement.get(console, console.options.update(max_width=10_000), by_rows).maximum
     console.print()
-    console.print(table(*args, **kwargs))
+    console.print(by_rows if needed <= console.width else turned_table(*args, **kwargs))
