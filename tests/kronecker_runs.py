@@ -21,6 +21,14 @@ def scale_by_published(preconditioner_lr=0.2, damping=1e-4, riemannian_momentum=
     return rf.scale_by_sirf_shampoo(preconditioner_lr, damping, riemannian_momentum, **{**PUBLISHED, **others})
 
 
+EXACT_SETTING = {"preconditioner_lr": 0.1, "damping": 0.01, "batch_size": 4}
+
+
+def scale_by_exact(**changes):
+    """Returns the exact refresh from a curvature of one on, unless `changes` say otherwise."""
+    return rf.scale_by_sirf_shampoo(**{**EXACT_SETTING, "refresh": "exact", "initial_scale": 1.0, **changes})
+
+
 def sirf_published(*args, preconditioner_lr=0.2, riemannian_momentum=0.5, **others):
     given = {"preconditioner_lr": preconditioner_lr, "riemannian_momentum": riemannian_momentum, **others}
     return rf.sirf_shampoo(*args, **{**PUBLISHED, **PUBLISHED_MOMENTUM, **given})

