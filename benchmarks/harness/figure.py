@@ -21,6 +21,7 @@ def draw(path: pathlib.Path, title: str, records: Sequence[dict[str, Any]]) -> N
         axes.text(value / 1.05, position, f"{value:.3g}", va="center", ha="right", color="white", fontsize=8)
     axes.set_yticks(positions, [record["method"] for record in timed], fontsize=8)
     axes.set_xscale("log")
+    axes.set_xlim(left=min(means) / 3)  # room for the shortest bar's number
     axes.set_xlabel("one step of the optimizer, ms: mean over a period (bar) and slowest (mark)")
     axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

@@ -15,25 +15,36 @@ from harness import machine
 from rootfree_optax.products import matmul
 
 
+def _in_a_row() -> int:
+    """Returns how many operations are timed at once: how long one takes to reach an accelerator is no rate of its."""
+    return 10 if machine.on_accelerator() else 1
+
+
 def _fastest(function: Callable[..., Any], *arguments: Any, repeats: int = 7) -> float:
-    # An accelerator is handed some calls at once: how long a call takes to reach it is none of its rates.
-    calls = 10 if machine.on_accelerator() else 1
-    seconds = []
+    calls, seconds = _in_a_row(), []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready([function(*arguments) for _ in range(calls)])
+        for _ in range(calls):
+            result = function(*arguments)  # of which the last alone is held
+        jax.block_until_ready(result)
         seconds.append((time.perf_counter() - start) / calls)
     return min(seconds)
+
+
+@jax.jit
+def _products(lefts: list[jax.Array], right: jax.Array) -> list[jax.Array]:
+    return [matmul(left, right, precision=None) for left in lefts]
 
 
 @functools.cache
 def product_rate(shape: tuple[int, int, int], dtype: DTypeLike) -> float:
     """Returns the operations per second of the fastest of some products [n, rows, d] · [n, d, d] of a dtype."""
     count, rows, dim = shape
-    multiply = jax.jit(functools.partial(matmul, precision=None))
     # Numbers that differ: of equal ones an accelerator's products are faster.
     draw = lambda seed, shape: jax.random.normal(jax.random.key(seed), shape).astype(dtype)
-    seconds = _fastest(multiply, draw(0, (count, rows, dim)), draw(1, (count, dim, dim)))
+    # Of one program, as an optimizer's are: small ones take less time than to be handed over one by one.
+    lefts = [draw(seed, (count, rows, dim)) for seed in range(_in_a_row())]
+    seconds = _fastest(_products, lefts, draw(-1, (count, dim, dim))) / len(lefts)
     return 2 * count * rows * dim**2 / seconds
 
 

@@ -1,12 +1,13 @@
 """The report's tables, in Markdown."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.methods import METHODS
-from experiments.summary import ABLATIONS, Records, label_of
+from experiments.summary import ABLATIONS, Record, Records, label_of
 
 
 def markdown(headings: list[str], rows: list[list[str]]) -> str:
@@ -27,97 +28,91 @@ def by_task(records: Records, cell: Callable[[str, str], str], *, ablations: boo
     return markdown(["", *(label_of(task) for task in records)], rows)
 
 
+def _scale(record: Record) -> int:
+    """Returns what a reported number is shown times: errors are in per cent."""
+    return 100 if record["reported"] == "error" else 1
+
+
+def _tested(records: Records, tasks: Mapping[str, Any], task: str, name: str) -> str:
+    scale, test = _scale(records[task][name]), tasks[task][name]["test"]
+    digits = 2 if scale == 100 else 3
+    text = f"{scale * test['mean']:.{digits}f} ± {scale * test['std']:.{digits}f}"
+    best = min(row["test"]["mean"] for other, row in tasks[task].items() if other not in ABLATIONS)
+    text = f"**{text}**" if test["mean"] == best else text
+    return f"{text} ({test['diverged']} diverged)" if test["diverged"] else text
+
+
+def _speed(tasks: Mapping[str, Any], task: str, name: str) -> str:
+    steps, seconds = (tasks[task][name][f"{unit}_to_reference_loss"] for unit in ("steps", "seconds"))
+    if steps is None:
+        return "–"
+    return str(steps) if seconds is None else f"{steps}, {seconds:.2f} s"
+
+
+def _trials(records: Records, tasks: Mapping[str, Any], task: str, name: str) -> str:
+    scale, row = _scale(records[task][name]), tasks[task][name]["trials"]
+    of_key = lambda key: "∞" if np.isinf(row[key]) else f"{scale * row[key]:.3g}"
+    return f"{' / '.join(map(of_key, ('best', 'quartile', 'median')))} ({row['non_finite']})"
+
+
+def _regret(defaults: Mapping[str, Any], task: str, name: str) -> str:
+    if name not in defaults:
+        return ""
+    row = defaults[name]["tasks"][task]
+    return "diverged" if not np.isfinite(row["regret"]) or row["diverged"] else f"{100 * row['regret']:+.0f} %"
+
+
+def _one_setting(settings: Mapping[str, Any], task: str, name: str) -> str:
+    value = settings.get(name, {"tasks": {}})["tasks"].get(task, np.inf)
+    return "diverged" if np.isinf(value) else f"{100 * value:+.0f} %"
+
+
+def _sizes(records: Records) -> str:
+    keys = ("parameters", "batch_size", "steps")
+    rows = [[label_of(task), *(str(next(iter(of.values()))[key]) for key in keys)] for task, of in records.items()]
+    return markdown(["task", "parameters", "B", "steps"], rows)
+
+
+def _aims(goals: Sequence[Mapping[str, Any]]) -> str:
+    number = lambda value: "–" if np.isinf(value) else f"{value:.4g}"
+    rows = [
+        [row["what"], label_of(row["task"]), number(row["value"]), number(row["bound"]), "yes" if row["met"] else "no"]
+        for row in goals
+    ]
+    return markdown(["aim", "task", "measured", "bound", "met"], rows)
+
+
+def _bullets(of_method: Mapping[str, Mapping[str, float]], show: Callable[[float], str]) -> str:
+    """Returns a list of methods with named values."""
+    values = lambda row: ", ".join(f"{key} {show(value)}" for key, value in row.items())
+    return "\n".join(f"- {METHODS[name].label}: {values(row)}" for name, row in of_method.items()) + "\n"
+
+
 def report(records: Records, summary: Mapping[str, Any]) -> str:
     """Returns all tables, each under its heading."""
-    tasks, defaults = summary["tasks"], summary["defaults"]
-
-    def tested(task: str, name: str) -> str:
-        scale = 100 if records[task][name]["reported"] == "error" else 1
-        test = tasks[task][name]["test"]
-        text = (
-            f"{scale * test['mean']:.{2 if scale == 100 else 3}f} ± {scale * test['std']:.{2 if scale == 100 else 3}f}"
-        )
-        best = min(row["test"]["mean"] for other, row in tasks[task].items() if other not in ABLATIONS)
-        text = f"**{text}**" if test["mean"] == best else text
-        return f"{text} ({test['diverged']} diverged)" if test["diverged"] else text
-
-    def speed(task: str, name: str) -> str:
-        row = tasks[task][name]
-        steps, seconds = row["steps_to_reference_loss"], row["seconds_to_reference_loss"]
-        if steps is None:
-            return "–"
-        return str(steps) if seconds is None else f"{steps}, {seconds:.2f} s"
-
-    def trials(task: str, name: str) -> str:
-        scale = 100 if records[task][name]["reported"] == "error" else 1
-        row = tasks[task][name]["trials"]
-        values = " / ".join(
-            "∞" if np.isinf(row[key]) else f"{scale * row[key]:.3g}" for key in ("best", "quartile", "median")
-        )
-        return f"{values} ({row['non_finite']})"
-
-    def regret(task: str, name: str) -> str:
-        if name not in defaults:
-            return ""
-        row = defaults[name]["tasks"][task]
-        return "diverged" if not np.isfinite(row["regret"]) or row["diverged"] else f"{100 * row['regret']:+.0f} %"
-
-    def one_setting(task: str, name: str) -> str:
-        value = summary["one_setting"].get(name, {"tasks": {}})["tasks"].get(task, np.inf)
-        return "diverged" if np.isinf(value) else f"{100 * value:+.0f} %"
-
-    sizes = markdown(
-        ["task", "parameters", "B", "steps"],
-        [
-            [label_of(task), *(str(next(iter(methods.values()))[key]) for key in ("parameters", "batch_size", "steps"))]
-            for task, methods in records.items()
-        ],
-    )
-    number = lambda value: "–" if np.isinf(value) else f"{value:.4g}"
-    judged = markdown(
-        ["aim", "task", "measured", "bound", "met"],
-        [
-            [
-                row["what"],
-                label_of(row["task"]),
-                number(row["value"]),
-                number(row["bound"]),
-                "yes" if row["met"] else "no",
-            ]
-            for row in summary["goals"]
-        ],
-    )
+    tasks, defaults, settings = summary["tasks"], summary["defaults"], summary["one_setting"]
     rates = ", ".join(f"{METHODS[name].label} {row['learning_rate']:.2g}" for name, row in defaults.items())
+    by_share = {name: dict(sorted(row.items(), key=lambda item: -item[1])) for name, row in summary["knobs"].items()}
+    cell = functools.partial
     return "\n".join(
         [
             "### Sizes\n",
-            sizes,
+            _sizes(records),
             "### Test error, % (characters: loss): mean ± standard deviation over seeds\n",
-            by_task(records, tested, ablations=True),
+            by_task(records, cell(_tested, records, tasks), ablations=True),
             "### Steps to AdamW's final loss, and seconds where all optimizers were timed by turns\n",
-            by_task(records, speed),
+            by_task(records, cell(_speed, tasks)),
             "### Trials: best / first quartile / median on validation data (not finite)\n",
-            by_task(records, trials, ablations=True),
+            by_task(records, cell(_trials, records, tasks), ablations=True),
             "### Regret of the defaults\n",
             f"At one learning rate for all tasks: {rates}.\n",
-            by_task(records, regret),
+            by_task(records, cell(_regret, defaults)),
             "### Excess of the one trial that is best for all tasks\n",
-            by_task(records, one_setting),
-            "\n".join(
-                f"- {METHODS[name].label}: " + ", ".join(f"{key} {value:.2g}" for key, value in row["settings"].items())
-                for name, row in summary["one_setting"].items()
-            )
-            + "\n",
+            by_task(records, cell(_one_setting, settings)),
+            _bullets({name: row["settings"] for name, row in settings.items()}, "{:.2g}".format),
             "### Which hyperparameter decides: share of the trials' variance in rank, mean over tasks\n",
-            "\n".join(
-                f"- {METHODS[name].label}: "
-                + ", ".join(
-                    f"{key} {100 * value:.0f} %" for key, value in sorted(row.items(), key=lambda item: -item[1])
-                )
-                for name, row in summary["knobs"].items()
-            )
-            + "\n",
+            _bullets(by_share, lambda share: f"{100 * share:.0f} %"),
             "### Aims\n",
-            judged,
+            _aims(summary["goals"]),
         ]
     )
