@@ -1,4 +1,4 @@
-"""The optimizers under contract, in one table, and what the contract tests share.
+"""The optimizers under contract, in one table.
 
 A new optimizer joins by one line in `OPTIMIZERS` (a whole optimizer) or `TRANSFORMATIONS` (a `scale_by_*`); a new
 numeric hyperparameter by one line in `HYPERPARAMETERS`. Every test in test_contract_*.py, and Optax's own suites in
@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from kronecker_runs import PUBLISHED, PUBLISHED_MOMENTUM
@@ -201,69 +200,6 @@ def over(cases: tuple[Case, ...]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
-def make_params(dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Returns parameters with a matrix, a vector and a scalar."""
-    rng = np.random.default_rng(1)
-    return {
-        "layer": {
-            "kernel": jnp.asarray(rng.normal(size=(4, 3)), dtype),
-            "bias": jnp.asarray(rng.normal(size=3), dtype),
-        },
-        "scale": jnp.asarray(rng.normal(), dtype),
-    }
-
-
-def make_gradients(params: Any, steps: int, dtype: Any = None) -> list[Any]:
-    """Returns the gradients of several steps, trees like `params`, of `dtype` or each parameter's own."""
-    rng = np.random.default_rng(2)
-
-    def draw(param: jax.Array) -> jax.Array:
-        real, imaginary = rng.normal(size=(2, *param.shape))
-        of_dtype = param.dtype if dtype is None else jnp.dtype(dtype)
-        is_complex = jnp.issubdtype(of_dtype, jnp.complexfloating)
-        return jnp.asarray(real + 1j * imaginary if is_complex else real, dtype=of_dtype)
-
-    return [jax.tree.map(draw, params) for _ in range(steps)]
-
-
-def run(tx: optax.GradientTransformationExtraArgs, params: Any, gradients: Any, **extra_args: Any) -> tuple[Any, Any]:
-    """Returns the updates of every step, as a list, and the last state.
-
-    Eager, so that the small programs of one operation each are compiled once for all tests.
-    """
-    state = tx.init(params)
-    history = []
-    for gradient in gradients:
-        updates, state = tx.update(gradient, state, params, **extra_args)
-        params = optax.apply_updates(params, updates)
-        history.append(updates)
-    return history, state
-
-
-def types(tree: Any) -> Any:
-    """Returns the type of every array: shape, dtype, weak type and, on an explicit mesh, sharding."""
-    return jax.tree.map(lambda leaf: (jax.typeof(leaf), leaf.weak_type), tree)
-
-
-def shapes_and_dtypes(tree: Any) -> Any:
-    """Returns the tree with each array replaced by its shape and dtype."""
-    return jax.tree.map(lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype)), tree)
-
-
-def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    """Asserts that two trees agree in structure, shapes and dtypes, and entries to `tolerance` of the array's largest.
-
-    A tolerance of zero demands equal bits.
-    """
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    assert shapes_and_dtypes(actual) == shapes_and_dtypes(expected)
-    for (path, a), e in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
-        wide = np.complex128 if jnp.iscomplexobj(a) else np.float64
-        a, e = np.asarray(a).astype(wide), np.asarray(e).astype(wide)
-        largest = np.max(np.abs(e), initial=0.0)
-        np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * largest, err_msg=jax.tree_util.keystr(path))
-
-
 def tolerance_of(case: Case, dtype: Any = jnp.float32) -> float:
     """Returns the tolerance for numbers computed in another order, with parameters of `dtype`."""
     dtypes = [dtype, *(value for name, value in case.settings.items() if name.endswith("_dtype"))]
@@ -273,8 +209,3 @@ def tolerance_of(case: Case, dtype: Any = jnp.float32) -> float:
 def tolerance_alone(case: Case, dtype: Any = jnp.float32) -> float:
     """Returns the tolerance for an array updated among others or alone: none, unless it shares a product with them."""
     return 0.0 if case.elementwise else tolerance_of(case, dtype)
-
-
-def refuses(error: type[Exception], *fragments: str) -> Any:
-    """Expects an error whose message has all of the fragments."""
-    return pytest.raises(error, check=lambda e: all(fragment in str(e) for fragment in fragments))

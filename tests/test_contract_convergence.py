@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import ALL, OPTIMIZERS, Case, make_gradients, make_params, over, refuses, run, tolerance_of
+from checks import make_gradients, make_params, refuses, run
+from contract import ALL, OPTIMIZERS, Case, over, tolerance_of
 
 
 def squared_distance(params: Any, minimum: Any) -> jax.Array:

@@ -9,19 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import (
-    ALL,
-    HYPERPARAMETERS,
-    Case,
-    assert_close,
-    make_gradients,
-    make_params,
-    numeric_parameters,
-    over,
-    refuses,
-    run,
-    tolerance_of,
-)
+from checks import assert_close, make_gradients, make_params, refuses, run
+from contract import ALL, HYPERPARAMETERS, Case, numeric_parameters, over, tolerance_of
 
 CONSTRUCTORS = tuple({case.make: case for case in ALL}.values())
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import ALL, Case, assert_close, make_gradients, over, run, tolerance_of, types
+from checks import assert_close, make_gradients, run, types
+from contract import ALL, Case, over, tolerance_of
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 SPECS = {

@@ -9,18 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import (
-    ALL,
-    Case,
-    assert_close,
-    make_gradients,
-    make_params,
-    over,
-    run,
-    shapes_and_dtypes,
-    tolerance_alone,
-    types,
-)
+from checks import assert_close, make_gradients, make_params, run, shapes_and_dtypes, types
+from contract import ALL, Case, over, tolerance_alone
 from double_precision import double_precision
 
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import ALL, Case, assert_close, make_gradients, make_params, over, refuses, run, tolerance_alone
+from checks import assert_close, make_gradients, make_params, refuses, run
+from contract import ALL, Case, over, tolerance_alone
 
 
 def leaves_under(state: Any, name: str) -> list[jax.Array]:

@@ -8,19 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import (
-    ALL,
-    OPTIMIZERS,
-    Case,
-    assert_close,
-    make_gradients,
-    make_params,
-    over,
-    refuses,
-    run,
-    tolerance_alone,
-    tolerance_of,
-)
+from checks import assert_close, make_gradients, make_params, refuses, run
+from contract import ALL, OPTIMIZERS, Case, over, tolerance_alone, tolerance_of
 
 
 def loss(params: Any, inputs: jax.Array) -> jax.Array:

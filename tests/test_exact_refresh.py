@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import refuses
+from checks import refuses
 from kronecker_runs import EXACT_SETTING as SETTING
 from kronecker_runs import draw, last, params_of, run, scale_by_exact, scale_by_published
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import refuses
+from checks import refuses
 from kronecker_runs import PUBLISHED, SETTING, assert_close, both_forms, draw, last, params_of, run, scale_by_published
 
 import rootfree_optax as rf

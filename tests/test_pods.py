@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pod_worker
 import pytest
-from contract import assert_close
+from checks import assert_close
 from jax.sharding import AxisType
 
 STEPS = 10

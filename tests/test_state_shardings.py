@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
-from contract import assert_close, refuses
+from checks import assert_close, refuses
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from meshes import FSDP, LAYOUT, SHAPES, TENSOR, draw, mesh_of, shardings_on
 
