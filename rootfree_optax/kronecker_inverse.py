@@ -50,7 +50,7 @@ def scale_by_rf_shampoo(
         Sₙ ← (1 − β₂) Sₙ + β₂ Hₙ            direction = G ×₁ S₁⁻¹ … ×_N S_N⁻¹
 
     By Cholesky solves in at least float32: for comparison and for small problems. `scale_by_sirf_shampoo` does the
-    same to first order in β₂ with matrix products alone.
+    same with matrix products alone; with `refresh="published"` to first order in β₂, and clipped.
 
     Args:
       preconditioner_lr: β₂, in [0, 1]. A number, a traced scalar or a schedule.

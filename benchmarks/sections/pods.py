@@ -33,9 +33,9 @@ PODS = {
 }
 TITLE = "{program} of the {tree} decoder, {parameters:.2f} billion float32 parameters, on {topology} as {mesh}"
 CAPTION = (
-    "Per chip. state: of the optimizer; /plan: the factors' over the plan's bytes / chips. arguments: parameters, "
-    "state and what else is given. temporary: what is needed besides. GFLOP: of the products, in loops as often as "
-    "these run. busiest: the most factor work of a chip over the mean. collectives: ag all-gather, ar all-reduce, a2a "
+    "Per chip. sirf: factors in bfloat16, published refresh unless exact. state: of the optimizer; /plan: the factors' over the plan's bytes / chips. arguments: parameters, "
+    "state and what else is given. temporary: what is needed besides. GFLOP: of the factors' products in a step "
+    "with refresh, of no others and of the model's none. busiest: the most factor work of a chip over the mean. collectives: ag all-gather, ar all-reduce, a2a "
     "all-to-all, cp permute, "
     "rs reduce-scatter; sent: bytes of their results, over the chip's float32 gradient; in refresh: of those within "
     "the branch that refreshes. compile, process: time of tracing and compiling, by the clock and of "
@@ -170,7 +170,9 @@ def measure(
         "temporary_bytes": memory.temp_size_in_bytes,
         "gradient_bytes": gradient,
         "flops": compiled.cost_analysis().get("flops"),
-        "product_flops": product_flops(jax.make_jaxpr(step)(params, state, params if tokens is None else tokens)),
+        # None of a method without factors.
+        "product_flops": product_flops(jax.make_jaxpr(step)(params, state, params if tokens is None else tokens))
+        or None,
         "collectives": " ".join(f"{number}{_SHORT[kind]}" for kind, number in sorted(sent.count.items())),
         "collective_counts": dict(sent.count),
         "collective_bytes": dict(sent.size),

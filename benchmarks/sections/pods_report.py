@@ -12,7 +12,8 @@ from sections import pods
 HEAD = """# Programs for TPU pods
 
 Written by `python benchmarks/pods.py report` from the records beside it. Nothing here has run on a chip: the programs
-are compiled ahead of time, and bytes, operations and collectives are what the compiler says of them.
+are compiled ahead of time. Bytes and collectives are what the compiler says of them; operations are counted in what was
+traced.
 
 {caption}
 """

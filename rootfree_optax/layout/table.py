@@ -34,7 +34,7 @@ def render(units: Sequence[Unit], stacks: Sequence[Stack], *, state_bytes: Calla
         "(float32).",
         "Beside it, momentum of gradients or directions is as large as the parameters.",
         "Refresh, apply: floating-point operations, of all factors and all gradients.",
-        "To the published refresh the exact one adds eight products of a dense factor.",
+        "The exact refresh takes seven products of a dense factor more than the published one.",
     ]
     return "\n".join([header, line, *lines, line, last, *notes])
 

@@ -32,7 +32,7 @@ total             310k          11                       2.95MB    1.35G   602M
 11 blocks in 6 stacks. State: 1.19 times Adam's 2.48MB (float32).
 Beside it, momentum of gradients or directions is as large as the parameters.
 Refresh, apply: floating-point operations, of all factors and all gradients.
-To the published refresh the exact one adds eight products of a dense factor."""
+The exact refresh takes seven products of a dense factor more than the published one."""
 
 
 def test_golden(monkeypatch: pytest.MonkeyPatch) -> None:
