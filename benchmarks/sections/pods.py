@@ -33,13 +33,13 @@ PODS = {
 }
 TITLE = "{program} of the {tree} decoder, {parameters:.2f} billion float32 parameters, on {topology} as {mesh}"
 CAPTION = (
-    "Per chip. sirf: factors in bfloat16, published refresh unless exact. state: of the optimizer; /plan: the factors' over the plan's bytes / chips. arguments: parameters, "
-    "state and what else is given. temporary: what is needed besides. GFLOP: of the factors' products in a step "
-    "with refresh, of no others and of the model's none. busiest: the most factor work of a chip over the mean. collectives: ag all-gather, ar all-reduce, a2a "
-    "all-to-all, cp permute, "
-    "rs reduce-scatter; sent: bytes of their results, over the chip's float32 gradient; in refresh: of those within "
-    "the branch that refreshes. compile, process: time of tracing and compiling, by the clock and of "
-    "all threads, which other work on the machine changes less."
+    "Per chip. sirf: factors in bfloat16, published refresh unless exact. state: of the optimizer; /plan: the factors'"
+    " over the plan's bytes / chips. arguments: parameters, state and what else is given. temporary: what is needed "
+    "besides. GFLOP: of the factors' products in a step with refresh, of no others and of the model's none. busiest: "
+    "the most factor work of a chip over the mean. collectives: ag all-gather, ar all-reduce, a2a all-to-all, cp "
+    "permute, rs reduce-scatter; sent: bytes of their results, over the chip's float32 gradient; in refresh: of those "
+    "within the branch that refreshes. compile, process: time of tracing and compiling, by the clock and of all "
+    "threads, which other work on the machine changes less."
 )
 COLUMNS = (
     report.Column("method", "method"),
@@ -164,15 +164,14 @@ def measure(
     memory = compiled.memory_analysis()
     sent, within = traffic(compiled.as_text())
     gradient = chip_bytes(params)
+    jaxpr = jax.make_jaxpr(step)(params, state, params if tokens is None else tokens)
     record = {
         "state_bytes": chip_bytes(state),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "gradient_bytes": gradient,
         "flops": compiled.cost_analysis().get("flops"),
-        # None of a method without factors.
-        "product_flops": product_flops(jax.make_jaxpr(step)(params, state, params if tokens is None else tokens))
-        or None,
+        "product_flops": product_flops(jaxpr) or None,  # none of a method without factors
         "collectives": " ".join(f"{number}{_SHORT[kind]}" for kind, number in sorted(sent.count.items())),
         "collective_counts": dict(sent.count),
         "collective_bytes": dict(sent.size),
