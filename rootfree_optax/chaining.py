@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 from rootfree_optax import hyperparameters as hyper
 from rootfree_optax import trees
 from rootfree_optax.momentum_update import add_scaled
-from rootfree_optax.precision import dtype_like
+from rootfree_optax.precision import dtype_like, is_narrower, saturate
 
 MaskOrFn = Any | Callable[[optax.Params], Any] | None
 
@@ -83,8 +83,8 @@ def heavy_ball(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds up past updates, v ← momentum·v + update, as `optax.trace`, whatever the dtypes.
 
-    As there, a non-finite update makes v non-finite for good: reject such steps by `optax.apply_if_finite`. A test of
-    every entry would be a third of the program.
+    As there, a non-finite update makes v non-finite for good: a test of every entry would be a third of the program.
+    `optax.apply_if_finite` keeps out gradients that are not finite.
 
     Args:
       momentum: α₁, in [0, 1). A number or a traced scalar.
@@ -121,13 +121,19 @@ def heavy_ball(
         del params, extra_args
         add_past = lambda u, v: add_scaled(u, momentum, v)
         averages = trees.map_gradients(add_past, updates, state.momentum)
-        velocity = trees.map_accumulators(lambda v, average: average.astype(v.dtype), state.momentum, averages)
+        velocity = trees.map_accumulators(_stored, state.momentum, averages)
         if nesterov:
             averages = trees.map_gradients(add_past, updates, averages)
         averages = trees.map_gradients(lambda u, average: average.astype(u.dtype), updates, averages)
         return averages, HeavyBallState(velocity)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _stored(velocity: jax.Array, average: jax.Array) -> jax.Array:
+    """Returns the average in the velocity's dtype; beyond a narrower range at its end, not infinite for good."""
+    narrower = is_narrower(velocity.dtype, average.dtype)
+    return saturate(average, velocity.dtype) if narrower else average.astype(velocity.dtype)
 
 
 def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:

@@ -12,6 +12,7 @@ from rootfree_optax import factor_start, factor_update, refreshing, stacks
 from rootfree_optax import hyperparameters as hyper
 from rootfree_optax.each_stack import Given
 from rootfree_optax.kronecker_options import REFRESHES, FactorOptions, require_inverse_roots, require_symmetric
+from rootfree_optax.precision import saturate, upcast
 from rootfree_optax.sharded_plan import ShardedPlan
 
 
@@ -40,10 +41,14 @@ def initial(plan: ShardedPlan, params: optax.Params, options: FactorOptions) -> 
     return FactorStacks(
         factors,
         momenta=() if options.riemannian_momentum is None else stacks.zeros_like(plan, factors),
-        products=jax.tree.map(jnp.square, factors) if options.cache_products else (),  # of multiples of I
+        products=jax.tree.map(_squared, factors) if options.cache_products else (),  # of multiples of I
         started=stacks.not_started(plan, factors) if options.waits_for_gradient else (),
         observed=() if options.curvature_every is None else stacks.nothing_observed(plan, factors),
     )
+
+
+def _squared(part: jax.Array) -> jax.Array:
+    return saturate(jnp.square(upcast(part)), part.dtype)
 
 
 def renewed(

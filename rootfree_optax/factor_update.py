@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rootfree_optax.factor_step import all_finite, factor_steps, max_abs, outer_products, published_factor, times_scalar
-from rootfree_optax.precision import exponent_of, power_of_two, saturate, upcast
+from rootfree_optax.precision import exponent_of, power_of_two, round_dithered, saturate, upcast, within_range
 from rootfree_optax.structures.base import Parts, Structure
 
 Observed = tuple[tuple[Parts, ...], jax.Array]
@@ -63,7 +63,9 @@ def observe(
     sums, number = observed
     outers = outer_products(gradient, structures, factors, batch_size=batch_size, precision=precision)
     keep = all_finite([max_abs(parts) for parts in outers])
-    add = lambda total, outer: jnp.where(keep, saturate(upcast(total) + outer, total.dtype), total)
+    # To nearest, a long sum would stop growing in half precision.
+    rounded = lambda total, dtype: round_dithered(within_range(total, dtype), dtype, number)
+    add = lambda total, outer: jnp.where(keep, rounded(upcast(total) + outer, total.dtype), total)
     return ((jax.tree.map(add, sums, outers), number + keep.astype(number.dtype)),)
 
 

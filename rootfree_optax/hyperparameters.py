@@ -97,9 +97,11 @@ def require_fraction(name: str, value: Any) -> None:
 
 
 def require_floating_dtype(name: str, dtype: Any) -> None:
-    """Raises a ValueError if `dtype` is neither None nor a real floating-point dtype."""
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{name} must be a real floating-point dtype or None, got {jnp.dtype(dtype).name}.")
+    """Raises a ValueError if `dtype` is neither None nor a real floating-point dtype of two bytes at least."""
+    if dtype is not None and not (jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize > 1):
+        raise ValueError(
+            f"{name} must be None or a real floating-point dtype of 16 bits at least, got {jnp.dtype(dtype).name}."
+        )
 
 
 def require_momentum(momentum: Any, nesterov: bool, accumulator_dtype: Any) -> None:

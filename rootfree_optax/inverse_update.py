@@ -7,6 +7,7 @@ lower Cholesky factor, elementwise the square root for a diagonal, and every inv
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,16 @@ def _one_at_a_time(function: Callable[..., jax.Array]) -> Callable[..., jax.Arra
     as many at once as there are threads wait for ever. One matrix after another asks for no other thread.
     """
     alone = jax.custom_batching.sequential_vmap(function)
-    return lambda *arrays: jax.lax.platform_dependent(*arrays, cpu=alone, default=function)
+
+    @jax.custom_jvp
+    def whole(*arrays: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(*arrays, cpu=alone, default=function)
+
+    @whole.defjvp
+    def with_tangent(arrays: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        return whole(*arrays), jax.jvp(function, arrays, tangents)[1]  # the loop's own could not be transposed
+
+    return whole
 
 
 _cholesky = _one_at_a_time(jnp.linalg.cholesky)

@@ -74,12 +74,14 @@ def scale_by_sirf_shampoo(
     one batched product: the program does not grow with the model's depth.
 
     The exact refresh does RF-Shampoo's S ← (1 − β₂)·S + β₂·H for S = (K Kᵀ)⁻¹, whatever the width, with an inverse root
-    made of eight products (see `inverse_root`). The published one is a clipped first-order step: relative to K it is at
-    most β₂, so that wide layers, long intervals and sudden large gradients need many refreshes. It is what the paper
-    and the official code do, with `preconditioner_lr=0.2, riemannian_momentum=0.5, initial_scale=1.0` or the like.
+    made of eight products (see `inverse_root`). It shrinks a dense K by at most 32 times, as after a gradient some
+    thirty times as large as those before: what is larger yet takes further refreshes. The published one is a clipped
+    first-order step: relative to K it is at most β₂, so that wide layers, long intervals and sudden large gradients
+    need many refreshes. It is what the paper and the official code do, with `preconditioner_lr=0.2,
+    riemannian_momentum=0.5, initial_scale=1.0` or the like.
 
     A block with a non-finite gradient, or whose factors would come out non-finite, keeps its factors; its direction is
-    not finite where its gradient is not, and mostly elsewhere too, so that `optax.apply_if_finite` works.
+    not finite where its gradient is not, and mostly elsewhere too. `optax.apply_if_finite` keeps such gradients out.
 
     Args:
       preconditioner_lr: β₂ ≥ 0, and below 1 for the exact refresh. A number, a traced scalar or a schedule. None, for
@@ -125,9 +127,8 @@ def scale_by_sirf_shampoo(
 
     Raises:
       ValueError: at construction for a Python number out of range, or without a `preconditioner_lr` where it has no
-        default; at `init` for a layout that does not fit a
-        parameter; at the first `update` without any batch size, or for gradients or a state unlike the parameters;
-        at both without a mesh that has the `block_axes`.
+        default; at `init` for a layout that does not fit a parameter; at the first `update` without any batch size, or
+        for gradients or a state unlike the parameters; at both without a mesh that has the `block_axes`.
       TypeError: at construction for a schedule where none may be; at `init` for parameters that are not real floating
         point.
 
@@ -170,7 +171,7 @@ def scale_by_sirf_shampoo(
         plan = sharded_plan.for_parameters(layout.plan(params), block_axes, params)
         kept = factor_stacks.initial(plan, params, options)
         velocity = () if momentum is None else stacks.zero_velocity(plan, params, kept.factors, accumulator_dtype)
-        return ScaleBySirfShampooState(jnp.zeros([], jnp.int32), *kept, velocity)
+        return ScaleBySirfShampooState(jnp.zeros([], jnp.int32), *stacks.varying_as(params, (*kept, velocity)))
 
     def update(
         updates: optax.Updates,
@@ -184,8 +185,7 @@ def scale_by_sirf_shampoo(
         del extra_args
         count, *kept, velocity = state
         batch_size = hyper.resolve_batch_size(batch_size, at_construction)
-        whole = layout.plan(updates if params is None else params)
-        plan = sharded_plan.for_state(whole, block_axes, state.factors, updates)
+        plan = sharded_plan.for_state(layout, block_axes, state.factors, updates, params)
         gradients = stacks.pack(plan, updates)
         new = factor_stacks.renewed(
             plan,

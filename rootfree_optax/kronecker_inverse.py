@@ -97,7 +97,7 @@ def scale_by_rf_shampoo(
         _require_symmetric(plan.plan)
         factors = jax.tree.map(upcast, stacks.initial_factors(plan, params))
         velocity = () if momentum is None else stacks.zero_velocity(plan, params, factors, accumulator_dtype)
-        return ScaleByRfShampooState(jnp.zeros([], jnp.int32), factors, velocity)
+        return ScaleByRfShampooState(jnp.zeros([], jnp.int32), *stacks.varying_as(params, (factors, velocity)))
 
     def update(
         updates: optax.Updates,
@@ -116,8 +116,7 @@ def scale_by_rf_shampoo(
             batch_size=hyper.resolve_batch_size(batch_size, at_construction),
             precision=precision,
         )
-        whole = layout.plan(updates if params is None else params)
-        plan = sharded_plan.for_state(whole, block_axes, state.factors, updates)
+        plan = sharded_plan.for_state(layout, block_axes, state.factors, updates, params)
         gradients = stacks.pack(plan, updates)
         curvatures = stacks.curvatures(plan, curvature, updates, gradients)
         due = hyper.is_due(update_every, state.count)

@@ -7,10 +7,10 @@ from jax.typing import ArrayLike
 from rootfree_optax.precision import saturate, upcast
 
 
-def add_scaled(array: jax.Array, factor: ArrayLike, other: jax.Array) -> jax.Array:
+def add_scaled(array: jax.Array, factor: ArrayLike, other: ArrayLike) -> jax.Array:
     """Returns array + factor·other, in at least single precision."""
     wide = upcast(array)
-    return wide + jnp.asarray(factor, wide.dtype) * other.astype(wide.dtype)
+    return wide + jnp.asarray(factor, wide.dtype) * jnp.asarray(other, wide.dtype)
 
 
 def kept(velocity: jax.Array, average: jax.Array, update: jax.Array) -> jax.Array:

@@ -1,5 +1,8 @@
 """Dtypes: what is computed in, what is stored, and how the one is rounded to the other."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -59,12 +62,20 @@ def finite_or_zero(array: jax.Array) -> jax.Array:
     return jax.lax.select(jnp.isfinite(array), array, jax.lax.full_like(array, 0))
 
 
+def within_range(array: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Returns a real `array`, entries beyond its own range or that of `dtype` at the range's end."""
+    limit = jnp.asarray(min(float(jnp.finfo(kind).max) for kind in (dtype, array.dtype)), array.dtype)
+    return jax.lax.clamp(-limit, array, limit)
+
+
 def saturate(array: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Returns `array` in another dtype, real entries beyond the range of either at the range's end."""
-    if jnp.iscomplexobj(array):
-        return array.astype(dtype)
-    limit = jnp.asarray(min(float(jnp.finfo(kind).max) for kind in (dtype, array.dtype)), array.dtype)
-    return jax.lax.clamp(-limit, array, limit).astype(dtype)
+    return array.astype(dtype) if jnp.iscomplexobj(array) else within_range(array, dtype).astype(dtype)
+
+
+def is_narrower(dtype: DTypeLike, other: DTypeLike) -> bool:
+    """Returns whether a floating-point dtype has a narrower range than another, as float16 has."""
+    return bool(jnp.finfo(dtype).maxexp < jnp.finfo(other).maxexp)
 
 
 def round_dithered(array: jax.Array, dtype: DTypeLike, count: jax.Array) -> jax.Array:
@@ -81,16 +92,34 @@ def round_dithered(array: jax.Array, dtype: DTypeLike, count: jax.Array) -> jax.
       count: the step's number, a scalar integer.
 
     Returns:
-      The rounded array, of `dtype`.
+      The rounded array, of `dtype`, with the derivatives of `array`.
     """
     if jnp.finfo(dtype).bits >= jnp.finfo(array.dtype).bits:
         return array.astype(dtype)
+    return _dithered(array, jnp.dtype(dtype), count)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _dithered(array: jax.Array, dtype: jnp.dtype, count: jax.Array) -> jax.Array:
     phase = count.astype(jnp.uint32) * jnp.uint32(_GOLDEN_STRIDE)
     # On the bits: adding to the digits that will be dropped carries into those that stay, and costs two integer
     # operations where frexp and ldexp cost a hundred.
     width, dropped = jnp.finfo(array.dtype).bits, jnp.finfo(array.dtype).nmant - jnp.finfo(dtype).nmant
     pattern = jnp.uint32 if width == 32 else jnp.uint64
     offset = (phase.astype(pattern) << (width - 32)) >> (width - dropped)
-    kept = ((array.view(pattern) + offset) >> dropped) << dropped
+    kept = (((array.view(pattern) + offset) >> dropped) << dropped).view(array.dtype)
+    if is_narrower(dtype, array.dtype):
+        # Below its normal numbers, those of `dtype` are as far apart as its smallest is from zero: more digits go.
+        unit = jnp.asarray(jnp.finfo(dtype).smallest_subnormal, array.dtype)
+        digits = jnp.floor(jnp.abs(array) / unit + offset.astype(array.dtype) / 2**dropped)
+        is_normal = jnp.abs(array) >= jnp.asarray(jnp.finfo(dtype).tiny, array.dtype)
+        kept = jnp.where(is_normal, kept, jnp.sign(array) * digits * unit)
     # A NaN of which all bits are set, as NVIDIA's are, would become a zero.
-    return jnp.where(jnp.isfinite(array), kept.view(array.dtype), array).astype(dtype)
+    return jnp.where(jnp.isfinite(array), kept, array).astype(dtype)
+
+
+@_dithered.defjvp
+def _dithered_jvp(dtype: jnp.dtype, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    array, count = primals
+    # The bits have no derivative. What is rounded follows the array on average, and so do derivatives.
+    return _dithered(array, dtype, count), tangents[0].astype(dtype)

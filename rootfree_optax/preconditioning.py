@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from rootfree_optax.factor_step import max_abs, times_scalar
 from rootfree_optax.folding import fold, fold_axes
-from rootfree_optax.precision import exponent_of, power_of_two, upcast
+from rootfree_optax.precision import exponent_of, is_narrower, power_of_two, upcast
 from rootfree_optax.structures.base import Parts, Structure
 
 
@@ -63,7 +63,7 @@ def _multiplied(
     rescale = jnp.ones((), direction.dtype)
     for axis, (structure, parts) in enumerate(zip(folded_structures, folded_matrices, strict=True)):
         multiplications = products(structure)
-        if jnp.finfo(parts[0].dtype).maxexp < jnp.finfo(direction.dtype).maxexp:
+        if is_narrower(parts[0].dtype, direction.dtype):
             scale = power_of_two(exponent_of(max_abs(parts))).astype(rescale.dtype)
             unit = power_of_two(exponent_of(jnp.max(jnp.abs(direction)))).astype(rescale.dtype)
             direction, parts = direction / unit, times_scalar(parts, 1 / scale)
@@ -96,8 +96,8 @@ def shortened(
     as_scalar = lambda number: jnp.asarray(number, direction.dtype)
     largest = jnp.max(jnp.abs(direction))
     unit = jnp.where(largest > 0, largest, 1)  # G·D itself may overflow where both are finite
-    mean = jnp.maximum(jnp.mean(upcast(gradient) * (direction / unit)), 0)
-    length = jnp.sqrt(as_scalar(batch_size) * mean) * jnp.sqrt(unit)
-    # A comparison with NaN is false.
-    factor = jnp.where((length > as_scalar(trust_radius)) & jnp.isfinite(length), as_scalar(trust_radius) / length, 1)
-    return direction * factor
+    mean = jnp.mean(upcast(gradient) * (direction / unit))
+    # Not the root of zero, whose derivative is infinite. A comparison with NaN is false.
+    length = jnp.sqrt(as_scalar(batch_size) * jnp.where(mean > 0, mean, 1)) * jnp.sqrt(unit)
+    is_long = (mean > 0) & (length > as_scalar(trust_radius)) & jnp.isfinite(length)
+    return direction * jnp.where(is_long, as_scalar(trust_radius) / length, 1)

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, PartitionSpec
 
-from rootfree_optax import partition
-from rootfree_optax.layout import Plan
+from rootfree_optax import partition, trees
+from rootfree_optax.layout import Layout, Plan
 from rootfree_optax.layout.split import Placed, as_it_is
 from rootfree_optax.layout.stack import Stack, padded_lengths
 from rootfree_optax.sharding import AnyMesh, mesh_in_use
@@ -194,12 +194,20 @@ def for_parameters(plan: Plan, block_axes: BlockAxes, params: optax.Params) -> S
     return dataclasses.replace(sharded, lengths=lengths)
 
 
-def for_state(plan: Plan, block_axes: BlockAxes, factors: Any, updates: optax.Updates) -> ShardedPlan:
+def for_state(
+    layout: Layout, block_axes: BlockAxes, factors: Any, updates: optax.Updates, params: optax.Params | None
+) -> ShardedPlan:
     """Returns the plan over the mesh in use when a state is updated; its arrays tell how many blocks are padding.
 
     Raises:
-      ValueError: if there is no mesh with the axes, or the state is not of this plan or of such a mesh.
+      ValueError: if there is no mesh with the axes, or the state is not of such parameters, layout and mesh.
     """
+    # Without a gradient it would not be planned for, and could pass for padding.
+    if block_axes is not None and params is None and any(leaf is None for leaf in trees.named_leaves(updates).values()):
+        raise ValueError(
+            "params must be given for a gradient of None and block_axes: call tx.update(grads, state, params)."
+        )
+    plan = layout.plan(updates if params is None else params)
     if not plan.stacks:
         return ShardedPlan(plan, ())
     sharded = _over_mesh(plan, block_axes, (factors, updates))
@@ -207,11 +215,12 @@ def for_state(plan: Plan, block_axes: BlockAxes, factors: Any, updates: optax.Up
     shapes = [jnp.shape(part) for part in jax.tree.leaves(factors)]
     whole = [(length * shards, *shape) for length, *shape in shapes] if sharded.is_local else shapes
     lengths = padded_lengths(plan.stacks, whole)
-    if lengths is None:
+    if lengths is None or (block_axes is None and lengths != sharded.lengths):
         expected = [shape for stack in plan.stacks for shape in stack.part_shapes]
         raise ValueError(
             "the state must come from init on parameters of the shapes that update is given, with the same layout. "
-            f"The factors' arrays have the shapes {whole}, but the layout asks for {expected}, or padding after them."
+            f"The factors' arrays have the shapes {whole}, but the layout asks for {expected}"
+            f"{'.' if block_axes is None else ', or padding after them.'}"
         )
     if any(length % shards for length in lengths):
         raise ValueError(

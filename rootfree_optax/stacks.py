@@ -6,13 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType
 from jax.typing import ArrayLike, DTypeLike
 
+from rootfree_optax import trees
 from rootfree_optax.each_stack import Given, Stacks, as_tree, of_stack
 from rootfree_optax.factor_step import times_scalar
 from rootfree_optax.layout.rules import DTypeRule, dtypes_of
 from rootfree_optax.layout.stack import Stack
 from rootfree_optax.momentum_update import add_scaled, kept
+from rootfree_optax.partition import axes_of_type
 from rootfree_optax.sharded_plan import ShardedPlan
 
 
@@ -108,6 +111,19 @@ def _zero_velocity(shared: Any, factors: Stacks) -> Stacks:
     return tuple(jnp.zeros((len(of_stack[0][0]), *stack.shape), dtype) for stack, dtype, of_stack in each)
 
 
+def varying_as(params: optax.Params, state: Any) -> Any:
+    """Returns a state's arrays, typed inside `jax.shard_map` as varying over every axis that a parameter varies over.
+
+    As its updates will be, once there have been gradients: branches and loops want arrays of one type.
+    """
+    traced = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.core.Tracer)]
+    if not traced or not axes_of_type(jax.sharding.get_abstract_mesh(), AxisType.Manual):
+        return state
+    without_entries = jnp.concatenate([jnp.ravel(leaf)[:0].astype(jnp.float32) for leaf in traced])
+    zero = jnp.sum(without_entries)
+    return jax.tree.map(lambda array: jnp.where(zero > 0, jnp.zeros_like(array), array), state)
+
+
 def averaged(
     plan: ShardedPlan, gradients: Stacks, velocity: Stacks, *, momentum: ArrayLike, nesterov: bool
 ) -> tuple[Stacks, Stacks]:
@@ -154,8 +170,9 @@ def curvatures(plan: ShardedPlan, curvature: optax.Updates | None, updates: opta
 
 def pack_curvature(plan: ShardedPlan, curvature: optax.Updates, updates: optax.Updates) -> Stacks:
     """Returns the stacks of a tree like `updates`, [blocks, …], or one with a leading axis, [blocks, samples, …]."""
-    ranks = [jnp.ndim(leaf) for leaf in jax.tree.leaves(curvature)]
-    has_samples = bool(ranks) and ranks == [jnp.ndim(leaf) + 1 for leaf in jax.tree.leaves(updates)]
+    given, expected = trees.named_leaves(curvature), trees.named_leaves(updates)
+    both = [path for path in given if given[path] is not None and expected.get(path) is not None]
+    has_samples = bool(both) and all(jnp.ndim(given[path]) == jnp.ndim(expected[path]) + 1 for path in both)
     return plan.pack(curvature, "curvature", sample_axis=has_samples)
 
 

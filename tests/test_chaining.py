@@ -159,3 +159,19 @@ def test_momentum_of_gradients_has_its_own_dtype_and_keeps_nothing_that_is_not_f
 def test_a_kind_of_momentum_that_is_none_is_an_error():
     with pytest.raises(ValueError, match=r"momentum_of must be one of 'directions', 'gradients', got 'steps'"):
         rf.rf_shampoo(0.1, batch_size=1, momentum_of="steps")
+
+
+def test_parameters_may_be_python_numbers():
+    tx = rf.rf_adamw(0.1, weight_decay=0.5, batch_size=1)
+    params = {"w": 1.0}
+    updates, _ = tx.update({"w": jnp.float32(2.0)}, tx.init(params), params)
+    expected, _ = tx.update({"w": jnp.float32(2.0)}, tx.init({"w": jnp.float32(1.0)}), {"w": jnp.float32(1.0)})
+    assert updates["w"] == expected["w"]
+
+
+def test_a_velocity_beyond_its_range_is_not_infinite_for_good():
+    tx = heavy_ball(0.5, accumulator_dtype=jnp.float16)
+    state = tx.init(jnp.zeros(2))
+    for update in ([6e4, 1.0], [6e4, 1.0], [0.0, 0.0]):
+        velocity, state = tx.update(jnp.array(update), state)
+    np.testing.assert_array_equal(velocity, [32752.0, 0.75])  # half of float16's largest number

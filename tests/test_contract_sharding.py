@@ -95,3 +95,27 @@ def test_init_from_sharded_shapes_equals_init_from_arrays(case: Case, kind: Axis
     state, from_shapes = tx.init(params), tx.init(shapes)
     assert_close(jax.device_get(from_shapes), jax.device_get(state), tolerance=0)
     assert_sharded_like(from_shapes, state)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="jnp.searchsorted did not type what varies")
+@over(ALL)
+def test_each_device_may_train_parameters_of_its_own_in_a_loop(case: Case) -> None:
+    """Inside `jax.shard_map`, whose types say what varies between devices: the state's are the same from `init` on."""
+    params = jax.tree.map(lambda p: jnp.stack([p, -2 * p]), replicated_params())
+    gradients = jax.tree.map(lambda *steps: jnp.stack(steps, axis=1), *make_gradients(params, 3))
+    tx = case(batch_size=4)
+
+    def train(params: Any, gradients: Any) -> Any:
+        def step(carry: Any, gradient: Any) -> Any:
+            params, state = carry
+            updates, state = tx.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), gradients)[0][0]
+
+    mesh = jax.make_mesh((2,), ("ensemble",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    spec, lone = PartitionSpec("ensemble"), lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
+    of_a_device = lambda *trees: jax.tree.map(lambda leaf: leaf[None], train(*map(lone, trees)))
+    trained = jax.jit(jax.shard_map(of_a_device, mesh=mesh, in_specs=spec, out_specs=spec))(params, gradients)
+    expected = jax.jit(jax.vmap(train))(params, gradients)
+    assert_close(jax.device_get(trained), jax.device_get(expected), tolerance_of(case))

@@ -50,6 +50,17 @@ def test_a_refresh_takes_the_mean_over_the_gradients_since_the_last_one(every, o
     assert min(jax.tree.leaves(difference)) > 1e-3
 
 
+def test_long_sums_in_half_precision_do_not_stop_growing():
+    """Rounded to nearest they would, at 256 times what is added: a quarter of these."""
+    gradients = jax.tree.map(np.sign, draw({"a": (6, 5)}, steps=1001))
+    setting = {**SETTING, "update_every": 1000, "curvature_every": 1, "damping": 1e-6, "initial_scale": 1.0}
+    norms = []
+    for dtype in ("float32", "bfloat16"):
+        directions, _ = run(rf.scale_by_sirf_shampoo(preconditioner_dtype=dtype, **setting), gradients)
+        norms.append(np.linalg.norm(last(directions)["a"]))
+    assert norms[1] == pytest.approx(norms[0], rel=0.03)
+
+
 def test_blocks_that_are_refreshed_in_turn_each_take_the_gradients_since_their_own():
     gradients = draw({"a": (4, 3, 3)}, steps=9)
     options = {**SETTING, "layout": rf.Layout(stacked=1), "initial_scale": 1.0}

@@ -26,6 +26,20 @@ def test_a_state_of_other_parameters_or_another_layout_is_refused(make):
         rf.Layout().plan(params).factors(optax.adam(0.1).init(params))
 
 
+@both_forms
+def test_other_parameters_do_not_get_those_factors_that_are_left_over(make):
+    params = {name: jnp.zeros((4, 4)) for name in "abc"}
+    state = make(**SETTING).init(params)
+    with pytest.raises(ValueError, match="the state must come from init"):
+        make(**SETTING).update({"b": params["b"]}, state)
+    without_gradient = params | {"a": None}
+    with pytest.raises(ValueError, match="the state must come from init"):
+        make(**SETTING).update(without_gradient, state)
+    make(**SETTING).update(without_gradient, state, params)
+    with pytest.raises(ValueError, match="params must be given for a gradient of None and block_axes"):
+        make(block_axes="data", **SETTING).update(without_gradient, state)
+
+
 @pytest.mark.parametrize("structure", ["triltoeplitz", "block2diagonal", "hierarchical2_1"])
 def test_a_structure_that_the_form_with_inverses_has_not_is_refused_by_path(structure):
     layout = rf.Layout(structure={1: "diagonal", 2: ("dense", structure)})
@@ -36,7 +50,8 @@ def test_a_structure_that_the_form_with_inverses_has_not_is_refused_by_path(stru
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (jnp.int32, "preconditioner_dtype must be a real floating-point dtype or None, got int32"),
+        (jnp.int32, "preconditioner_dtype must be None or a real floating-point dtype of 16 bits at least, got int32"),
+        (jnp.float8_e4m3fn, "preconditioner_dtype must be .* of 16 bits at least, got float8_e4m3fn"),
         ((jnp.float32, jnp.complex64), "preconditioner_dtype must be .* got complex64"),
         ((jnp.float32,) * 3, "preconditioner_dtype must have one dtype per axis"),
         ({2: (jnp.float32,)}, "preconditioner_dtype must have one dtype per axis"),
@@ -64,14 +79,6 @@ def test_a_dtype_that_does_not_fit_is_refused(rule, message):
 def test_numbers_out_of_range_are_refused_at_construction(make, setting, message):
     with pytest.raises(ValueError, match=message):
         make(**setting)
-
-
-@both_forms
-def test_a_missing_batch_size_is_refused_with_both_remedies(make):
-    params = jnp.zeros(3)
-    tx = make()
-    with pytest.raises(ValueError, match=r"(?s)batch_size is required.*constructing.*at each update"):
-        tx.update(params, tx.init(params))
 
 
 def test_more_than_the_newest_curvature_is_refused_with_inverses():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from kronecker_runs import SETTING, draw, scale_by_published
+from kronecker_runs import SETTING, draw, scale_by_exact, scale_by_published
 
 import rootfree_optax as rf
 
@@ -74,20 +74,27 @@ ALL_STRUCTURES = {
 }
 
 
+# Those that each form has: all, those with an inverse root in closed form, those whose inverses have their structure.
+PATHS = {scale_by_published: "abcde", scale_by_exact: "abe", rf.scale_by_rf_shampoo: "a"}
+
+
 def tree_of(make):
-    paths = ALL_STRUCTURES if make is scale_by_published else "a"
+    paths = PATHS[make]
     return {path: jnp.zeros((7, 5)) for path in paths}, rf.Layout(structure=lambda path, _: ALL_STRUCTURES[path])
 
 
-@pytest.mark.parametrize(("make", "fewest"), [(scale_by_published, 40), (rf.scale_by_rf_shampoo, 1)])
+@pytest.mark.parametrize(
+    ("make", "fewest"), [(scale_by_published, 40), (scale_by_exact, 60), (rf.scale_by_rf_shampoo, 1)]
+)
 def test_precision_reaches_every_product(make, fewest):
     params, layout = tree_of(make)
+    always = {(jax.lax.Precision.HIGHEST,) * 2} if make is scale_by_exact else set()  # what corners are eliminated with
     for precision in (jax.lax.Precision.HIGHEST, None):
         tx = make(layout=layout, precision=precision, **SETTING)
         jaxpr = jax.make_jaxpr(tx.update)(params, jax.eval_shape(tx.init, params)).jaxpr
         found = [e.params["precision"] for e in equations(jaxpr) if e.primitive.name == "dot_general"]
         assert len(found) >= fewest
-        assert set(found) == {None if precision is None else (precision, precision)}
+        assert set(found) == {None if precision is None else (precision, precision)} | always
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "curvature_every": 5}], ids=str)
@@ -118,9 +125,12 @@ def decompositions(make):
     return {name for name in operations if DECOMPOSITION.search(name)}
 
 
-def test_the_inverse_free_program_decomposes_nothing():
-    assert decompositions(scale_by_published) == set()
-    # The same search finds something where there is something to find.
+@pytest.mark.parametrize("make", [scale_by_published, scale_by_exact])
+def test_the_inverse_free_program_decomposes_nothing(make):
+    assert decompositions(make) == set()
+
+
+def test_the_search_for_decompositions_finds_those_of_the_form_with_inverses():
     assert len(decompositions(rf.scale_by_rf_shampoo)) >= 2
 
 

@@ -25,11 +25,19 @@ def test_dithered_rounding_is_right_on_average(value, sign, dtype):
     assert abs(rounded.astype(np.float64).mean() - value) <= 0.05 * unit
 
 
+@pytest.mark.parametrize("value", [4.1e-5, -1e-6, 2.3e-8])
+def test_below_the_normal_numbers_dithered_rounding_is_right_on_average(value):
+    """There float16's are 2⁻²⁴ apart, whatever their size: more digits are dropped than of normal ones."""
+    counts = jnp.arange(1000, dtype=jnp.int32)
+    rounded = jax.vmap(lambda count: round_dithered(jnp.float32(value), jnp.float16, count))(counts)
+    np.testing.assert_allclose(np.float64(rounded).mean(), value, atol=2e-3 * 2.0**-24)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_dithered_rounding_leaves_representable_values_alone(dtype):
     """Whatever the offset: the counts with the largest and the smallest are among the first hundred thousand."""
     counts = jnp.arange(100_000, dtype=jnp.int32)
-    values = jnp.array([0.0, 1.0, -1.0, 1.9921875, 2.0**-12], dtype)
+    values = jnp.array([0.0, 1.0, -1.0, 1.9921875, 2.0**-12, 3 * 2.0**-24], dtype)
     rounded = jax.vmap(lambda c: round_dithered(values.astype(jnp.float32), dtype, c))(counts)
     np.testing.assert_array_equal(rounded, jnp.broadcast_to(values, rounded.shape))
 

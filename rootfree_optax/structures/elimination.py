@@ -95,7 +95,7 @@ def _shrink(segments: Sequence[Segment], couplings: Sequence[Pair], blocks: Bloc
 def _dense(segments: Sequence[Segment], corner: Sequence[int], blocks: Blocks) -> jax.Array:
     """Returns the symmetric matrix of a corner, [rows, rows]."""
     within = lambda i, j: blocks[i, j] if (i, j) in blocks else blocks[j, i].T
-    own = lambda i: segments[i].to_dense(blocks[i, i])
+    own = lambda i: blocks[i, i].reshape(segments[i].dim, -1)  # one dense block, see `is_possible`
     return jnp.block([[own(i) if i == j else within(i, j) for j in corner] for i in corner])
 
 

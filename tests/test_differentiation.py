@@ -1,0 +1,50 @@
+"""Updates are differentiable, backwards too: for hyperparameters and initial parameters that are learned."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import make_params
+from contract import OPTIMIZERS, Case, over
+
+
+def loss(params: Any) -> jax.Array:
+    return sum(jnp.sum(jnp.square(jnp.sin(leaf) - 0.3)) for leaf in jax.tree.leaves(params))
+
+
+def after_three_steps(case: Case, **changes: Any) -> Any:
+    """Returns the loss after three steps, of a logarithm of the damping and a factor on the parameters."""
+    params = make_params()
+
+    def trained(log_damping: jax.Array, factor: jax.Array) -> jax.Array:
+        tx = case(damping=0.1 * jnp.exp(log_damping), batch_size=2, **changes)
+        point = jax.tree.map(lambda p: factor * p, params)
+        state = tx.init(point)
+        for _ in range(3):
+            updates, state = tx.update(jax.grad(loss)(point), state, point)
+            point = jax.tree.map(jnp.add, point, updates)
+        return loss(point)
+
+    return jax.jit(trained)
+
+
+@over(OPTIMIZERS)
+def test_derivatives_are_those_of_finite_differences(case: Case) -> None:
+    trained, at, step = after_three_steps(case), (jnp.float32(0.0), jnp.float32(1.0)), 3e-3
+    gradient = jax.jit(jax.grad(trained, argnums=(0, 1)))(*at)
+    for index, slope in enumerate(gradient):
+        moved = [[x + sign * step * (i == index) for i, x in enumerate(at)] for sign in (1, -1)]
+        difference = (float(trained(*moved[0])) - float(trained(*moved[1]))) / (2 * step)
+        np.testing.assert_allclose(float(slope), difference, rtol=0.05, atol=2e-3)
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["damping", "parameters"])
+@over(tuple(case for case in OPTIMIZERS if case.name in ("rf_rmsprop", "rf_adamw", "sirf_shampoo")))
+def test_derivatives_pass_the_rounding_of_half_precision(case: Case, index: int) -> None:
+    dtype = {f"{'accumulator' if case.elementwise else 'preconditioner'}_dtype": jnp.bfloat16}
+    at = (jnp.float32(0.0), jnp.float32(1.0))
+    wide, half = (jax.jit(jax.grad(after_three_steps(case, **given), index))(*at) for given in ({}, dtype))
+    assert abs(wide) > 1e-4
+    np.testing.assert_allclose(half, wide, rtol=0.1)
