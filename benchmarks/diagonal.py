@@ -10,15 +10,13 @@ reads and writes: what limits an elementwise optimizer, and the same on a busy m
 
 import argparse
 import functools
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+import trees
 from harness import machine, program, report, timing
 from rich.console import Console
 from rich.progress import track
@@ -56,7 +54,7 @@ def transformer_shapes(parameters: int) -> dict[str, Any]:
     Its depth and vocabulary grow with its width d: d / 64 layers, 32·d words.
     """
     width, shapes = 64, _shapes_of_width(64)
-    while count(shapes) < parameters:
+    while trees.size(shapes) < parameters:
         width += 64
         shapes = _shapes_of_width(width)
     return shapes
@@ -72,40 +70,17 @@ def _shapes_of_width(width: int) -> dict[str, Any]:
     return {"embedding": (32 * width, width), **layers, "final_norm": (width,)}
 
 
-def _is_shape(node: Any) -> bool:
-    return isinstance(node, tuple)
-
-
-def count(shapes: dict[str, Any]) -> int:
-    """Returns the number of parameters in a tree of shapes."""
-    return sum(map(math.prod, jax.tree.leaves(shapes, is_leaf=_is_shape)))
-
-
-def normal_tree(shapes: dict[str, Any], scale: float) -> Any:
-    """Returns float32 arrays of these shapes with normally distributed entries, the same ones at every call."""
-    generator = np.random.default_rng(0)
-    draw = lambda shape: jnp.asarray(np.float32(scale) * generator.standard_normal(shape, np.float32))
-    return jax.tree.map(draw, shapes, is_leaf=_is_shape)
-
-
-def optimizer_step(tx: optax.GradientTransformation, carry: tuple[Any, Any], gradients: Any) -> tuple[Any, Any]:
-    """Returns parameters and state after one step."""
-    params, state = carry
-    updates, state = tx.update(gradients, state, params)
-    return optax.apply_updates(params, updates), state
-
-
 def measure(shapes: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
     """Returns one record per method."""
-    gradients = normal_tree(shapes, 1e-2)
+    gradients = trees.normal(shapes, 1e-2)
     parameter_bytes = program.tree_bytes(gradients)
     watch = functools.partial(track, console=Console(stderr=True), transient=True)
     carries, programs, state_bytes = {}, {}, {}
     for name in watch(list(METHODS), description="compiling"):
-        tx, params = METHODS[name], normal_tree(shapes, 1.0)
+        tx, params = METHODS[name], trees.normal(shapes, 1.0)
         carries[name] = (params, tx.init(params))
         state_bytes[name] = program.tree_bytes(carries[name][1])
-        programs[name] = program.compile_step(functools.partial(optimizer_step, tx), carries[name], gradients)
+        programs[name] = program.compile_step(functools.partial(program.optimizer_step, tx), carries[name], gradients)
 
     steps = {name: compiled.run for name, compiled in programs.items()}
     watch_rounds = functools.partial(watch, description="timing")
@@ -142,8 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     description = machine.describe()
     shapes = transformer_shapes(options.parameters)
     settings = {
-        "parameters": count(shapes),
-        "arrays": len(jax.tree.leaves(shapes, is_leaf=_is_shape)),
+        "parameters": trees.size(shapes),
+        "arrays": len(trees.shapes_of(shapes)),
         "dtype": "float32",
         "repeats": options.repeats,
     }

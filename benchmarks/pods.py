@@ -157,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     default_output = pathlib.Path(__file__).parent / "results"
     parser.add_argument("--output", type=pathlib.Path, default=default_output, help="folder (benchmarks/results)")
     options = parser.parse_args(arguments)
+    if unknown := set(options.methods) - set(pods.methods(rf.Layout(), ("data",))):
+        parser.error(f"unknown or absent methods: {', '.join(sorted(unknown))}")
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"sections must be among {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
     runs = {

@@ -97,7 +97,4 @@ def renewed(
         refresh_stacks = functools.partial(refreshing.refresh_in_turn, count, period)
     else:
         refresh_stacks = functools.partial(refreshing.refresh_when, hyper.is_due(options.update_every, count))
-    factors, momenta, products, observed, started = refresh_stacks(
-        plan, refresh, curvatures, (factors, momenta, products, observed, started)
-    )
-    return FactorStacks(factors, momenta, products, started, observed)
+    return FactorStacks(*refresh_stacks(plan, refresh, curvatures, (factors, momenta, products, started, observed)))

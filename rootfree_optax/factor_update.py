@@ -74,8 +74,8 @@ def refresh(
     factors: tuple[Parts, ...],
     momenta: tuple[Parts, ...],
     products: tuple[Parts, ...] = (),
-    observed: Observed | tuple[()] = (),
     started: jax.Array | tuple[()] = (),
+    observed: Observed | tuple[()] = (),
     *,
     structures: Sequence[Structure],
     preconditioner_lr: ArrayLike,
@@ -85,7 +85,7 @@ def refresh(
     count: jax.Array,
     refresh_factor: Callable[..., Parts] = published_factor,
     precision: jax.lax.PrecisionLike = None,
-) -> tuple[tuple[Parts, ...], tuple[Parts, ...], tuple[Parts, ...], Observed | tuple[()], jax.Array | tuple[()]]:
+) -> tuple[tuple[Parts, ...], tuple[Parts, ...], tuple[Parts, ...], jax.Array | tuple[()], Observed | tuple[()]]:
     """Refreshes a block's factors and their momenta; a block that would come out non-finite stays as it was.
 
         mₙ ← α₂ mₙ + (1 − α₂) stepₙ        Kₙ ← refresh_factor(Kₙ, mₙ)
@@ -95,10 +95,10 @@ def refresh(
       factors: the parts of each Kₙ.
       momenta: the parts of each mₙ, or empty: then mₙ = stepₙ and none is kept.
       products: the parts of each KₙKₙᵀ, or empty: then none is kept.
-      observed: what `observe` has added up, whose mean takes the place of G's outer products; or empty. A block that
-        has observed nothing stays as it was.
       started: whether the block has seen a gradient, a scalar, without which it stays as it was: refreshed with none,
         its factors would grow until they know of the damping alone. Or empty.
+      observed: what `observe` has added up, whose mean takes the place of G's outer products; or empty. A block that
+        has observed nothing stays as it was.
       structures: the structure of each factor.
       preconditioner_lr: β₂ ≥ 0.
       damping: λ ≥ 0.
@@ -109,8 +109,8 @@ def refresh(
       precision: of every product.
 
     Returns:
-      The new factors, momenta and products, of the dtypes of the old, zeros in place of what was observed, and whether
-      the block has started, as before.
+      The new factors, momenta and products, of the dtypes of the old, whether the block has started, as before, and
+      zeros in place of what was observed.
     """
     if observed:
         sums, number = observed
@@ -143,4 +143,4 @@ def refresh(
     squares = tuple(s.square(k, precision=precision) for s, k in zip(structures, new_factors, strict=True) if products)
     new_products = jax.tree.map(stored, squares, products)
     nothing = jax.tree.map(jnp.zeros_like, observed)
-    return new_factors, select(new_momenta, momenta), new_products, nothing, started
+    return new_factors, select(new_momenta, momenta), new_products, started, nothing

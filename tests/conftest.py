@@ -30,3 +30,10 @@ def _drop_programs() -> collections.abc.Iterator[None]:
     """Drops the programs of a file behind it: a process may not map the code of all files at once, and would abort."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def standard_promotion() -> collections.abc.Iterator[None]:
+    """JAX's own promotion of dtypes, which Optax's schedules and flax count on: integers become floats."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

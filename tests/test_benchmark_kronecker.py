@@ -5,15 +5,14 @@ import io
 import json
 import pathlib
 import sys
-import types
 from typing import Any
 
 import jax
+import kronecker
 import pytest
 
 import rootfree_optax as rf
 
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 WIDTH = 16
 
 # Speaks the official worker's protocol, without PyTorch: every refresh takes 2 s, every other step 1 s.
@@ -29,17 +28,7 @@ for index, _ in enumerate(sys.stdin):
 
 
 @pytest.fixture(scope="module")
-def kronecker() -> types.ModuleType:
-    """The benchmark's module, imported as its command imports it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        import kronecker
-
-        return kronecker
-
-
-@pytest.fixture(scope="module")
-def run(kronecker: types.ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the command writes and prints, on its smallest trees, with an imitation of the official program."""
     folder = tmp_path_factory.mktemp("results") / "new"
     script = tmp_path_factory.mktemp("official") / "official_worker.py"
@@ -111,7 +100,7 @@ def test_mean_step_is_the_mean_over_a_period_and_compared_with_the_official(run:
     assert dense["refresh_roofline_seconds"] > dense["plain_roofline_seconds"]
 
 
-def test_tables_are_uncut(run: dict[str, Any], kronecker: types.ModuleType) -> None:
+def test_tables_are_uncut(run: dict[str, Any]) -> None:
     assert max(map(len, run["printed"].splitlines())) <= 80
     assert "…" not in run["printed"]
     for section in (kronecker.program, kronecker.state, kronecker.speed):
@@ -119,7 +108,7 @@ def test_tables_are_uncut(run: dict[str, Any], kronecker: types.ModuleType) -> N
             assert all(word in run["printed"] for word in column.heading.split("\n"))
 
 
-def test_a_worker_that_fails_says_why(tmp_path: pathlib.Path, kronecker: types.ModuleType) -> None:
+def test_a_worker_that_fails_says_why(tmp_path: pathlib.Path) -> None:
     script = tmp_path / "fails.py"
     script.write_text("raise SystemExit('there is no torch')")
     says_why = pytest.raises(RuntimeError, match="there is no torch")
@@ -127,7 +116,7 @@ def test_a_worker_that_fails_says_why(tmp_path: pathlib.Path, kronecker: types.M
         worker.ask({})
 
 
-def test_unknown_section_is_an_error(kronecker: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_section_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         kronecker.main(["sped"])
     assert "sections must be among program, state, speed, got sped" in capsys.readouterr().err

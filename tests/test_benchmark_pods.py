@@ -28,7 +28,6 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 
 
 def test_traffic_counts_loops_by_their_turns_and_knows_what_is_conditional(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
     from harness.collectives import traffic
 
     everything, conditional = traffic(PROGRAM)
@@ -40,7 +39,6 @@ def test_traffic_counts_loops_by_their_turns_and_knows_what_is_conditional(monke
 def test_the_report_shows_every_record_and_what_does_not_compile(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
     from harness import report
     from sections import pods_report
 
@@ -61,7 +59,6 @@ def test_the_report_shows_every_record_and_what_does_not_compile(
 
 @pytest.mark.parametrize("width", [60, 120])
 def test_a_table_that_is_too_wide_is_turned(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
     from harness import report
 
     columns = [report.Column("method", "method")]

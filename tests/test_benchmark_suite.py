@@ -1,14 +1,10 @@
 """The suite runs every kind of method on a small tree, and says what it could not run and why."""
 
 import json
-import pathlib
-import sys
 
 import jax
 import optax
 import pytest
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 import suite
 import trees
 from harness import busy, peers, roofline, turns

@@ -3,14 +3,12 @@
 import contextlib
 import io
 import json
-import pathlib
-import types
 from typing import Any
 
+import diagonal
 import jax
 import pytest
 
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 COUNT_BYTES = 4
 
 COUNTS = {  # step counts, one per link of a chain that has one
@@ -38,17 +36,7 @@ MOST_TRAFFIC = {
 
 
 @pytest.fixture(scope="module")
-def diagonal() -> types.ModuleType:
-    """The benchmark's module, imported as its command imports it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        import diagonal
-
-        return diagonal
-
-
-@pytest.fixture(scope="module")
-def run(diagonal: types.ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the command writes and prints, on its smallest tree."""
     path = tmp_path_factory.mktemp("results") / "new" / "diagonal.json"
     with contextlib.ExitStack() as stack:
@@ -81,7 +69,7 @@ def test_ratios_are_to_adamw(run: dict[str, Any]) -> None:
         assert record["fastest_ratio"] == pytest.approx(record["fastest_seconds"] / adamw["fastest_seconds"], rel=1e-4)
 
 
-def test_table_fits_eighty_columns_uncut(run: dict[str, Any], diagonal: types.ModuleType) -> None:
+def test_table_fits_eighty_columns_uncut(run: dict[str, Any]) -> None:
     lines = run["printed"].splitlines()
     assert max(map(len, lines)) <= 80
     assert "…" not in run["printed"]

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-from collections.abc import Iterator
 
 import compare_characters
 import jax
@@ -26,11 +25,7 @@ SMALL = Network(width=32, layers=1)
 FLAGS = ["--layers", "1", "--batch-size", "4"]
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion() -> Iterator[None]:
-    """Optax's own schedules and flax promote integers to floats, as the defaults of JAX allow."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")

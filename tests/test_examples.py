@@ -4,7 +4,7 @@ import json
 import pathlib
 import pickle
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import convnet
@@ -23,12 +23,7 @@ import training
 import tune_digits
 from methods import METHODS, tuned_settings
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion() -> Iterator[None]:
-    """Optax's own schedules and flax promote integers to floats, as the defaults of JAX allow."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def test_trains_and_reports(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:

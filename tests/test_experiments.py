@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-from collections.abc import Iterator
 
 import choose_defaults
 import image_data
@@ -23,12 +22,7 @@ from flax import nnx
 from PIL import Image
 from searching import Range
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion() -> Iterator[None]:
-    """Optax's own schedules and flax promote integers to floats, as the defaults of JAX allow."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def test_lstm_sees_the_past_alone_and_the_vision_transformer_all_patches() -> None:

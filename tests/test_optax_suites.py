@@ -174,11 +174,7 @@ for suite in SUITES:
 globals().update({cls.__name__: cls for classes in COLLECTED.values() for cls in classes})
 
 
-@pytest.fixture(autouse=True)
-def _optax_settings() -> Iterator[None]:
-    """Optax's tests are written for jax's own promotion settings."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # which these tests are written for
 
 
 @pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.name)

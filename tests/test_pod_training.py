@@ -2,20 +2,13 @@
 
 import json
 import pathlib
-from collections.abc import Iterator
 
-import jax
 import matplotlib.image
 import numpy as np
 import pod_training
 import pytest
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion() -> Iterator[None]:
-    """Optax's own schedules and flax promote integers to floats, as the defaults of JAX allow."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def test_trains_over_a_mesh_and_goes_on_on_another(tmp_path: pathlib.Path) -> None:

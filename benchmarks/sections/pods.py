@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import rootfree_optax as rf
 
-BATCH_PER_CHIP, LENGTH = 1, 2048
+LENGTH = 2048
 EVEN = 1.25  # the busiest chip's work over the mean, at most: how few blocks are too few
 
 # The topology of each tree: its name, and the mesh's sizes, of which a second one is for tensor parallelism.

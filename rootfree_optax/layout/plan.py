@@ -50,6 +50,18 @@ class Plan:
       stacks: the stacks.
       placements: for each unit, where in the stacks its blocks stand.
       empty: key paths and shapes of the parameters without entries, which have no blocks.
+
+    Example:
+      >>> import jax.numpy as jnp, rootfree_optax as rf
+      >>> params = {"kernel": jnp.zeros((4, 6))}
+      >>> plan = rf.Layout(block_size=3).plan(params)
+      >>> [block.name for block in plan.blocks]
+      ['kernel[0, 0]', 'kernel[0, 1]', 'kernel[1, 0]', 'kernel[1, 1]']
+      >>> plan.state_bytes(jnp.bfloat16)
+      112
+      >>> state = rf.scale_by_sirf_shampoo(batch_size=1, layout=rf.Layout(block_size=3)).init(params)
+      >>> [factor.shape for factor in plan.factors(state)["kernel[1, 1]"]]
+      [(1, 1), (3, 3)]
     """
 
     units: tuple[Unit, ...]
