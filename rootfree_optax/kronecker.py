@@ -197,9 +197,7 @@ def scale_by_sirf_shampoo(
             batch_size=batch_size,
             count=count,
         )
-        averages = gradients
-        if momentum is not None:
-            averages, velocity = stacks.averaged(plan, gradients, velocity, momentum=momentum, nesterov=nesterov)
+        averages, velocity = stacks.averaged(plan, gradients, velocity, momentum=momentum, nesterov=nesterov)
         matrices = new.products if cache_products else new.factors
         directions = stacks.precondition(plan, precondition_block, averages, matrices)
         if trust_radius is not None:

@@ -94,7 +94,7 @@ def scale_by_rf_shampoo(
 
     def init(params: optax.Params) -> ScaleByRfShampooState:
         plan = sharded_plan.for_parameters(layout.plan(params), block_axes, params)
-        _require_symmetric(plan.plan)
+        _require_dense_or_diagonal(plan.plan)
         factors = jax.tree.map(upcast, stacks.initial_factors(plan, params))
         velocity = () if momentum is None else stacks.zero_velocity(plan, params, factors, accumulator_dtype)
         return ScaleByRfShampooState(jnp.zeros([], jnp.int32), *stacks.varying_as(params, (factors, velocity)))
@@ -121,9 +121,7 @@ def scale_by_rf_shampoo(
         curvatures = stacks.curvatures(plan, curvature, updates, gradients)
         due = hyper.is_due(update_every, state.count)
         (factors,) = refreshing.refresh_when(due, plan, refresh, curvatures, (state.factors,))
-        averages, velocity = gradients, state.velocity
-        if momentum is not None:
-            averages, velocity = stacks.averaged(plan, gradients, velocity, momentum=momentum, nesterov=nesterov)
+        averages, velocity = stacks.averaged(plan, gradients, state.velocity, momentum=momentum, nesterov=nesterov)
         directions = stacks.precondition(plan, inverse_update.precondition, averages, factors)
         new_state = ScaleByRfShampooState(optax.safe_increment(state.count), factors, velocity)
         return stacks.unpack(plan, directions, updates), new_state
@@ -131,7 +129,7 @@ def scale_by_rf_shampoo(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _require_symmetric(plan: Plan) -> None:
+def _require_dense_or_diagonal(plan: Plan) -> None:
     for block in plan.blocks:
         stack = plan.stacks[block.stack]
         for structure, dim in zip(stack.structures, stack.shape, strict=True):

@@ -125,15 +125,16 @@ def varying_as(params: optax.Params, state: Any) -> Any:
 
 
 def averaged(
-    plan: ShardedPlan, gradients: Stacks, velocity: Stacks, *, momentum: ArrayLike, nesterov: bool
+    plan: ShardedPlan, gradients: Stacks, velocity: Stacks, *, momentum: ArrayLike | None, nesterov: bool
 ) -> tuple[Stacks, Stacks]:
     """Returns heavy-ball or Nesterov averages of the stacks of gradients, and the new velocity.
 
         v ← momentum·v + G,    average = v, or G + momentum·v
 
-    Entries of G that are not finite show in the average, and leave the velocity as it was.
+    Entries of G that are not finite show in the average, and leave the velocity as it was. A momentum of None averages
+    nothing.
     """
-    if not plan.stacks:
+    if not plan.stacks or momentum is None:
         return gradients, velocity
     return plan.on_shards(_averaged, (momentum, nesterov), gradients, velocity)
 

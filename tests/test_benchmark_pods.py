@@ -8,7 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from harness import report
+from harness.collectives import traffic
 from rich.console import Console
+from sections import pods_report
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
@@ -27,21 +30,14 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 """
 
 
-def test_traffic_counts_loops_by_their_turns_and_knows_what_is_conditional(monkeypatch: pytest.MonkeyPatch) -> None:
-    from harness.collectives import traffic
-
+def test_traffic_counts_loops_by_their_turns_and_knows_what_is_conditional() -> None:
     everything, conditional = traffic(PROGRAM)
     assert everything.count == {"all-gather": 1 + 3 + 1}
     assert everything.size == {"all-gather": 2 * 16 * 4 + 4 * 4 * 8 * 4}
     assert conditional.size == {"all-gather": 4 * 8 * 4}
 
 
-def test_the_report_shows_every_record_and_what_does_not_compile(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
-) -> None:
-    from harness import report
-    from sections import pods_report
-
+def test_the_report_shows_every_record_and_what_does_not_compile(tmp_path: pathlib.Path) -> None:
     settings = {"program": "The update", "tree": "7B", "topology": "v5e:16x16", "mesh": "256", "parameters": 7.2}
     records = [{"method": "adamw", "state_bytes": 2.5e6, "collectives": ""}, {"method": "muon", "error": "no memory"}]
     report.write_json(
@@ -58,9 +54,7 @@ def test_the_report_shows_every_record_and_what_does_not_compile(
 
 
 @pytest.mark.parametrize("width", [60, 120])
-def test_a_table_that_is_too_wide_is_turned(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
-    from harness import report
-
+def test_a_table_that_is_too_wide_is_turned(width: int) -> None:
     columns = [report.Column("method", "method")]
     columns += [report.Column(f"n{i}", f"quan-\ntity {i}\nMB", ".1f") for i in range(10)]
     records = [{"method": name, **{f"n{i}": 10.0 * i for i in range(10)}} for name in ("first", "second")]

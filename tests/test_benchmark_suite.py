@@ -26,7 +26,6 @@ def test_the_suite_compares_methods_and_names_what_is_absent(tmp_path, monkeypat
     assert set(records) == set(chosen)
     assert records["gone"]["problem"] == "absent: No module named 'a_package_that_is_not_there'"
     assert records["official"]["problem"] == "absent: no --official-python"
-    assert records["sirf *"]["mean_seconds"] <= records["sirf *"]["max_seconds"]
     assert records["sirf *"]["plain_over_floor"] > 0
     assert records["sirf *"]["state_bytes"] > records["adamw"]["state_bytes"] > 8 * trees.size(trees.gpt(1, 16, 32, 16))
     assert (tmp_path / "suite_gpt4.png").exists()

@@ -1,5 +1,6 @@
 """The examples run as their users run them, and read CIFAR files laid out byte by byte as the public archives are."""
 
+import dataclasses
 import json
 import pathlib
 import pickle
@@ -101,10 +102,14 @@ def test_draws_fill_their_range(name: str) -> None:
         np.testing.assert_allclose(logarithms.mean(), (low + high) / 2, atol=0.05 * (high - low))
 
 
-def test_every_method_has_a_warmup_and_a_cosine_to_zero() -> None:
-    schedule = searching.warmup_cosine(0.5, 100)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_warmup_and_a_cosine_to_zero(name: str) -> None:
+    schedules = []
+    method = dataclasses.replace(METHODS[name], build=lambda schedule, **_: schedules.append(schedule))
+    settings = {key: values[0] for key, values in method.draw(1).items()} | {"learning_rate": 0.5}
+    method.optimizer(settings, 100, 32)
     steps = jnp.array([0, 5, 10, 55, 100])
-    np.testing.assert_allclose(jax.vmap(schedule)(steps), [0, 0.25, 0.5, 0.25, 0], atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(schedules[0])(steps), [0, 0.25, 0.5, 0.25, 0], atol=1e-6)
 
 
 def test_steps_to_a_loss_are_those_of_the_seeds_mean() -> None:

@@ -12,7 +12,7 @@ import optax
 import pytest
 import report_experiments
 import run_experiments
-from experiments import summary
+from experiments import summary, tables
 from experiments.methods import ABSENT, METHODS, Candidate
 from experiments.models import LSTM, VisionTransformer
 from experiments.tasks import TASKS, characters, graphs
@@ -171,3 +171,24 @@ def test_reads_a_folder_of_pictures(tmp_path: pathlib.Path) -> None:
     assert data.test.images.shape == (10, 32, 32, 3)
     red, blue = (data.test.images[data.test.labels == label] for label in range(2))
     assert (red[..., 0] > blue[..., 0]).all()
+
+
+def test_cells_of_the_report_say_what_the_summary_holds() -> None:
+    records = {"t": {"m": {"reported": "error"}, "n": {"reported": "error"}}}
+    row = lambda mean, diverged: {
+        "test": {"mean": mean, "std": 0.01, "diverged": diverged},
+        "trials": {"best": 0.05, "quartile": 0.1, "median": np.inf, "non_finite": 3},
+        "steps_to_reference_loss": 40,
+        "seconds_to_reference_loss": 1.5,
+    }
+    tasks = {"t": {"m": row(0.1, 0), "n": row(0.2, 2)}}
+    assert tables.tested(records, tasks, "t", "m") == "**10.00 ± 1.00**"
+    assert tables.tested(records, tasks, "t", "n") == "20.00 ± 1.00 (2 diverged)"
+    assert tables.speed(tasks, "t", "m") == "40, 1.50 s"
+    tasks["t"]["n"] |= {"steps_to_reference_loss": None}
+    assert tables.speed(tasks, "t", "n") == "–"
+    assert tables.trials(records, tasks, "t", "m") == "5 / 10 / ∞ (3)"
+    defaults = {"m": {"tasks": {"t": {"regret": 0.123, "diverged": 0}}}}
+    assert [tables.regret(defaults, "t", name) for name in "mn"] == ["+12 %", ""]
+    settings = {"m": {"tasks": {"t": -0.04}}}
+    assert [tables.one_setting(settings, "t", name) for name in "mn"] == ["-4 %", "diverged"]

@@ -66,8 +66,16 @@ def test_blocks_that_are_refreshed_in_turn_each_take_the_gradients_since_their_o
     options = {**SETTING, "layout": rf.Layout(stacked=1), "initial_scale": 1.0}
     tx = rf.scale_by_sirf_shampoo(staggered=True, curvature_every=1, **options)
     _, states = run(tx, gradients)
-    observed = last(states).observed[0][1]  # the ninth step refreshed the first block
-    np.testing.assert_array_equal(observed, [0, 3, 2, 1])
+    sums, numbers = last(states).observed[0]  # the ninth step refreshed the first block
+    np.testing.assert_array_equal(numbers, [0, 3, 2, 1])
+    for block, since in enumerate([9, 6, 7, 8]):  # each block's sums are those of a run that begins after its refresh
+        factors = jax.tree.map(lambda part, at=since - 1, block=block: part[at, block], states.factors[0])
+        alone = [np.zeros((3, 3)), np.zeros((3, 3))]
+        for gradient in np.float64(gradients["a"][since:, block]):
+            x = 2 * factors[0][0].T @ gradient @ factors[1][0]
+            alone = [alone[0] + x @ x.T / 3, alone[1] + x.T @ x / 3]
+        for (found,), expected in zip(jax.tree.map(lambda part, block=block: part[block], sums), alone, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_gradient_that_is_not_finite_is_none_of_them():

@@ -22,7 +22,8 @@ def test_trains_over_a_mesh_and_goes_on_on_another(tmp_path: pathlib.Path) -> No
     assert record["losses"] == whole
     assert np.isfinite(record["validation_loss"])
     picture = matplotlib.image.imread(tmp_path / "whole" / "pod_training.png")[..., :3]
-    assert picture.min() < 0.5
+    for color in ("#56B4E9", "#0072B2"):  # the mini-batches' losses, and their running mean
+        assert (np.abs(picture - matplotlib.colors.to_rgb(color)).max(axis=-1) < 0.05).sum() > 20
 
     checkpoints = tmp_path / "part" / "checkpoints"
     checkpoints.mkdir(parents=True)

@@ -33,7 +33,8 @@ def _scale(record: Record) -> int:
     return 100 if record["reported"] == "error" else 1
 
 
-def _tested(records: Records, tasks: Mapping[str, Any], task: str, name: str) -> str:
+def tested(records: Records, tasks: Mapping[str, Any], task: str, name: str) -> str:
+    """Returns mean and deviation of the test errors, the best in bold, and how many seeds diverged."""
     scale, test = _scale(records[task][name]), tasks[task][name]["test"]
     digits = 2 if scale == 100 else 3
     text = f"{scale * test['mean']:.{digits}f} ± {scale * test['std']:.{digits}f}"
@@ -42,27 +43,31 @@ def _tested(records: Records, tasks: Mapping[str, Any], task: str, name: str) ->
     return f"{text} ({test['diverged']} diverged)" if test["diverged"] else text
 
 
-def _speed(tasks: Mapping[str, Any], task: str, name: str) -> str:
+def speed(tasks: Mapping[str, Any], task: str, name: str) -> str:
+    """Returns the steps, and the seconds where they were measured, to the loss that AdamW ends at."""
     steps, seconds = (tasks[task][name][f"{unit}_to_reference_loss"] for unit in ("steps", "seconds"))
     if steps is None:
         return "–"
     return str(steps) if seconds is None else f"{steps}, {seconds:.2f} s"
 
 
-def _trials(records: Records, tasks: Mapping[str, Any], task: str, name: str) -> str:
+def trials(records: Records, tasks: Mapping[str, Any], task: str, name: str) -> str:
+    """Returns the best, the first quartile and the median of the trials, and how many were not finite."""
     scale, row = _scale(records[task][name]), tasks[task][name]["trials"]
     of_key = lambda key: "∞" if np.isinf(row[key]) else f"{scale * row[key]:.3g}"
     return f"{' / '.join(map(of_key, ('best', 'quartile', 'median')))} ({row['non_finite']})"
 
 
-def _regret(defaults: Mapping[str, Any], task: str, name: str) -> str:
+def regret(defaults: Mapping[str, Any], task: str, name: str) -> str:
+    """Returns by how much the defaults exceed the tuned setting."""
     if name not in defaults:
         return ""
     row = defaults[name]["tasks"][task]
     return "diverged" if not np.isfinite(row["regret"]) or row["diverged"] else f"{100 * row['regret']:+.0f} %"
 
 
-def _one_setting(settings: Mapping[str, Any], task: str, name: str) -> str:
+def one_setting(settings: Mapping[str, Any], task: str, name: str) -> str:
+    """Returns by how much the setting that is best for all tasks exceeds the best for this."""
     value = settings.get(name, {"tasks": {}})["tasks"].get(task, np.inf)
     return "diverged" if np.isinf(value) else f"{100 * value:+.0f} %"
 
@@ -99,16 +104,16 @@ def report(records: Records, summary: Mapping[str, Any]) -> str:
             "### Sizes\n",
             _sizes(records),
             "### Test error, % (characters: loss): mean ± standard deviation over seeds\n",
-            by_task(records, cell(_tested, records, tasks), ablations=True),
+            by_task(records, cell(tested, records, tasks), ablations=True),
             "### Steps to AdamW's final loss, and seconds where all optimizers were timed by turns\n",
-            by_task(records, cell(_speed, tasks)),
+            by_task(records, cell(speed, tasks)),
             "### Trials: best / first quartile / median on validation data (not finite)\n",
-            by_task(records, cell(_trials, records, tasks), ablations=True),
+            by_task(records, cell(trials, records, tasks), ablations=True),
             "### Regret of the defaults\n",
             f"At one learning rate for all tasks: {rates}.\n",
-            by_task(records, cell(_regret, defaults)),
+            by_task(records, cell(regret, defaults)),
             "### Excess of the one trial that is best for all tasks\n",
-            by_task(records, cell(_one_setting, settings)),
+            by_task(records, cell(one_setting, settings)),
             _bullets({name: row["settings"] for name, row in settings.items()}, "{:.2g}".format),
             "### Which hyperparameter decides: share of the trials' variance in rank, mean over tasks\n",
             _bullets(by_share, lambda share: f"{100 * share:.0f} %"),

@@ -241,3 +241,15 @@ def test_packing_and_unpacking_cost_few_operations_per_parameter() -> None:
     # the 442 blocks apart would by itself take as many.
     found = lines(lambda tree: plan.unpack(plan.pack(tree), tree), params)
     assert found < 4 * len(jax.tree.leaves(params))
+
+
+def test_with_equal_kernels_the_program_does_not_hold_where_blocks_begin() -> None:
+    """A slice with a start of its own would be a kernel of its own for each parameter, see `opaque`."""
+    tree = {name: jnp.ones((3, 2)) for name in "abc"}
+    plan = Layout().plan(tree)
+
+    def starts_unseen(equal_kernels: bool) -> int:
+        back = lambda tree: plan.unpack(plan.pack(tree), tree, equal_kernels=equal_kernels)
+        return sum(e.primitive.name == "dynamic_slice" for e in jax.make_jaxpr(back)(tree).jaxpr.eqns)
+
+    assert (starts_unseen(True), starts_unseen(False)) == (3, 0)
