@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from checks import make_params
 from contract import OPTIMIZERS, Case, over
 
@@ -20,12 +19,14 @@ def after_three_steps(case: Case, **changes: Any) -> Any:
 
     def trained(log_damping: jax.Array, factor: jax.Array) -> jax.Array:
         tx = case(damping=0.1 * jnp.exp(log_damping), batch_size=2, **changes)
-        point = jax.tree.map(lambda p: factor * p, params)
-        state = tx.init(point)
-        for _ in range(3):
+
+        def step(carry: Any, _: None) -> Any:
+            point, state = carry
             updates, state = tx.update(jax.grad(loss)(point), state, point)
-            point = jax.tree.map(jnp.add, point, updates)
-        return loss(point)
+            return (jax.tree.map(jnp.add, point, updates), state), None
+
+        point = jax.tree.map(lambda p: factor * p, params)
+        return loss(jax.lax.scan(step, (point, tx.init(point)), length=3)[0][0])
 
     return jax.jit(trained)
 
@@ -40,11 +41,11 @@ def test_derivatives_are_those_of_finite_differences(case: Case) -> None:
         np.testing.assert_allclose(float(slope), difference, rtol=0.05, atol=2e-3)
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["damping", "parameters"])
-@over(tuple(case for case in OPTIMIZERS if case.name in ("rf_rmsprop", "rf_adamw", "sirf_shampoo")))
-def test_derivatives_pass_the_rounding_of_half_precision(case: Case, index: int) -> None:
+@over(tuple(case for case in OPTIMIZERS if case.name in ("rf_rmsprop", "rf_adamw", "sirf_shampoo_published")))
+def test_derivatives_pass_the_rounding_of_half_precision(case: Case) -> None:
     dtype = {f"{'accumulator' if case.elementwise else 'preconditioner'}_dtype": jnp.bfloat16}
     at = (jnp.float32(0.0), jnp.float32(1.0))
-    wide, half = (jax.jit(jax.grad(after_three_steps(case, **given), index))(*at) for given in ({}, dtype))
-    assert abs(wide) > 1e-4
-    np.testing.assert_allclose(half, wide, rtol=0.1)
+    wide, half = (jax.jit(jax.grad(after_three_steps(case, **given), (0, 1)))(*at) for given in ({}, dtype))
+    for of_wide, of_half in zip(wide, half, strict=True):
+        assert abs(of_wide) > 1e-5
+        np.testing.assert_allclose(of_half, of_wide, rtol=0.1)
