@@ -70,7 +70,7 @@ def unfold_means(groups: Groups, structures: Sequence[Structure], outers: Sequen
       outers: the parts for each folded axis, X Xᵀ over the other folded axes' lengths.
     """
     return tuple(
-        parts if len(group) == 1 else (_partial_mean(parts[0], [structures[n].dim for n in group], index),)
+        parts if len(group) == 1 else _partial_mean(parts[0], [structures[n] for n in group], index)
         for group, parts in zip(groups, outers, strict=True)
         for index in range(len(group))
     )
@@ -95,9 +95,11 @@ def _groups(structures: Sequence[Structure], dtypes: Sequence[jnp.dtype]) -> Gro
     return tuple(groups)
 
 
-def _partial_mean(matrix: jax.Array, lengths: Sequence[int], index: int) -> jax.Array:
-    """Returns the mean over equal indices of all axes but one of a matrix [Π lengths, Π lengths]."""
+def _partial_mean(matrix: jax.Array, structures: Sequence[Structure], index: int) -> Parts:
+    """Returns the parts of the mean over equal indices of all axes but one of a matrix [Π lengths, Π lengths]."""
+    lengths = [structure.dim for structure in structures]
     rows = list(range(len(lengths)))
     columns = [len(lengths) if n == index else n for n in rows]
     others = math.prod(lengths) // lengths[index]
-    return jnp.einsum(matrix.reshape(*lengths, *lengths), [*rows, *columns], [index, len(lengths)]) / others
+    mean = jnp.einsum(matrix.reshape(*lengths, *lengths), [*rows, *columns], [index, len(lengths)]) / others
+    return (mean.reshape(structures[index].part_shapes[0]),)  # of an axis of length one, a diagonal's

@@ -80,7 +80,9 @@ def times_inverse_root(
     shrink = shrink_to_cover(largest, shift=a)
     top = a + shrink * largest
     scale = shrink * size / top
-    row = jnp.searchsorted(jnp.asarray(table.conditions[:-1], a.dtype), top / a, method="compare_all")
+    # As jnp.searchsorted does, which fails inside of some jax.shard_map.
+    below = jnp.reshape(jnp.asarray(table.conditions[:-1], a.dtype), (1,) * top.ndim + (-1,))
+    row = jnp.sum(jnp.expand_dims(top / a, -1) > below, axis=-1, dtype=jnp.int32)
     of_row = lambda values: jnp.asarray(values, a.dtype)[row]
 
     t, square, k = Shifted(a / top, scale * unit), jnp.square(scale) * square, upcast(factor)

@@ -171,7 +171,8 @@ def scale_by_sirf_shampoo(
         plan = sharded_plan.for_parameters(layout.plan(params), block_axes, params)
         kept = factor_stacks.initial(plan, params, options)
         velocity = () if momentum is None else stacks.zero_velocity(plan, params, kept.factors, accumulator_dtype)
-        return ScaleBySirfShampooState(jnp.zeros([], jnp.int32), *stacks.varying_as(params, (*kept, velocity)))
+        arrays = stacks.typed_as_updated(plan, params, (*kept, velocity))
+        return ScaleBySirfShampooState(jnp.zeros([], jnp.int32), *arrays)
 
     def update(
         updates: optax.Updates,

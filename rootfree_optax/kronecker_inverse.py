@@ -97,7 +97,8 @@ def scale_by_rf_shampoo(
         _require_dense_or_diagonal(plan.plan)
         factors = jax.tree.map(upcast, stacks.initial_factors(plan, params))
         velocity = () if momentum is None else stacks.zero_velocity(plan, params, factors, accumulator_dtype)
-        return ScaleByRfShampooState(jnp.zeros([], jnp.int32), *stacks.varying_as(params, (factors, velocity)))
+        arrays = stacks.typed_as_updated(plan, params, (factors, velocity))
+        return ScaleByRfShampooState(jnp.zeros([], jnp.int32), *arrays)
 
     def update(
         updates: optax.Updates,

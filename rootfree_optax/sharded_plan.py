@@ -101,7 +101,7 @@ class ShardedPlan:
         if not self.axes:
             return _whole_stacks(self, tree, name, sample_axis)
         if self.is_local:
-            return tuple(map(self._own_part, self.blocks(tree, name, sample_axis)))
+            return tuple(map(self._own_part, self.blocks(partition.replicated(tree), name, sample_axis)))
         return _to_stacks(self, tree, name, sample_axis)
 
     def unpack(self, stacks: Sequence[jax.Array], like: Any) -> Any:
@@ -109,7 +109,7 @@ class ShardedPlan:
         if not self.axes:
             return partition.sharded_like(self.tree(stacks, like), like)
         if self.is_local:
-            return self.tree([self._all_parts(stack) for stack in stacks], like)
+            return partition.sharded_like(self.tree([self._all_parts(stack) for stack in stacks], like), like)
         return _from_stacks(self, tuple(stacks), like)
 
     def blocks(self, tree: Any, name: str, sample_axis: bool) -> tuple[jax.Array, ...]:
@@ -190,8 +190,7 @@ def for_parameters(plan: Plan, block_axes: BlockAxes, params: optax.Params) -> S
       ValueError: if there is no mesh with the axes.
     """
     sharded = _over_mesh(plan, block_axes, params)
-    lengths = tuple(-(-stack.count // sharded.shards) * sharded.shards for stack in plan.stacks)
-    return dataclasses.replace(sharded, lengths=lengths)
+    return dataclasses.replace(sharded, lengths=_divisible(plan, sharded.shards))
 
 
 def for_state(
@@ -202,11 +201,6 @@ def for_state(
     Raises:
       ValueError: if there is no mesh with the axes, or the state is not of such parameters, layout and mesh.
     """
-    # Without a gradient it would not be planned for, and could pass for padding.
-    if block_axes is not None and params is None and any(leaf is None for leaf in trees.named_leaves(updates).values()):
-        raise ValueError(
-            "params must be given for a gradient of None and block_axes: call tx.update(grads, state, params)."
-        )
     plan = layout.plan(updates if params is None else params)
     if not plan.stacks:
         return ShardedPlan(plan, ())
@@ -215,19 +209,27 @@ def for_state(
     shapes = [jnp.shape(part) for part in jax.tree.leaves(factors)]
     whole = [(length * shards, *shape) for length, *shape in shapes] if sharded.is_local else shapes
     lengths = padded_lengths(plan.stacks, whole)
-    if lengths is None or (block_axes is None and lengths != sharded.lengths):
+    fits = lengths is not None and (block_axes is not None or lengths == sharded.lengths)
+    # A parameter without a gradient is not planned for then, and its blocks could pass for padding.
+    if params is None and (block_axes is not None or not fits) and trees.has_none(updates):
+        raise ValueError("params must be given where a gradient is None: call tx.update(grads, state, params).")
+    if lengths is None or not fits:
         expected = [shape for stack in plan.stacks for shape in stack.part_shapes]
         raise ValueError(
             "the state must come from init on parameters of the shapes that update is given, with the same layout. "
-            f"The factors' arrays have the shapes {whole}, but the layout asks for {expected}"
-            f"{'.' if block_axes is None else ', or padding after them.'}"
+            f"The factors' arrays have the shapes {whole}, but the layout asks for {expected}, and padding if need be."
         )
-    if any(length % shards for length in lengths):
+    if shards > 1 and lengths != (even := _divisible(plan, shards)):
         raise ValueError(
-            f"the state's stacks must divide over the {shards} devices of block_axes={block_axes!r}, got {lengths} "
-            "blocks: it was made on another mesh. Restore it into the shapes that init has on this one, see README."
+            f"the state's stacks must have {even} blocks on the {shards} devices of block_axes={block_axes!r}, got "
+            f"{lengths}: it is of another mesh or other parameters. Restore it for this one as README says."
         )
     return dataclasses.replace(sharded, lengths=lengths)
+
+
+def _divisible(plan: Plan, shards: int) -> tuple[int, ...]:
+    """Returns how many blocks each stack has with its padding."""
+    return tuple(-(-stack.count // shards) * shards for stack in plan.stacks)
 
 
 def _over_mesh(plan: Plan, block_axes: BlockAxes, tree: Any) -> ShardedPlan:

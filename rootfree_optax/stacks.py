@@ -1,5 +1,6 @@
 """What both Kronecker transformations do with a plan's stacks: set up, pack, precondition, unpack."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -111,17 +112,20 @@ def _zero_velocity(shared: Any, factors: Stacks) -> Stacks:
     return tuple(jnp.zeros((len(of_stack[0][0]), *stack.shape), dtype) for stack, dtype, of_stack in each)
 
 
-def varying_as(params: optax.Params, state: Any) -> Any:
-    """Returns a state's arrays, typed inside `jax.shard_map` as varying over every axis that a parameter varies over.
+def typed_as_updated(plan: ShardedPlan, params: optax.Params, state: Any) -> Any:
+    """Returns a new state's arrays with the types that updates will give them inside `jax.shard_map`.
 
-    As its updates will be, once there have been gradients: branches and loops want arrays of one type.
+    These say over which axes of the mesh an array varies: those that a parameter varies over, and those that the plan
+    is split over. Branches and loops want arrays of one type.
     """
     traced = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.core.Tracer)]
     if not traced or not axes_of_type(jax.sharding.get_abstract_mesh(), AxisType.Manual):
         return state
-    without_entries = jnp.concatenate([jnp.ravel(leaf)[:0].astype(jnp.float32) for leaf in traced])
-    zero = jnp.sum(without_entries)
-    return jax.tree.map(lambda array: jnp.where(zero > 0, jnp.zeros_like(array), array), state)
+    sums = [jnp.sum(leaf) for leaf in traced]
+    never = functools.reduce(jnp.logical_or, [(total != total) & (total == total) for total in sums])
+    if plan.is_local:
+        never |= jax.lax.axis_index(plan.axes) < 0
+    return jax.tree.map(lambda array: jnp.where(never, jnp.zeros_like(array), array), state)
 
 
 def averaged(

@@ -17,6 +17,11 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
+def has_none(tree: Any) -> bool:
+    """Returns whether a leaf of the tree is None."""
+    return any(leaf is None for leaf in named_leaves(tree).values())
+
+
 def require_inexact(params: Any) -> None:
     """Raises a TypeError that names the first parameter that is neither real nor complex floating point."""
     for path, leaf in named_leaves(params).items():

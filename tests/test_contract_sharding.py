@@ -97,7 +97,6 @@ def test_init_from_sharded_shapes_equals_init_from_arrays(case: Case, kind: Axis
     assert_sharded_like(from_shapes, state)
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="jnp.searchsorted did not type what varies")
 @over(ALL)
 def test_each_device_may_train_parameters_of_its_own_in_a_loop(case: Case) -> None:
     """Inside `jax.shard_map`, whose types say what varies between devices: the state's are the same from `init` on."""
@@ -119,3 +118,23 @@ def test_each_device_may_train_parameters_of_its_own_in_a_loop(case: Case) -> No
     trained = jax.jit(jax.shard_map(of_a_device, mesh=mesh, in_specs=spec, out_specs=spec))(params, gradients)
     expected = jax.jit(jax.vmap(train))(params, gradients)
     assert_close(jax.device_get(trained), jax.device_get(expected), tolerance_of(case))
+
+
+@over(tuple(case for case in ALL if not case.elementwise))
+@pytest.mark.parametrize("block_axes", [None, "x"])
+@pytest.mark.parametrize("mapped", [{"x"}, {"x", "y"}], ids=["x", "x and y"])
+def test_a_state_made_inside_shard_map_serves_there(case: Case, block_axes: str | None, mapped: set[str]) -> None:
+    """With parameters that are the same everywhere, on a mesh of which some axes may stay automatic."""
+    tx = case(batch_size=4, block_axes=block_axes)
+    params = replicated_params()
+    first, second = make_gradients(params, 2)
+
+    def two_steps(params: Any) -> Any:
+        _, state = tx.update(first, tx.init(params), params)
+        return tx.update(second, state, params)[0]
+
+    mesh, spec = make_mesh(AxisType.Auto), PartitionSpec()
+    inside = jax.shard_map(two_steps, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=mapped)
+    alone = case(batch_size=4)
+    _, state = alone.update(first, alone.init(params), params)
+    assert_close(jax.device_get(jax.jit(inside)(params)), alone.update(second, state, params)[0], tolerance_of(case))

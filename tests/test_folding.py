@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kronecker_runs import draw, run, scale_by_exact, scale_by_published
 
+import rootfree_optax as rf
 from rootfree_optax.factor_step import outer_products
 from rootfree_optax.folding import fold
 from rootfree_optax.preconditioning import precondition, precondition_by_squares
@@ -81,3 +83,22 @@ def test_directions_are_those_of_all_axes(name, dtype, tolerance):
     if dtype == "float32":
         by_squares = precondition_by_squares(jnp.float32(gradient), squares, structures=structures)
         chex.assert_trees_all_close(by_squares, found, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("make", [scale_by_published, scale_by_exact])
+@pytest.mark.parametrize(
+    ("shape", "block_size"), [((5, 5), 4), ((5, 5, 4, 4), 4), ((2, 2), 1), ((3, 3, 9, 8), 8), ((9, 3, 8), 8)], ids=str
+)
+def test_pieces_of_length_one_beside_short_axes_keep_their_state(make, shape, block_size):
+    """Their factor is a diagonal's: of another shape than what a mean over a folded matrix has by itself."""
+    gradients = draw({"w": shape}, steps=3)
+    tx = make(layout=rf.Layout(block_size=block_size), update_every=2, batch_size=4)
+    directions, states = run(tx, gradients)  # a loop, which takes one type of state
+    chex.assert_tree_all_finite((directions, states))
+    # The block at the start is what a parameter of its own would be.
+    size = tuple(min(length, block_size) for length in shape)
+    corner = {"w": gradients["w"][(slice(None), *(slice(length) for length in size))]}
+    if 1 not in size:
+        alone, _ = run(make(update_every=2, batch_size=4), corner)
+        block = directions["w"][(slice(None), *(slice(length) for length in size))]
+        np.testing.assert_allclose(block, alone["w"], rtol=1e-4, atol=1e-5)

@@ -20,22 +20,28 @@ def find_factors(state: Any, stacks: Sequence[Stack]) -> tuple[Any, ...]:
       stacks: the stacks of the plan.
 
     Raises:
-      ValueError: if the state holds no factors of these stacks.
+      ValueError: if the state holds no factors of these stacks, or several transformations' that could be.
     """
     if not stacks:
         return ()
     expected = [shape for stack in stacks for shape in stack.part_shapes]
     nodes = [node for node in jax.tree.leaves(state, is_leaf=_has_factors) if _has_factors(node)]
     found = [[part.shape for part in jax.tree.leaves(node.factors)] for node in nodes]
-    if expected in found:
-        return tuple(nodes[found.index(expected)].factors)
-    for node, shapes in zip(nodes, found, strict=True):
-        if padded_lengths(stacks, shapes) is not None:
+    exact = [node for node, shapes in zip(nodes, found, strict=True) if shapes == expected]
+    padded = [node for node, shapes in zip(nodes, found, strict=True) if padded_lengths(stacks, shapes) is not None]
+    match exact or padded:
+        case []:
+            raise ValueError(
+                "the state must hold factors that were made with this layout for these parameters: arrays of the "
+                f"shapes {expected}, got {found or 'none'}."
+            )
+        case [node]:
             return tuple(node.factors)
-    raise ValueError(
-        "the state must hold factors that were made with this layout for these parameters: arrays of the shapes "
-        f"{expected}, got {found or 'none'}."
-    )
+        case several:
+            raise ValueError(
+                f"the state must hold one transformation with factors of the shapes {expected}, got {len(several)}. "
+                "Pass the state of one of them, such as state.inner_states['label']."
+            )
 
 
 def dense_factors(factors: Any, stack: Stack, position: int) -> tuple[jax.Array, ...]:

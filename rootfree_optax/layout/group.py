@@ -168,4 +168,6 @@ def joined_shape(rule: Group | None, shapes: Mapping[str, Shape], layers: Sequen
             f"split must undo join, but join makes {tensor.shape} of {dict(shapes)} and split makes "
             f"{[part.shape for part in parts]} of that."
         )
+    if 0 in tensor.shape:
+        raise ValueError(f"join must make a tensor with entries, got {tensor.shape} of {dict(shapes)}.")
     return tensor.shape

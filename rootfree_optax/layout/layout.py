@@ -1,5 +1,6 @@
 """A layout: the user's choices of how parameters become blocks, from which a plan is made."""
 
+import collections
 import dataclasses
 import functools
 from typing import Any
@@ -13,7 +14,7 @@ from rootfree_optax.layout.plan import Plan
 from rootfree_optax.layout.split import Cut
 from rootfree_optax.layout.stack import place
 from rootfree_optax.layout.unit import Unit, stacks_of
-from rootfree_optax.structures import StructureFactory, dense, diagonal
+from rootfree_optax.structures import Structure, StructureFactory, dense, diagonal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,14 @@ def _plan(layout: Layout, shapes: tuple[tuple[str, Shape], ...]) -> Plan:
     )
     stacks, flat = place([part for unit in units for part in unit.stacks])
     placements = iter(flat)
-    return Plan(units, stacks, tuple(tuple(next(placements) for _ in unit.stacks) for unit in units), empty)
+    plan = Plan(units, stacks, tuple(tuple(next(placements) for _ in unit.stacks) for unit in units), empty)
+    names = collections.Counter(block.name for block in plan.blocks)
+    if twice := [name for name, number in names.items() if number > 1]:
+        raise ValueError(
+            f"blocks must have distinct names, but two have {twice[0]!r}. Rename the parameter whose key path is the "
+            "name of a block or group of another."
+        )
+    return plan
 
 
 def _unit(layout: Layout, assignment: Assignment, shapes: tuple[Shape, ...], layers: dict[str, int]) -> Unit:
@@ -116,6 +124,9 @@ def _unit(layout: Layout, assignment: Assignment, shapes: tuple[Shape, ...], lay
     factories = rules.structures_of(layout.structure, name, lengths)
     if factories is None:
         factories = _default_structures(layout, lengths, is_vector=len(layer_shape) == 1)
+    for factory, length in zip(factories, lengths, strict=True):
+        if not isinstance(structure := factory(length), Structure) or structure.dim != length:
+            raise ValueError(f"structure must make a structure of {length} rows at {name!r}, got {structure!r}.")
     cuts = tuple(_cut(layout, factory, length) for factory, length in zip(factories, lengths, strict=True))
     axes = Axes(shape, n_layers, lengths)
     return Unit(name, paths, shapes, rule, axes, cuts, stacks_of(factories, cuts, axes.layer_shape))

@@ -162,7 +162,7 @@ class Plan:
           {name: (K₁, …, K_N)}; a parameter of one block goes by its key path, see `Block` for the others.
 
         Raises:
-          ValueError: if the state holds no factors of this plan's shapes.
+          ValueError: if the state holds no factors of this plan's shapes, or those of several transformations.
         """
         found = find_factors(state, self.stacks)
         return {

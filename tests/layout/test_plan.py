@@ -253,3 +253,33 @@ def test_with_equal_kernels_the_program_does_not_hold_where_blocks_begin() -> No
         return sum(e.primitive.name == "dynamic_slice" for e in jax.make_jaxpr(back)(tree).jaxpr.eqns)
 
     assert (starts_unseen(True), starts_unseen(False)) == (3, 0)
+
+
+def test_factors_of_several_transformations_are_not_guessed_at() -> None:
+    params = {"a": jnp.ones((3, 3)), "b": jnp.ones((3, 3))}
+    parts = {name: rf.scale_by_sirf_shampoo(batch_size=1) for name in params}
+    state = optax.partition(parts, {name: name for name in params}).init(params)
+    plan = Layout().plan({"b": params["b"]})
+    with pytest.raises(ValueError, match=r"must hold one transformation with factors .* got 2\. Pass the state of one"):
+        plan.factors(state)
+    assert plan.factors(state.inner_states["b"])["b"][0].shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shapes", "message"),
+    [
+        ({"structure": lambda *_: (lambda _: dense(4),) * 2}, {"w": (6, 4)}, r"of 6 rows at 'w', got dense\(4\)"),
+        ({"structure": lambda *_: (lambda _: "dense",) * 2}, {"w": (6, 4)}, "of 6 rows at 'w', got 'dense'"),
+        ({"block_size": 2}, {"w": (4, 2), "w[0, 0]": (2,)}, r"two have 'w\[0, 0\]'"),
+        ({"group": (weight_and_bias(),)}, {"kernel": (4, 2), "bias": (2,), "kernel+bias": (3,)}, "kernel.bias'"),
+        (
+            {"group": (rf.Group(("s", "b"), lambda s, _: s[:0], lambda t, *shapes: tuple(map(jnp.zeros, shapes))),)},
+            {"s": (3,), "b": (3,)},
+            r"join must make a tensor with entries, got \(0,\)",
+        ),
+    ],
+    ids=["size", "name", "block", "group", "empty"],
+)
+def test_rules_that_do_not_fit_are_refused(layout: dict, shapes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Layout(**layout).plan({name: struct(*shape) for name, shape in shapes.items()})
