@@ -156,7 +156,8 @@ class Plan:
 
         Args:
           state: the state of a Kronecker transformation that was initialised on the plan's parameters with its layout,
-            or of a whole optimizer that contains it.
+            or of a whole optimizer that contains it. Blocks beyond the plan's count as padding, so that a state of
+            more parameters than the plan's is taken for one that is split over devices.
 
         Returns:
           {name: (K₁, …, K_N)}; a parameter of one block goes by its key path, see `Block` for the others.
