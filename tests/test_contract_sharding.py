@@ -138,3 +138,19 @@ def test_a_state_made_inside_shard_map_serves_there(case: Case, block_axes: str 
     alone = case(batch_size=4)
     _, state = alone.update(first, alone.init(params), params)
     assert_close(jax.device_get(jax.jit(inside)(params)), alone.update(second, state, params)[0], tolerance_of(case))
+
+
+@over(tuple(case for case in ALL if not case.elementwise))
+@pytest.mark.parametrize("block_axes", [None, "y"])
+def test_parameters_may_be_sharded_over_explicit_axes_that_are_not_mapped(case: Case, block_axes: str | None) -> None:
+    tx, alone = case(batch_size=4, block_axes=block_axes), case(batch_size=4)
+    params = {"a": jnp.asarray(np.random.default_rng(5).normal(size=(4, 16)), jnp.float32)}
+    expected, _ = alone.update(params, alone.init(params), params)
+    mesh = make_mesh(AxisType.Explicit)
+    whole = PartitionSpec()
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec(None, "x")))
+        step = lambda params: tx.update(params, tx.init(params), params)[0]
+        inside = jax.shard_map(step, in_specs=whole, out_specs=whole, axis_names={"y"})
+        directions = jax.jit(inside)(placed)
+    assert_close(jax.device_get(directions), jax.device_get(expected), tolerance_of(case))

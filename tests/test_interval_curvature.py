@@ -171,3 +171,23 @@ def test_a_gradient_that_the_factors_did_not_expect_moves_no_further_than_the_ra
     np.testing.assert_allclose(bound["w"][2], free["w"][2] * 5 / unexpected, rtol=1e-5)
     np.testing.assert_array_equal(np.delete(bound["w"], 2, axis=0), np.delete(free["w"], 2, axis=0))
     np.testing.assert_array_equal(bound["other"], free["other"])
+
+
+@pytest.mark.parametrize("with_inverses", [False, True])
+def test_samples_of_curvature_may_lack_a_parameter_that_has_no_gradient(with_inverses):
+    make = rf.scale_by_rf_shampoo if with_inverses else rf.scale_by_sirf_shampoo
+    tx = make(batch_size=4)
+    params = {"a": jnp.ones((4, 3)), "b": jnp.ones(3)}
+    samples = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
+    directions, _ = tx.update({**params, "b": None}, tx.init(params), params, curvature=samples)
+    expected, _ = tx.update(params, tx.init(params), params, curvature=samples)
+    assert directions["b"] is None
+    chex.assert_trees_all_close(directions["a"], expected["a"], rtol=1e-5)
+
+
+def test_the_trust_radius_has_a_derivative_where_a_gradient_is_zero():
+    length = lambda radius, gradient: jnp.sum(
+        shortened(gradient, gradient, structures=(), trust_radius=radius, batch_size=4)
+    )
+    assert jax.grad(length)(0.5, jnp.zeros(3)) == 0
+    np.testing.assert_allclose(jax.grad(length)(0.5, jnp.full(3, 2.0)), 6 / 4)  # of three twos, four long

@@ -159,3 +159,9 @@ def test_a_bad_block_harms_no_other_and_keeps_its_factors(make):
             assert np.all(np.isfinite(directions["b"]))
         else:
             assert not np.isfinite(directions["b"][4, 1])
+
+
+def test_first_products_beyond_the_range_of_half_precision_are_finite():
+    tx = rf.scale_by_sirf_shampoo(batch_size=1, initial_scale=1e-5, cache_products=True)
+    (((products,),),) = tx.init(jnp.zeros(4, jnp.float16)).products
+    np.testing.assert_array_equal(products, np.full((1, 4), 65504))
