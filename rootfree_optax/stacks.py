@@ -121,6 +121,7 @@ def typed_as_updated(plan: ShardedPlan, params: optax.Params, state: Any) -> Any
     traced = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.core.Tracer)]
     if not traced or not axes_of_type(jax.sharding.get_abstract_mesh(), AxisType.Manual):
         return state
+    # Never true, but of the parameters' type: how that is spelled differs between versions of JAX.
     sums = [jnp.sum(leaf) for leaf in traced]
     never = functools.reduce(jnp.logical_or, [(total != total) & (total == total) for total in sums])
     if plan.is_local:
