@@ -89,7 +89,7 @@ def curvature_along(
     other_dims = math.prod(lowers[j].shape[0] for j in others)
     if lowers[n].ndim == 1:
         return (jnp.sum(jnp.square(unfolded), axis=1) + isotropic) / other_dims
-    outer = jnp.matmul(unfolded, unfolded.T, precision=precision)
+    outer = jnp.einsum("ia,ja->ij", unfolded, unfolded, precision=precision)
     return (outer + isotropic * jnp.eye(len(outer), dtype=outer.dtype)) / other_dims
 
 

@@ -20,7 +20,7 @@ from rootfree_optax.precision import upcast
 from rootfree_optax.structures import elimination
 from rootfree_optax.structures.base import Flops, Parts, Structure
 from rootfree_optax.structures.elimination import Pair
-from rootfree_optax.structures.segment import Segment, apply_matrix, einsum_along, transpose
+from rootfree_optax.structures.segment import Segment, apply_matrix, einsum_along
 
 
 def _total(terms: Iterable[jax.Array]) -> jax.Array:
@@ -97,7 +97,7 @@ class BlockPattern(Structure):
 
         def product(i: int, k: int, j: int) -> jax.Array:
             if k == j:  # Lᵢⱼ is the dense one: (Rⱼⱼᵀ Lᵢⱼᵀ)ᵀ
-                return self._apply((j, j), transpose(rights[j, j]), lefts[i, j], axis=1, precision=precision)
+                return self._apply((j, j), rights[j, j], lefts[i, j], axis=1, transposed=True, precision=precision)
             return self._apply((i, k), lefts[i, k], rights[k, j], axis=0, precision=precision)
 
         segments = (
@@ -118,7 +118,7 @@ class BlockPattern(Structure):
         """Returns the parts of K Kᵀ, segment by segment."""
         if not self.is_symmetric:
             return super().square(parts, precision=precision)
-        return self.matmul(parts, tuple(map(transpose, parts)), precision=precision)
+        return tuple(s.square(part, precision=precision) for s, part in zip(self.segments, parts, strict=True))
 
     @property
     def has_inverse_root(self) -> bool:
@@ -144,21 +144,13 @@ class BlockPattern(Structure):
         self, parts: Parts, tensor: jax.Array, axis: int, *, precision: jax.lax.PrecisionLike = None
     ) -> jax.Array:
         """Returns `tensor` multiplied along `axis` by K: (K X)ᵢ = Σⱼ Kᵢⱼ Xⱼ."""
-        blocks, pieces = self._blocks(parts), self._cut(tensor.astype(parts[0].dtype), axis)
-
-        def row(i: int) -> jax.Array:
-            columns = (j for j in range(len(pieces)) if (i, j) in blocks)
-            return _total(self._apply((i, j), blocks[i, j], pieces[j], axis, precision=precision) for j in columns)
-
-        rows = [row(i) for i in range(len(pieces))]
-        return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis)
+        return self._multiplied(parts, tensor, axis, transposed=False, precision=precision)
 
     def apply_transposed(
         self, parts: Parts, tensor: jax.Array, axis: int, *, precision: jax.lax.PrecisionLike = None
     ) -> jax.Array:
-        """Returns `tensor` multiplied along `axis` by Kᵀ."""
-        transposed = dataclasses.replace(self, couplings=tuple((j, i) for i, j in self.couplings))
-        return transposed.apply(tuple(map(transpose, parts)), tensor, axis, precision=precision)
+        """Returns `tensor` multiplied along `axis` by Kᵀ: (Kᵀ X)ᵢ = Σⱼ Kⱼᵢᵀ Xⱼ."""
+        return self._multiplied(parts, tensor, axis, transposed=True, precision=precision)
 
     def project_outer(self, tensor: jax.Array, axis: int, *, precision: jax.lax.PrecisionLike = None) -> Parts:
         """Returns the parts of Π̂(X Xᵀ): Xᵢ Xᵢᵀ within a segment, 2 Xᵢ Xⱼᵀ for a coupling."""
@@ -175,14 +167,15 @@ class BlockPattern(Structure):
         blocks = self._blocks(parts)
 
         def within(i: int, segment: Segment) -> jax.Array:
-            own = segment.matmul(transpose(blocks[i, i]), blocks[i, i], precision=precision)
+            own = segment.inner(blocks[i, i], precision=precision)
             others = (blocks[k, j] for k, j in self.couplings if j == i)
             return _total((own, *(segment.project_outer(block, 1, precision=precision) for block in others)))
 
         def between(i: int, j: int) -> jax.Array:
             rows = (k for k in range(len(self.segments)) if (k, i) in blocks and (k, j) in blocks)
             return _total(
-                self._apply((i, k), transpose(blocks[k, i]), blocks[k, j], axis=0, precision=precision) for k in rows
+                self._apply((k, i), blocks[k, i], blocks[k, j], axis=0, transposed=True, precision=precision)
+                for k in rows
             )
 
         segments = (within(i, segment) for i, segment in enumerate(self.segments))
@@ -222,11 +215,31 @@ class BlockPattern(Structure):
         stops = list(itertools.accumulate(segment.dim for segment in self.segments))
         return jnp.split(tensor, stops[:-1], axis)
 
-    def _apply(
-        self, pair: Pair, block: jax.Array, tensor: jax.Array, axis: int, *, precision: jax.lax.PrecisionLike
+    def _multiplied(
+        self, parts: Parts, tensor: jax.Array, axis: int, *, transposed: bool, precision: jax.lax.PrecisionLike
     ) -> jax.Array:
-        """Returns `tensor` multiplied along `axis` by one block."""
+        """Returns `tensor` multiplied along `axis` by K or Kᵀ, block by block."""
+        blocks, pieces = self._blocks(parts), self._cut(tensor.astype(parts[0].dtype), axis)
+
+        def row(i: int) -> jax.Array:
+            pairs = ((pair, j) for j in range(len(pieces)) if (pair := (j, i) if transposed else (i, j)) in blocks)
+            apply = functools.partial(self._apply, axis=axis, transposed=transposed, precision=precision)
+            return _total(apply(pair, blocks[pair], pieces[j]) for pair, j in pairs)
+
+        rows = [row(i) for i in range(len(pieces))]
+        return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis)
+
+    def _apply(
+        self,
+        pair: Pair,
+        block: jax.Array,
+        tensor: jax.Array,
+        axis: int,
+        *,
+        transposed: bool = False,
+        precision: jax.lax.PrecisionLike,
+    ) -> jax.Array:
+        """Returns `tensor` multiplied along `axis` by one block, or by its transpose."""
         i, j = pair
-        if i == j:
-            return self.segments[i].apply(block, tensor, axis, precision=precision)
-        return apply_matrix(block, tensor, axis, precision=precision)
+        by_block = self.segments[i].apply if i == j else apply_matrix
+        return by_block(block, tensor, axis, transposed=transposed, precision=precision)

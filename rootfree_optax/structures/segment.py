@@ -23,9 +23,12 @@ def einsum_along(
     return einsum(f"{operand_axes}->{result_axes}", *operands, precision=precision)
 
 
-def apply_matrix(matrix: jax.Array, tensor: jax.Array, axis: int, *, precision: jax.lax.PrecisionLike) -> jax.Array:
-    """Returns `tensor` multiplied along `axis` by a matrix [rows, columns]."""
-    return einsum_along("IJ,<J>-><I>", axis, tensor.ndim, matrix, tensor, precision=precision)
+def apply_matrix(
+    matrix: jax.Array, tensor: jax.Array, axis: int, *, transposed: bool = False, precision: jax.lax.PrecisionLike
+) -> jax.Array:
+    """Returns `tensor` multiplied along `axis` by a matrix [rows, columns], or by its transpose."""
+    subscripts = "JI,<J>-><I>" if transposed else "IJ,<J>-><I>"
+    return einsum_along(subscripts, axis, tensor.ndim, matrix, tensor, precision=precision)
 
 
 def transpose(block: jax.Array) -> jax.Array:
@@ -78,6 +81,15 @@ class Segment:
             return upcast(left) * upcast(right)
         return matmul(left, right, precision=precision)
 
+    def inner(self, part: jax.Array, *, precision: jax.lax.PrecisionLike) -> jax.Array:
+        """Returns the part of Kᵀ K."""
+        # Not by `matmul`: XLA for CPUs copies what is transposed first.
+        return upcast(part) ** 2 if self.size == 1 else einsum("...ji,...jk->...ik", part, part, precision=precision)
+
+    def square(self, part: jax.Array, *, precision: jax.lax.PrecisionLike) -> jax.Array:
+        """Returns the part of K Kᵀ."""
+        return upcast(part) ** 2 if self.size == 1 else einsum("...ij,...kj->...ik", part, part, precision=precision)
+
     def times_inverse_root(
         self, part: jax.Array, excess: jax.Array, *, shift: ArrayLike, precision: jax.lax.PrecisionLike
     ) -> jax.Array:
@@ -86,14 +98,23 @@ class Segment:
             return inverse_root.elementwise(part, excess, shift=shift)
         return inverse_root.times_inverse_root(part, excess, shift=shift, precision=precision)
 
-    def apply(self, part: jax.Array, tensor: jax.Array, axis: int, *, precision: jax.lax.PrecisionLike) -> jax.Array:
-        """Returns `tensor` multiplied along `axis`."""
+    def apply(
+        self,
+        part: jax.Array,
+        tensor: jax.Array,
+        axis: int,
+        *,
+        transposed: bool = False,
+        precision: jax.lax.PrecisionLike,
+    ) -> jax.Array:
+        """Returns `tensor` multiplied along `axis` by the matrix, or by its transpose."""
         if self.size == 1:
             return jnp.expand_dims(upcast(part), _other_axes(tensor, axis)) * upcast(tensor)
         if self.count == 1:
-            return apply_matrix(part, tensor, axis, precision=precision)
+            return apply_matrix(part, tensor, axis, transposed=transposed, precision=precision)
         blocks = self._split_axis(tensor, axis)
-        out = einsum_along("NIJ,<NJ>-><NI>", axis, tensor.ndim, part, blocks, precision=precision)
+        subscripts = "NJI,<NJ>-><NI>" if transposed else "NIJ,<NJ>-><NI>"
+        out = einsum_along(subscripts, axis, tensor.ndim, part, blocks, precision=precision)
         return out.reshape(tensor.shape)
 
     def project_outer(self, tensor: jax.Array, axis: int, *, precision: jax.lax.PrecisionLike) -> jax.Array:
