@@ -104,15 +104,6 @@ def require_floating_dtype(name: str, dtype: Any) -> None:
         )
 
 
-def require_momentum(momentum: Any, nesterov: bool, accumulator_dtype: Any) -> None:
-    """Raises an error for a momentum or a dtype that is none, or for Nesterov's momentum without momentum."""
-    if momentum is None and nesterov:
-        raise ValueError("momentum must be given for nesterov=True, got None. Pass a number, such as 0.9.")
-    require_constant(momentum=momentum)
-    require_fraction("momentum", momentum)
-    require_floating_dtype("accumulator_dtype", accumulator_dtype)
-
-
 def require_kronecker(preconditioner_lr: Any, damping: Any, batch_size: Any, update_every: Any) -> None:
     """Raises an error for what is out of range, or no schedule, among what both Kronecker transformations take."""
     require_at_least("preconditioner_lr", preconditioner_lr, 0)

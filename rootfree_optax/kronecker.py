@@ -1,6 +1,5 @@
 """Inverse-free root-free Shampoo as a transformation: plan, pack, refresh, precondition, unpack."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,9 +7,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax import factor_stacks, preconditioning, sharded_plan, stacks
+from rootfree_optax import factor_stacks, sharded_plan, stacks
 from rootfree_optax import hyperparameters as hyper
 from rootfree_optax.factor_stacks import FactorStacks
+from rootfree_optax.gradient_average import GradientAverage
 from rootfree_optax.hyperparameters import UpdateEvery
 from rootfree_optax.kronecker_options import FactorOptions, InitialScale, Refresh
 from rootfree_optax.layout import Layout
@@ -149,9 +149,7 @@ def scale_by_sirf_shampoo(
     at_construction = batch_size
     hyper.require_kronecker(preconditioner_lr, damping, batch_size, update_every)
     sharded_plan.require_block_axes(block_axes)
-    hyper.require_momentum(momentum, nesterov, accumulator_dtype)
-    hyper.require_constant(trust_radius=trust_radius)
-    hyper.require_positive("trust_radius", trust_radius)
+    average = GradientAverage(momentum, nesterov, accumulator_dtype)
     options = FactorOptions(
         preconditioner_dtype=preconditioner_dtype,
         riemannian_momentum=None if hyper.is_zero(riemannian_momentum) else riemannian_momentum,
@@ -160,18 +158,16 @@ def scale_by_sirf_shampoo(
         update_every=update_every,
         staggered=staggered,
         curvature_every=curvature_every,
+        trust_radius=trust_radius,
         cache_products=cache_products,
         precision=precision,
     )
     preconditioner_lr = options.rate(preconditioner_lr)
-    by_matrices = preconditioning.precondition_by_squares if cache_products else preconditioning.precondition
-    precondition_block = functools.partial(by_matrices, precision=precision)
 
     def init(params: optax.Params) -> ScaleBySirfShampooState:
         plan = sharded_plan.for_parameters(layout.plan(params), block_axes, params)
         kept = factor_stacks.initial(plan, params, options)
-        velocity = () if momentum is None else stacks.zero_velocity(plan, params, kept.factors, accumulator_dtype)
-        arrays = stacks.typed_as_updated(plan, params, (*kept, velocity))
+        arrays = stacks.typed_as_updated(plan, params, (*kept, average.initial(plan, params, kept.factors)))
         return ScaleBySirfShampooState(jnp.zeros([], jnp.int32), *arrays)
 
     def update(
@@ -198,12 +194,9 @@ def scale_by_sirf_shampoo(
             batch_size=batch_size,
             count=count,
         )
-        averages, velocity = stacks.averaged(plan, gradients, velocity, momentum=momentum, nesterov=nesterov)
+        averages, velocity = average.update(plan, gradients, velocity)
         matrices = new.products if cache_products else new.factors
-        directions = stacks.precondition(plan, precondition_block, averages, matrices)
-        if trust_radius is not None:
-            shorten = functools.partial(preconditioning.shortened, trust_radius=trust_radius, batch_size=batch_size)
-            directions = stacks.precondition(plan, shorten, directions, averages)
+        directions = stacks.precondition(plan, options.precondition_block(batch_size), averages, matrices)
         new_state = ScaleBySirfShampooState(optax.safe_increment(count), *new, velocity)
         return stacks.unpack(plan, directions, updates), new_state
 

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax import hyperparameters as hyper
 from rootfree_optax import inverse_update, refreshing, sharded_plan, stacks
+from rootfree_optax.gradient_average import GradientAverage
 from rootfree_optax.hyperparameters import UpdateEvery
 from rootfree_optax.layout import Layout, Plan
 from rootfree_optax.precision import upcast
@@ -90,14 +91,13 @@ def scale_by_rf_shampoo(
     hyper.require_kronecker(preconditioner_lr, damping, batch_size, update_every)
     hyper.require_at_most("preconditioner_lr", preconditioner_lr, 1)
     sharded_plan.require_block_axes(block_axes)
-    hyper.require_momentum(momentum, nesterov, accumulator_dtype)
+    average = GradientAverage(momentum, nesterov, accumulator_dtype)
 
     def init(params: optax.Params) -> ScaleByRfShampooState:
         plan = sharded_plan.for_parameters(layout.plan(params), block_axes, params)
         _require_dense_or_diagonal(plan.plan)
         factors = jax.tree.map(upcast, stacks.initial_factors(plan, params))
-        velocity = () if momentum is None else stacks.zero_velocity(plan, params, factors, accumulator_dtype)
-        arrays = stacks.typed_as_updated(plan, params, (factors, velocity))
+        arrays = stacks.typed_as_updated(plan, params, (factors, average.initial(plan, params, factors)))
         return ScaleByRfShampooState(jnp.zeros([], jnp.int32), *arrays)
 
     def update(
@@ -122,7 +122,7 @@ def scale_by_rf_shampoo(
         curvatures = stacks.curvatures(plan, curvature, updates, gradients)
         due = hyper.is_due(update_every, state.count)
         (factors,) = refreshing.refresh_when(due, plan, refresh, curvatures, (state.factors,))
-        averages, velocity = stacks.averaged(plan, gradients, state.velocity, momentum=momentum, nesterov=nesterov)
+        averages, velocity = average.update(plan, gradients, state.velocity)
         directions = stacks.precondition(plan, inverse_update.precondition, averages, factors)
         new_state = ScaleByRfShampooState(optax.safe_increment(state.count), factors, velocity)
         return stacks.unpack(plan, directions, updates), new_state

@@ -1,7 +1,8 @@
 """The options of the inverse-free transformation: what they may be, what goes together, what is chosen by default."""
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import jax
@@ -10,6 +11,7 @@ import optax
 from jax.typing import ArrayLike
 
 from rootfree_optax import hyperparameters as hyper
+from rootfree_optax import preconditioning
 from rootfree_optax.averaging import averaging_schedule
 from rootfree_optax.factor_step import exact_factor, published_factor
 from rootfree_optax.hyperparameters import UpdateEvery
@@ -26,7 +28,7 @@ _DEFAULT_PRECONDITIONER_LR = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class FactorOptions:
-    """The arguments of `scale_by_sirf_shampoo` that say what is kept of the curvature, and when it is renewed.
+    """The arguments of `scale_by_sirf_shampoo` that say what is kept of the curvature, when it is renewed, how applied.
 
     A riemannian_momentum of None keeps none.
 
@@ -42,16 +44,22 @@ class FactorOptions:
     update_every: UpdateEvery
     staggered: bool
     curvature_every: UpdateEvery | None
+    trust_radius: ArrayLike | None
     cache_products: bool
     precision: jax.lax.PrecisionLike
 
     def __post_init__(self) -> None:
         require_dtype_rule(self.preconditioner_dtype)
-        hyper.require_constant(riemannian_momentum=self.riemannian_momentum, initial_scale=self.initial_scale)
+        hyper.require_constant(
+            riemannian_momentum=self.riemannian_momentum,
+            initial_scale=self.initial_scale,
+            trust_radius=self.trust_radius,
+        )
         hyper.require_choice("refresh", self.refresh, REFRESHES)
         if isinstance(self.initial_scale, str):
             hyper.require_choice("initial_scale", self.initial_scale, ("first_gradient",))
         hyper.require_positive("initial_scale", self.initial_scale)
+        hyper.require_positive("trust_radius", self.trust_radius)
         hyper.require_interval("curvature_every", self.curvature_every)
         hyper.require_fraction("riemannian_momentum", self.riemannian_momentum)
         if self.staggered:
@@ -67,6 +75,19 @@ class FactorOptions:
     def waits_for_gradient(self) -> bool:
         """Whether blocks start at the scale of their first gradient."""
         return isinstance(self.initial_scale, str)
+
+    def precondition_block(self, batch_size: ArrayLike) -> Callable[..., jax.Array]:
+        """Returns what makes a block's direction, (gradient, factors or products, structures=…) -> direction."""
+        by_matrices = preconditioning.precondition_by_squares if self.cache_products else preconditioning.precondition
+        if self.trust_radius is None:
+            return functools.partial(by_matrices, precision=self.precision)
+        return functools.partial(
+            preconditioning.precondition_within,
+            precondition=by_matrices,
+            trust_radius=self.trust_radius,
+            batch_size=batch_size,
+            precision=self.precision,
+        )
 
     def rate(self, preconditioner_lr: optax.ScalarOrSchedule | None) -> optax.ScalarOrSchedule:
         """Returns β₂ as it is given, or the schedule that stands for None, where one can.

@@ -73,11 +73,25 @@ def _multiplied(
     return (direction * rescale).reshape(gradient.shape)
 
 
+def precondition_within(
+    gradient: jax.Array,
+    matrices: tuple[Parts, ...],
+    *,
+    structures: Sequence[Structure],
+    precondition: Callable[..., jax.Array],
+    trust_radius: ArrayLike,
+    batch_size: ArrayLike,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    """Returns what `precondition` makes of a gradient and its factors, or their products, `shortened`."""
+    direction = precondition(gradient, matrices, structures=structures, precision=precision)
+    return shortened(direction, gradient, trust_radius=trust_radius, batch_size=batch_size)
+
+
 def shortened(
     direction: jax.Array,
     gradient: jax.Array,
     *,
-    structures: Sequence[Structure],
     trust_radius: ArrayLike,
     batch_size: ArrayLike,
 ) -> jax.Array:
@@ -88,11 +102,9 @@ def shortened(
     Args:
       direction: D, [d₁, …, d_N], as it is if it is not finite.
       gradient: G, [d₁, …, d_N].
-      structures: the structure of each factor, of which nothing depends.
       trust_radius: r > 0.
       batch_size: B > 0.
     """
-    del structures
     as_scalar = lambda number: jnp.asarray(number, direction.dtype)
     largest = jnp.max(jnp.abs(direction))
     unit = jnp.where(largest > 0, largest, 1)  # G·D itself may overflow where both are finite

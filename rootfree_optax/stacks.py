@@ -15,7 +15,6 @@ from rootfree_optax.each_stack import Given, Stacks, as_tree, of_stack
 from rootfree_optax.factor_step import times_scalar
 from rootfree_optax.layout.rules import DTypeRule, dtypes_of
 from rootfree_optax.layout.stack import Stack
-from rootfree_optax.momentum_update import add_scaled, kept
 from rootfree_optax.partition import axes_of_type
 from rootfree_optax.sharded_plan import ShardedPlan
 
@@ -34,7 +33,7 @@ def initial_factors(
       dtype_rule: the factors' dtypes, see `scale_by_sirf_shampoo`.
       curvature: s > 0, a scalar.
     """
-    defaults = _dtypes_of(plan, params)
+    defaults = widest_dtypes(plan, params)
     dtypes = [dtypes_of(dtype_rule, len(s.shape), dtype) for s, dtype in zip(plan.stacks, defaults, strict=True)]
     lengths = [length // plan.shards for length in plan.lengths]
     if not plan.stacks:
@@ -42,7 +41,7 @@ def initial_factors(
     return plan.on_shards(_initial_factors, (plan.stacks, dtypes, lengths, curvature, plan.anchor(params)))
 
 
-def _dtypes_of(plan: ShardedPlan, params: optax.Params) -> list[DTypeLike]:
+def widest_dtypes(plan: ShardedPlan, params: optax.Params) -> list[DTypeLike]:
     """Returns for each stack the widest dtype of its parameters."""
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params)
     return [packed.dtype for packed in jax.eval_shape(plan.plan.pack, shapes)]
@@ -92,26 +91,6 @@ def _nothing_observed(_: None, factors: Stacks) -> Stacks:
     return tuple((zeros_of(of_stack), jnp.zeros(len(of_stack[0][0]), jnp.int32)) for of_stack in factors)
 
 
-def zero_velocity(plan: ShardedPlan, params: optax.Params, factors: Stacks, dtype: DTypeLike | None) -> Stacks:
-    """Returns zeros like the stacks of gradients; see `initial_factors` for a plan without any.
-
-    Args:
-      plan: the plan of `params`.
-      params: the parameters, or their shapes and dtypes.
-      factors: the stacks of factors.
-      dtype: of the zeros, or None for the widest of each stack's parameters.
-    """
-    if not plan.stacks:
-        return jnp.zeros([0])
-    dtypes = tuple(jnp.dtype(of_stack if dtype is None else dtype) for of_stack in _dtypes_of(plan, params))
-    return plan.on_shards(_zero_velocity, (plan.stacks, dtypes), factors)
-
-
-def _zero_velocity(shared: Any, factors: Stacks) -> Stacks:
-    each = zip(*shared, factors, strict=True)
-    return tuple(jnp.zeros((len(of_stack[0][0]), *stack.shape), dtype) for stack, dtype, of_stack in each)
-
-
 def typed_as_updated(plan: ShardedPlan, params: optax.Params, state: Any) -> Any:
     """Returns a new state's arrays with the types that updates will give them inside `jax.shard_map`.
 
@@ -127,29 +106,6 @@ def typed_as_updated(plan: ShardedPlan, params: optax.Params, state: Any) -> Any
     if plan.is_local:
         never |= jax.lax.axis_index(plan.axes) < 0
     return jax.tree.map(lambda array: jnp.where(never, jnp.zeros_like(array), array), state)
-
-
-def averaged(
-    plan: ShardedPlan, gradients: Stacks, velocity: Stacks, *, momentum: ArrayLike | None, nesterov: bool
-) -> tuple[Stacks, Stacks]:
-    """Returns heavy-ball or Nesterov averages of the stacks of gradients, and the new velocity.
-
-        v ← momentum·v + G,    average = v, or G + momentum·v
-
-    Entries of G that are not finite show in the average, and leave the velocity as it was. A momentum of None averages
-    nothing.
-    """
-    if not plan.stacks or momentum is None:
-        return gradients, velocity
-    return plan.on_shards(_averaged, (momentum, nesterov), gradients, velocity)
-
-
-def _averaged(shared: Any, gradients: Stacks, velocity: Stacks) -> tuple[Stacks, Stacks]:
-    momentum, nesterov = shared
-    add_past = lambda gradient, past: add_scaled(gradient, momentum, past)
-    averages = jax.tree.map(add_past, gradients, velocity)
-    new = jax.tree.map(kept, velocity, averages, gradients)
-    return jax.tree.map(add_past, gradients, averages) if nesterov else averages, new
 
 
 def pack(plan: ShardedPlan, updates: optax.Updates) -> Stacks:

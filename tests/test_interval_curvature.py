@@ -135,7 +135,7 @@ def test_an_interval_below_one_and_a_radius_of_zero_are_refused():
 
 
 def shorten(direction, gradient, radius):
-    shortened_now = jax.jit(lambda d, g, r: shortened(d, g, structures=(), trust_radius=r, batch_size=3.0))
+    shortened_now = jax.jit(lambda d, g, r: shortened(d, g, trust_radius=r, batch_size=3.0))
     return np.asarray(shortened_now(np.float32(direction), np.float32(gradient), np.float32(radius)))
 
 
@@ -186,8 +186,6 @@ def test_samples_of_curvature_may_lack_a_parameter_that_has_no_gradient(with_inv
 
 
 def test_the_trust_radius_has_a_derivative_where_a_gradient_is_zero():
-    length = lambda radius, gradient: jnp.sum(
-        shortened(gradient, gradient, structures=(), trust_radius=radius, batch_size=4)
-    )
+    length = lambda radius, gradient: jnp.sum(shortened(gradient, gradient, trust_radius=radius, batch_size=4))
     assert jax.grad(length)(0.5, jnp.zeros(3)) == 0
     np.testing.assert_allclose(jax.grad(length)(0.5, jnp.full(3, 2.0)), 6 / 4)  # of three twos, four long
