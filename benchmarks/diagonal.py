@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 import trees
-from harness import machine, program, report, timing
+from harness import machine, program, report, turns
 from rich.console import Console
 from rich.progress import track
 
@@ -82,10 +82,10 @@ def measure(shapes: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
         state_bytes[name] = program.tree_bytes(carries[name][1])
         programs[name] = program.compile_step(functools.partial(program.optimizer_step, tx), carries[name], gradients)
 
-    steps = {name: compiled.run for name, compiled in programs.items()}
-    watch_rounds = functools.partial(watch, description="timing")
-    timings = timing.alternate(steps, carries, repeats=repeats, watch=watch_rounds)
-    reference = timings[REFERENCE]
+    steps = {name: turns.timed(compiled.run, carries.pop(name)) for name, compiled in programs.items()}
+    times = turns.take_turns(steps, repeats, 1, functools.partial(watch, description="timing"))
+    spreads = {name: turns.spread(of_method) for name, of_method in times.items()}
+    reference = spreads[REFERENCE]
     return [
         {
             "method": name,
@@ -93,11 +93,11 @@ def measure(shapes: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
             "state_ratio": state_bytes[name] / parameter_bytes,
             **programs[name].cost(),
             "traffic_ratio": programs[name].traffic_over(parameter_bytes),
-            **times.seconds(),
-            "median_ratio": times.median / reference.median,
-            "fastest_ratio": times.fastest / reference.fastest,
+            **spread.seconds(),
+            "median_ratio": spread.median / reference.median,
+            "fastest_ratio": spread.fastest / reference.fastest,
         }
-        for name, times in timings.items()
+        for name, spread in spreads.items()
     ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import report, timing
+from harness import report, turns
 
 import rootfree_optax as rf
 from rootfree_optax import refreshing, sharded_plan
@@ -55,9 +55,8 @@ def measure(blocks: int, dim: int, dtype: str, repeats: int, *, watch: Any = ite
         for kind, due in kinds.items()
         if kind != "observe" or others
     }
-    runs = refreshes | steps
-    carries = {name: carry for name, (_, carry) in runs.items()}
-    times = timing.alternate({name: run for name, (run, _) in runs.items()}, carries, repeats=repeats, watch=watch)
+    runs = {name: turns.timed(run, carry) for name, (run, carry) in (refreshes | steps).items()}
+    times = {name: turns.spread(seconds) for name, seconds in turns.take_turns(runs, repeats, 1, watch).items()}
     fastest = lambda name, kind: times[f"{name}_{kind}"].fastest
     means = {
         f"{name}_mean_seconds": (
