@@ -6,8 +6,12 @@
 
 The peers are installed as `harness/peers.py` says, PyTorch's official optimizer in an environment of its own, as
 `kronecker.py` says. One that is absent or broken is in the table, with the reason. On two processor cores gpt48 takes
-psgd and SOAP minutes to compile, so name them only with that time at hand. On a GPU the same commands run there; set
-`JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32` or `highest` to say how float32 is multiplied, which the JSON records.
+psgd and SOAP minutes to compile, so name them only with that time at hand.
+
+On a GPU the same commands run there, and JAX_DEFAULT_MATMUL_PRECISION, `tensorfloat32` or `highest`, says how float32 is
+multiplied, which the JSON records. A method compiles for 5 to 30 seconds there, so name a few of them at a time:
+
+    python benchmarks/suite.py --trees gpt124M --block-size 768 --methods adamw muon "sirf *" "sirf *, bf16"
 
 On Linux processors, arrays of more than 32 MB are mapped anew at every step, and paging them in takes a tenth to a
 third of a product of such. `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` has it done in large pages, for every method alike;
