@@ -8,7 +8,7 @@ The peers are installed as `harness/peers.py` says, PyTorch's official optimizer
 `kronecker.py` says. One that is absent or broken is in the table, with the reason. On two processor cores gpt48 takes
 psgd and SOAP minutes to compile, so name them only with that time at hand.
 
-On a GPU the same commands run there, and JAX_DEFAULT_MATMUL_PRECISION, `tensorfloat32` or `highest`, says how float32 is
+On a GPU the same commands run there. JAX_DEFAULT_MATMUL_PRECISION, `tensorfloat32` or `highest`, says how float32 is
 multiplied, which the JSON records. A method compiles for 5 to 30 seconds there, so name a few of them at a time:
 
     python benchmarks/suite.py --trees gpt124M --block-size 768 --methods adamw muon "sirf *" "sirf *, bf16"
