@@ -28,7 +28,7 @@ _DEFAULT_PRECONDITIONER_LR = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class FactorOptions:
-    """The arguments of `scale_by_sirf_shampoo` that say what is kept of the curvature, when it is renewed, how applied.
+    """The arguments of `scale_by_sirf_shampoo` that say what is kept of the curvature, when renewed and how applied.
 
     A riemannian_momentum of None keeps none.
 

@@ -103,3 +103,22 @@ def test_periods_are_told_apart():
     assert found["plain_seconds"] == 1.0
     assert found["max_seconds"] == 5.0
     assert found["mean_seconds"] == pytest.approx((7 / 3 + 9 / 3) / 2)
+
+
+def test_steps_without_periods_are_each_waited_for_and_their_first_is_not_counted(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    seconds = iter([9.0, 4.0, 1.0, 2.0, 3.0, 5.0])
+    counts = []
+
+    def step(count):
+        counts.append(count)
+        return next(seconds), 0.0
+
+    [times] = turns.take_turns({"one": step}, periods=5, period=1).values()
+    assert counts == 6 * [1]
+    assert turns.spread(times) == turns.Spread(median=3.0, fastest=1.0, lower_quartile=2.0, upper_quartile=4.0)
+
+
+def test_one_step_has_no_spread():
+    with pytest.raises(ValueError, match="at least 2 steps, got 1"):
+        turns.spread([[(1.0, 0.0)]])

@@ -37,7 +37,7 @@ def take_turns(
 
     On a processor the methods take turns step by step. An accelerator is handed many steps before it has made the
     first, so there they do so period by period: a period in one go, then the steps of another but its first. The
-    difference is the time of that one.
+    difference is the time of that one. Steps without periods, of 1, are waited for there, too.
 
     Args:
       steps: by name.
@@ -99,7 +99,13 @@ class Spread:
 
 
 def spread(times: list[list[Seconds]]) -> Spread:
-    """Returns the spread of at least two steps that are all alike."""
+    """Returns the spread of steps that are all alike.
+
+    Raises:
+      ValueError: for fewer than 2 steps, which have no quartiles.
+    """
     clock = [seconds for period in times for seconds, _ in period]
+    if len(clock) < 2:
+        raise ValueError(f"a spread needs at least 2 steps, got {len(clock)}. Time more repeats.")
     lower, median, upper = statistics.quantiles(clock, n=4, method="inclusive")
     return Spread(median=median, fastest=min(clock), lower_quartile=lower, upper_quartile=upper)

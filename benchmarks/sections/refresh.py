@@ -100,7 +100,8 @@ def _refresh(
     @functools.partial(jax.jit, donate_argnums=0)
     def step(carry: Any) -> Any:  # with the gradient, a constant otherwise, which the compiler would fold
         gradient, *state = carry
-        factors, momenta, *_ = refreshing.refresh_when(True, plan, refresh_block, (gradient,), (*state, (), ()))
+        beside = ((), (), ())  # neither products nor what has started or was observed
+        factors, momenta, *_ = refreshing.refresh_when(True, plan, refresh_block, (gradient,), (*state, *beside))
         return gradient, factors, momenta
 
     make = lambda: jnp.tile(jnp.eye(dim, dtype=dtype), (blocks, 1, 1))

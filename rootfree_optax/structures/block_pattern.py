@@ -222,9 +222,12 @@ class BlockPattern(Structure):
         blocks, pieces = self._blocks(parts), self._cut(tensor.astype(parts[0].dtype), axis)
 
         def row(i: int) -> jax.Array:
-            pairs = ((pair, j) for j in range(len(pieces)) if (pair := (j, i) if transposed else (i, j)) in blocks)
-            apply = functools.partial(self._apply, axis=axis, transposed=transposed, precision=precision)
-            return _total(apply(pair, blocks[pair], pieces[j]) for pair, j in pairs)
+            pairs = {j: (j, i) if transposed else (i, j) for j in range(len(pieces))}
+            return _total(
+                self._apply(pair, blocks[pair], pieces[j], axis, transposed=transposed, precision=precision)
+                for j, pair in pairs.items()
+                if pair in blocks
+            )
 
         rows = [row(i) for i in range(len(pieces))]
         return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis)

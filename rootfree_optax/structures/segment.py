@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax import inverse_root
 from rootfree_optax.precision import upcast
-from rootfree_optax.products import einsum, matmul
+from rootfree_optax.products import einsum
 
 
 def einsum_along(
@@ -77,18 +77,23 @@ class Segment:
 
     def matmul(self, left: jax.Array, right: jax.Array, *, precision: jax.lax.PrecisionLike) -> jax.Array:
         """Returns the part of L R."""
-        if self.size == 1:
-            return upcast(left) * upcast(right)
-        return matmul(left, right, precision=precision)
+        return self._product("...ij,...jk->...ik", left, right, precision=precision)
 
     def inner(self, part: jax.Array, *, precision: jax.lax.PrecisionLike) -> jax.Array:
         """Returns the part of Kᵀ K."""
-        # Not by `matmul`: XLA for CPUs copies what is transposed first.
-        return upcast(part) ** 2 if self.size == 1 else einsum("...ji,...jk->...ik", part, part, precision=precision)
+        return self._product("...ji,...jk->...ik", part, part, precision=precision)
 
     def square(self, part: jax.Array, *, precision: jax.lax.PrecisionLike) -> jax.Array:
         """Returns the part of K Kᵀ."""
-        return upcast(part) ** 2 if self.size == 1 else einsum("...ij,...kj->...ik", part, part, precision=precision)
+        return self._product("...ij,...kj->...ik", part, part, precision=precision)
+
+    def _product(
+        self, subscripts: str, left: jax.Array, right: jax.Array, *, precision: jax.lax.PrecisionLike
+    ) -> jax.Array:
+        if self.size == 1:
+            return upcast(left) * upcast(right)
+        # A transposed block is named so: XLA for CPUs copies one that is transposed first.
+        return einsum(subscripts, left, right, precision=precision)
 
     def times_inverse_root(
         self, part: jax.Array, excess: jax.Array, *, shift: ArrayLike, precision: jax.lax.PrecisionLike

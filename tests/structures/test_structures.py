@@ -224,6 +224,12 @@ def test_dense_takes_one_product_for_each_operation(axis):
     assert names.count("transpose") == 0  # XLA for CPUs would copy
 
 
+def test_a_square_takes_one_product():
+    structure = structure_factory("dense")(8)
+    jaxpr = jax.make_jaxpr(structure.square)(structure.identity(jnp.float32))
+    assert [equation.primitive.name for equation in intermediates(jaxpr.jaxpr)] == ["dot_general"]
+
+
 def test_diagonal_takes_no_matrix_product():
     names = [equation.primitive.name for equation in traced(structure_factory("diagonal")(8), 1, (2, 8, 3))]
     assert "dot_general" not in names
