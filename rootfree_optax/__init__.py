@@ -4,15 +4,20 @@ Root-free diagonal methods, root-free Shampoo and inverse-free structured Shampo
 Square-Root in Adaptive Gradient Methods? A Second-Order Perspective (ICML 2024, https://arxiv.org/abs/2402.03496).
 """
 
-from rootfree_optax.alias import rf_adamw, rf_rmsprop
-from rootfree_optax.alias_kronecker import rf_shampoo, sirf_shampoo
-from rootfree_optax.averaging import averaging_schedule
-from rootfree_optax.diagonal import ScaleByRfAdamState, ScaleByRfRmsState, scale_by_rf_adam, scale_by_rf_rms
-from rootfree_optax.intervals import growing_interval
-from rootfree_optax.kronecker import ScaleBySirfShampooState, scale_by_sirf_shampoo
-from rootfree_optax.kronecker_inverse import ScaleByRfShampooState, scale_by_rf_shampoo
-from rootfree_optax.layout import Group, Layout, Plan, as_matrix, flatten, weight_and_bias
-from rootfree_optax.sharding import state_shardings
+from rootfree_optax._src.common.averaging import averaging_schedule
+from rootfree_optax._src.common.intervals import growing_interval
+from rootfree_optax._src.layout import Group, Layout, Plan, as_matrix, flatten, weight_and_bias
+from rootfree_optax._src.mesh.state_shardings import state_shardings
+from rootfree_optax._src.optimizers.diagonal import rf_adamw, rf_rmsprop
+from rootfree_optax._src.optimizers.kronecker import rf_shampoo, sirf_shampoo
+from rootfree_optax._src.transforms.diagonal import (
+    ScaleByRfAdamState,
+    ScaleByRfRmsState,
+    scale_by_rf_adam,
+    scale_by_rf_rms,
+)
+from rootfree_optax._src.transforms.kronecker import ScaleBySirfShampooState, scale_by_sirf_shampoo
+from rootfree_optax._src.transforms.kronecker_inverse import ScaleByRfShampooState, scale_by_rf_shampoo
 
 __version__ = "0.1.0"
 

@@ -14,7 +14,11 @@ from kronecker_runs import scale_by_published, sirf_published
 from meshes import FSDP, LAYOUT, SETTINGS, TENSOR, draw, mesh_of, shardings_on
 
 import rootfree_optax as rf
-from rootfree_optax import factor_update, preconditioning, refreshing, sharded_plan, stacks
+from rootfree_optax._src.blocks import apply as preconditioning
+from rootfree_optax._src.blocks import factor_update
+from rootfree_optax._src.mesh import stacks_on_mesh as sharded_plan
+from rootfree_optax._src.stacks import refresh as refreshing
+from rootfree_optax._src.stacks import stacks
 
 STEPS = 10
 GRADIENTS = [draw(seed) for seed in range(1, STEPS + 1)]

@@ -8,12 +8,7 @@ import optax
 import pytest
 
 import rootfree_optax as rf
-from rootfree_optax.chaining import (
-    HeavyBallState,
-    add_decayed_weights,
-    heavy_ball,
-    scale_by_learning_rate,
-)
+from rootfree_optax._src.optimizers.links import HeavyBallState, add_decayed_weights, heavy_ball, scale_by_learning_rate
 
 TREE = {"w": jnp.array([[1.0, -2.0]]), "b": jnp.array(0.5)}
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rootfree_optax import diagonal_update
+from rootfree_optax._src.blocks import diagonal as diagonal_update
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.999, 0.99999])

@@ -6,7 +6,7 @@ import pytest
 from kronecker_runs import draw, run
 
 import rootfree_optax as rf
-from rootfree_optax.structures import structure_factory
+from rootfree_optax._src.structures import structure_factory
 
 BETA, DAMPING, BATCH_SIZE = 0.1, 0.01, 4
 

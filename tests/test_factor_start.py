@@ -10,7 +10,7 @@ from kronecker_runs import EXACT_SETTING, draw, last, params_of, run, scale_by_e
 from meshes import mesh_of
 
 import rootfree_optax as rf
-from rootfree_optax import refreshing
+from rootfree_optax._src.stacks import refresh as refreshing
 
 
 def test_the_start_at_a_number():

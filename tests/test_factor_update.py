@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from double_precision import double_precision
 
-from rootfree_optax import factor_update, preconditioning
-from rootfree_optax.factor_step import factor_steps, max_abs, outer_products
-from rootfree_optax.structures import structure_factory
+from rootfree_optax._src.blocks import apply as preconditioning
+from rootfree_optax._src.blocks import factor_update
+from rootfree_optax._src.blocks.factor_step import factor_steps, max_abs, outer_products
+from rootfree_optax._src.structures import structure_factory
 
 # Shape, structures, and the number of samples of the curvature (0: it is the gradient).
 CASES = {

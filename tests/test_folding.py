@@ -8,10 +8,10 @@ import pytest
 from kronecker_runs import draw, run, scale_by_exact, scale_by_published
 
 import rootfree_optax as rf
-from rootfree_optax.factor_step import outer_products
-from rootfree_optax.folding import fold
-from rootfree_optax.preconditioning import precondition, precondition_by_squares
-from rootfree_optax.structures import dense, diagonal
+from rootfree_optax._src.blocks.apply import precondition, precondition_by_squares
+from rootfree_optax._src.blocks.factor_step import outer_products
+from rootfree_optax._src.blocks.folding import fold
+from rootfree_optax._src.structures import dense, diagonal
 
 # Lengths, which of them are diagonal, and the groups that they fold into.
 CASES = {

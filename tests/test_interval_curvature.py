@@ -9,7 +9,7 @@ from checks import refuses
 from kronecker_runs import draw, last, params_of, run
 
 import rootfree_optax as rf
-from rootfree_optax.preconditioning import shortened
+from rootfree_optax._src.blocks.apply import shortened
 
 INTERVAL = 4
 SETTING = {"preconditioner_lr": 0.3, "damping": 0.1, "batch_size": 4, "update_every": INTERVAL}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from double_precision import double_precision
 
-from rootfree_optax.inverse_root import elementwise, times_inverse_root
-from rootfree_optax.minimax import (
+from rootfree_optax._src.numerics.inverse_root import elementwise, times_inverse_root
+from rootfree_optax._src.numerics.minimax import (
     DEGREES,
     LARGEST_CONDITION,
     inverse_root_polynomial,

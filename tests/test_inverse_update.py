@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from double_precision import double_precision
 
-from rootfree_optax import inverse_update
-from rootfree_optax.structures import structure_factory
+from rootfree_optax._src.blocks import rf as inverse_update
+from rootfree_optax._src.structures import structure_factory
 
 # Shape, structures, and the number of samples of the curvature (0: it is the gradient).
 CASES = {

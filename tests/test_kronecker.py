@@ -10,7 +10,7 @@ from checks import refuses
 from kronecker_runs import PUBLISHED, SETTING, assert_close, both_forms, draw, last, params_of, run, scale_by_published
 
 import rootfree_optax as rf
-from rootfree_optax.layout import weight_and_bias
+from rootfree_optax._src.layout import weight_and_bias
 
 BLOCKS = {
     "blocks_of_layers": ({"w": (2, 2, 5)}, rf.Layout(stacked=1, block_size=3)),

@@ -10,7 +10,7 @@ import pytest
 from kronecker_runs import scale_by_published, sirf_published
 
 import rootfree_optax as rf
-from rootfree_optax.structures import structure_factory
+from rootfree_optax._src.structures import structure_factory
 
 BATCH, STEPS, TOLERANCE = 32, 15, 1e-5
 SETTING = {"preconditioner_lr": 0.2, "damping": 0.0, "momentum": 0.8, "weight_decay": 0.1, "batch_size": BATCH}

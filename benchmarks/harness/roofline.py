@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 import rootfree_optax as rf
 from harness import machine
-from rootfree_optax.products import matmul
+from rootfree_optax._src.numerics.products import matmul
 
 
 def _in_a_row() -> int:

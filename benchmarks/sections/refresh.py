@@ -10,9 +10,10 @@ import numpy as np
 from harness import report, turns
 
 import rootfree_optax as rf
-from rootfree_optax import refreshing, sharded_plan
-from rootfree_optax.factor_step import exact_factor, published_factor
-from rootfree_optax.factor_update import refresh
+from rootfree_optax._src.blocks.factor_step import exact_factor, published_factor
+from rootfree_optax._src.blocks.factor_update import refresh
+from rootfree_optax._src.mesh import stacks_on_mesh as sharded_plan
+from rootfree_optax._src.stacks import refresh as refreshing
 
 STACKS = ((16, 256), (1, 1024))
 DTYPES = ("float32", "bfloat16")

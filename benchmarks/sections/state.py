@@ -8,8 +8,8 @@ import trees
 from harness import program, published, report
 
 import rootfree_optax as rf
-from rootfree_optax.layout.factors import find_factors
-from rootfree_optax.structures import STRUCTURE_NAMES
+from rootfree_optax._src.layout.factors import find_factors
+from rootfree_optax._src.structures import STRUCTURE_NAMES
 
 STRUCTURES = (None, *STRUCTURE_NAMES)
 

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from hypothesis import strategies as st
 
-from rootfree_optax.layout import Group, Layout, as_matrix, flatten, weight_and_bias
-from rootfree_optax.layout.group import assign, join_members, joined_shape, split_members
+from rootfree_optax._src.layout import Group, Layout, as_matrix, flatten, weight_and_bias
+from rootfree_optax._src.layout.group import assign, join_members, joined_shape, split_members
 
 
 def struct(*shape: int) -> jax.ShapeDtypeStruct:

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import strategies as st
 
 import rootfree_optax as rf
-from rootfree_optax.layout import Layout, Plan, as_matrix, flatten, weight_and_bias
-from rootfree_optax.structures import dense, diagonal
+from rootfree_optax._src.layout import Layout, Plan, as_matrix, flatten, weight_and_bias
+from rootfree_optax._src.structures import dense, diagonal
 
 SHAPES = st.lists(st.integers(1, 6), max_size=3).map(tuple)
 SIZES = st.none() | st.integers(1, 7)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rootfree_optax.layout import Layout, flatten
-from rootfree_optax.layout.rules import FrozenMapping
-from rootfree_optax.structures import block_diagonal
+from rootfree_optax._src.layout import Layout, flatten
+from rootfree_optax._src.layout.rules import FrozenMapping
+from rootfree_optax._src.structures import block_diagonal
 
 PARAMS = {
     "conv": jax.ShapeDtypeStruct((3, 3, 5, 8), jnp.float32),

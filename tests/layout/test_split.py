@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from rootfree_optax.layout import split
-from rootfree_optax.layout.split import Cut
+from rootfree_optax._src.layout import split
+from rootfree_optax._src.layout.split import Cut
 
 CUTS = st.lists(
     st.integers(1, 7).flatmap(lambda length: st.builds(Cut, st.just(length), st.integers(1, length))),

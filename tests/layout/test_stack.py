@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rootfree_optax.layout import stack as stacks_of_blocks
-from rootfree_optax.layout.stack import Placement, Stack, place, widest
-from rootfree_optax.structures import block_diagonal, dense, diagonal, triangular_toeplitz
+from rootfree_optax._src.layout import stack as stacks_of_blocks
+from rootfree_optax._src.layout.stack import Placement, Stack, place, widest
+from rootfree_optax._src.structures import block_diagonal, dense, diagonal, triangular_toeplitz
 
 
 def parts() -> list[Stack]:

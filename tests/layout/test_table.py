@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rootfree_optax.layout import Layout, weight_and_bias
+from rootfree_optax._src.layout import Layout, weight_and_bias
 
 
 def struct(*shape: int) -> jax.ShapeDtypeStruct:

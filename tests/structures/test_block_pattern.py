@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rootfree_optax.structures import BlockPattern, Segment
+from rootfree_optax._src.structures import BlockPattern, Segment
 
 
 def test_a_chain_of_couplings_is_closed_under_product():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rootfree_optax.structures import BlockPattern, Segment, structure_factory
+from rootfree_optax._src.structures import BlockPattern, Segment, structure_factory
 
 SHIFT = 0.9
 PATTERNS = {

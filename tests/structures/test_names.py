@@ -2,7 +2,7 @@
 
 import pytest
 
-from rootfree_optax.structures import (
+from rootfree_optax._src.structures import (
     STRUCTURE_NAMES,
     TriangularToeplitz,
     block_diagonal,

@@ -10,7 +10,7 @@ from double_precision import double_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rootfree_optax.structures import STRUCTURE_NAMES, BlockPattern, Flops, structure_factory
+from rootfree_optax._src.structures import STRUCTURE_NAMES, BlockPattern, Flops, structure_factory
 
 NAMES = (*STRUCTURE_NAMES, "block3diagonal", "hierarchical3_2", "tril4bottomrightdiag", "triu3topleftdiag")
 

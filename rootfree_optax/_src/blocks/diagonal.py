@@ -1,0 +1,95 @@
+"""The mathematics of the root-free diagonal methods, for one array: no trees, no flags, no schedules.
+
+The accumulator s is a diagonal estimate of the curvature of a loss that is a mean over B terms. B·g² estimates the
+diagonal of the mean loss's Fisher matrix, s averages it, and g / (s + λ) is the Newton-like step. Every function
+computes in at least float32, whatever the dtypes it is given, and returns the dtype of what it updates.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from rootfree_optax._src.numerics.precision import accumulation_dtype, finite_or_zero, round_dithered, upcast
+
+
+def squared_magnitude(array: jax.Array) -> jax.Array:
+    """Returns |a|² of a real or complex array, as a real array."""
+    if jnp.iscomplexobj(array):
+        return jnp.square(array.real) + jnp.square(array.imag)
+    return jnp.square(array)
+
+
+def moving_average(average: jax.Array, value: jax.Array, decay: ArrayLike) -> jax.Array:
+    """Returns decay·average + (1 − decay)·value, for arrays of one dtype.
+
+    1 − decay is taken before `decay` is rounded to that dtype: 1 − 0.999 would lose four digits in float32.
+    """
+    return jnp.asarray(decay, average.dtype) * average + jnp.asarray(1 - decay, average.dtype) * value
+
+
+def second_moment(
+    s: jax.Array, curvature: jax.Array, *, decay: ArrayLike, batch_size: ArrayLike, count: jax.Array
+) -> jax.Array:
+    """Returns s ← decay·s + (1 − decay)·B·|c|², entries that would come out non-finite left as they were.
+
+    Args:
+      s: the accumulator, real, any shape.
+      curvature: c, the gradient or another vector of which B·|c|² estimates the curvature; real or complex, of s's
+        shape. With one more, leading axis, the mean of |c|² over that axis is taken.
+      decay: in [0, 1).
+      batch_size: B, positive.
+      count: the step's number, for the dithered rounding of a half-precision accumulator.
+    """
+    square = squared_magnitude(upcast(curvature))
+    if square.ndim > s.ndim:
+        square = jnp.mean(square, axis=0)
+    wide = upcast(s)
+    square = jnp.asarray(batch_size, wide.dtype) * square.astype(wide.dtype)
+    average = moving_average(wide, square, decay)
+    # Decided before rounding: a test of the rounded value would cost a half-precision s one more pass over memory.
+    fits = average <= jnp.asarray(jnp.finfo(s.dtype).max, wide.dtype)
+    return round_dithered(jnp.where(fits, average, wide), s.dtype, count)
+
+
+def first_moment(m: jax.Array, gradient: jax.Array, *, decay: ArrayLike) -> jax.Array:
+    """Returns m ← decay·m + (1 − decay)·g. A non-finite g shows in m for one step; m then restarts from zero.
+
+    Keeping m as it was, and showing g in the direction alone, would cost the direction a reading of g: a tenth of the
+    method's memory traffic.
+    """
+    wide = finite_or_zero(upcast(m))
+    return moving_average(wide, gradient.astype(wide.dtype), decay).astype(m.dtype)
+
+
+def root_free_direction(gradient: jax.Array, s: jax.Array, *, damping: ArrayLike) -> jax.Array:
+    """Returns g / (s + λ), of g's dtype. A non-finite entry of g stays non-finite."""
+    wide = upcast(gradient)
+    real = accumulation_dtype(gradient.dtype)
+    curvature = s.astype(real) + jnp.asarray(damping, real)
+    return (wide / curvature.astype(wide.dtype)).astype(gradient.dtype)
+
+
+def averaged_direction(
+    gradient: jax.Array,
+    m: jax.Array,
+    s: jax.Array,
+    *,
+    damping: ArrayLike,
+    m_weight: ArrayLike = 1.0,
+    s_weight: ArrayLike = 1.0,
+) -> jax.Array:
+    """Returns (m / m_weight) / (s / s_weight + λ), of g's dtype. A non-finite entry of m stays non-finite."""
+    wide = upcast(gradient)
+    real = accumulation_dtype(gradient.dtype)
+    average = m.astype(wide.dtype) / jnp.asarray(m_weight, wide.dtype)
+    curvature = s.astype(real) / jnp.asarray(s_weight, real)
+    return root_free_direction(average, curvature, damping=damping).astype(gradient.dtype)
+
+
+def total_weight(decay: ArrayLike, count: jax.Array) -> jax.Array:
+    """Returns 1 − decay^count, what the weights of a moving average from zero add up to after `count` ≥ 1 steps.
+
+    Computed as −expm1(count·log1p(−(1 − decay))), because 1 − decay^count cancels for decay near 1.
+    """
+    rate = jnp.log1p(-jnp.asarray(1 - decay, jnp.float32))
+    return -jnp.expm1(count.astype(jnp.float32) * rate)

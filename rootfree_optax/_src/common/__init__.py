@@ -1,0 +1,1 @@
+"""What every room may use: validation, schedules, trees, and differences between JAX versions."""

@@ -1,0 +1,173 @@
+"""Groups: parameters that are preconditioned as one tensor, and single ones that are given another shape first."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rootfree_optax._src.layout.axes import Shape
+
+# The key that Flax's `nnx.Variable` and `nn.Partitioned` put around an array: no part of its name.
+_BOX = "/value"
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A rule that joins parameters with a common parent into one tensor.
+
+    Functions compare by identity, so define `join`, `split` and `condition` once, at the top of a module: two layouts
+    are then equal whenever their rules are.
+
+    Args:
+      members: the last keys of the parameters to join, such as ('kernel', 'bias'). Empty: each parameter by itself,
+        to be given another shape.
+      join: joins the members' arrays, in order, into one tensor.
+      split: its inverse, called as split(tensor, *shapes) with the members' shapes; returns a tuple of arrays.
+      pattern: a regular expression to be found in the key path of the first member; None takes all.
+      condition: a predicate on the members' shapes, called as condition(*shapes). Where it fails, the rule does not
+        apply. Shapes are those of one layer, without layer axes.
+
+    Raises:
+      ValueError: for a pattern that is no regular expression, or a member named twice.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rootfree_optax._src.layout import Group, Layout
+      >>> scale_and_bias = Group(
+      ...     ("scale", "bias"),
+      ...     join=lambda scale, bias: jnp.stack([scale, bias]),
+      ...     split=lambda tensor, *shapes: (tensor[0], tensor[1]),
+      ... )
+      >>> params = {"norm": {"scale": jnp.ones(8), "bias": jnp.zeros(8)}}
+      >>> [stack.shape for stack in Layout(group=(scale_and_bias,)).plan(params).stacks]
+      [(2, 8)]
+    """
+
+    members: tuple[str, ...]
+    join: Callable[..., jax.Array]
+    split: Callable[..., tuple[jax.Array, ...]]
+    pattern: str | None = None
+    condition: Callable[..., bool] | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the members' names and the pattern."""
+        if isinstance(self.members, str):
+            raise ValueError(f"members must be a tuple of names, got the string {self.members!r}.")
+        object.__setattr__(self, "members", tuple(self.members))
+        if len(set(self.members)) < len(self.members):
+            raise ValueError(f"members of a group must differ, got {self.members}.")
+        if self.pattern is not None:
+            require_expression("pattern", self.pattern)
+
+
+def require_expression(name: str, pattern: str) -> None:
+    """Raises a ValueError if `pattern` is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name} must be a regular expression, got {pattern!r}: {error}.") from None
+
+
+class Assignment(NamedTuple):
+    """Parameters that are preconditioned as one tensor, by key path; a rule of None leaves one as it is."""
+
+    name: str
+    paths: tuple[str, ...]
+    rule: Group | None
+
+
+def assign(rules: Sequence[Group], shapes: Mapping[str, Shape]) -> tuple[Assignment, ...]:
+    """Returns which parameters are joined, and by which rule: the first of the rules that applies to a parameter.
+
+    Args:
+      rules: the rules, in order.
+      shapes: the shape of a layer of each parameter, by key path.
+
+    Returns:
+      A partition of the key paths, in the order of the groups' first members.
+    """
+    taken: dict[str, Assignment] = {}
+    for rule in rules:
+        for path in shapes:
+            found = _find(rule, path, shapes)
+            if found and not any(member in taken for member in found.paths):
+                taken |= dict.fromkeys(found.paths, found)
+    return tuple(dict.fromkeys(taken.get(path, Assignment(path, (path,), None)) for path in shapes))
+
+
+def _find(rule: Group, path: str, shapes: Mapping[str, Shape]) -> Assignment | None:
+    """Returns the group whose first member is `path`, None if the rule does not apply."""
+    if rule.pattern is not None and not re.search(rule.pattern, path):
+        return None
+    found = Assignment(path, (path,), rule)
+    if rule.members:
+        match = re.fullmatch(f"(|.*/){re.escape(rule.members[0])}({_BOX})?", path)
+        if match is None:
+            return None
+        parent, box = match[1], match[2] or ""
+        found = Assignment(parent + "+".join(rule.members), tuple(parent + name + box for name in rule.members), rule)
+        if not shapes.keys() >= set(found.paths):
+            return None
+    applies = rule.condition is None or rule.condition(*(shapes[member] for member in found.paths))
+    return found if applies else None
+
+
+def join_members(arrays: Sequence[jax.Array], rule: Group | None, layers: int) -> jax.Array:
+    """Joins a group's arrays of one dtype, each with `layers` leading layer axes, layer by layer."""
+    if rule is None:
+        (array,) = arrays
+        return array
+    join = rule.join
+    for _ in range(layers):
+        join = jax.vmap(join)
+    return join(*arrays)
+
+
+def split_members(tensor: jax.Array, rule: Group | None, shapes: Sequence[Shape], layers: int) -> tuple[jax.Array, ...]:
+    """Splits a group's tensor into its members, layer by layer: the inverse of `join_members`.
+
+    Args:
+      tensor: [*layers, *joined].
+      rule: the group's rule; None for a parameter by itself.
+      shapes: the members' shapes, layer axes included.
+      layers: the number of layer axes.
+    """
+    if rule is None:
+        return (tensor,)
+    split = lambda layer: tuple(rule.split(layer, *(shape[layers:] for shape in shapes)))
+    for _ in range(layers):
+        split = jax.vmap(split)
+    return split(tensor)
+
+
+def joined_shape(rule: Group | None, shapes: Mapping[str, Shape], layers: Sequence[int]) -> Shape:
+    """Returns the shape of a group's tensor, layer axes included, after checking that the rule can be undone.
+
+    Args:
+      rule: the group's rule; None for a parameter by itself.
+      shapes: the members' shapes, by key path.
+      layers: the members' numbers of layer axes.
+
+    Raises:
+      ValueError: if the members' layer axes differ, or if splitting the tensor does not give the members' shapes.
+    """
+    if rule is None:
+        (shape,) = shapes.values()
+        return shape
+    layer_shapes = {shape[:count] for shape, count in zip(shapes.values(), layers, strict=True)}
+    if len(layer_shapes) > 1:
+        raise ValueError(f"parameters of one group must have the same layer axes, got {layer_shapes} in {shapes}.")
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes.values()]
+    tensor = jax.eval_shape(lambda *arrays: join_members(arrays, rule, layers[0]), *arrays)
+    parts = jax.eval_shape(lambda tensor: split_members(tensor, rule, tuple(shapes.values()), layers[0]), tensor)
+    if [part.shape for part in parts] != list(shapes.values()):
+        raise ValueError(
+            f"split must undo join, but join makes {tensor.shape} of {dict(shapes)} and split makes "
+            f"{[part.shape for part in parts]} of that."
+        )
+    if 0 in tensor.shape:
+        raise ValueError(f"join must make a tensor with entries, got {tensor.shape} of {dict(shapes)}.")
+    return tensor.shape

@@ -1,0 +1,145 @@
+"""A layout: the user's choices of how parameters become blocks, from which a plan is made."""
+
+import collections
+import dataclasses
+import functools
+from typing import Any
+
+from rootfree_optax._src.common import trees
+from rootfree_optax._src.common.hyperparameters import require_at_least
+from rootfree_optax._src.layout import rules
+from rootfree_optax._src.layout.axes import Axes, Shape, merged, squeezed
+from rootfree_optax._src.layout.group import Assignment, Group, assign, joined_shape
+from rootfree_optax._src.layout.plan import Plan
+from rootfree_optax._src.layout.split import Cut
+from rootfree_optax._src.layout.stack import place
+from rootfree_optax._src.layout.unit import Unit, stacks_of
+from rootfree_optax._src.structures import Structure, StructureFactory, dense, diagonal
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How parameters become blocks with one factor per axis: decided once, from key paths and shapes alone.
+
+    In this order, parameters are joined by the rules of `group`, leading axes that index layers are set apart, axes of
+    length one are dropped, neighbouring axes are merged, each axis gets a structure, and long axes are cut. All blocks
+    of one shape and structure, over the whole tree, then form one stack.
+
+    Args:
+      structure: the structure of the factors. None: `dense` on axes of at most `max_dense_dim` and `diagonal` on longer
+        ones, if the parameter has two axes or more (before any are merged), and `diagonal` if it has one. A name: for
+        every axis of every parameter. A tuple: a name for each axis. A mapping: from the number of axes to a name or
+        tuple. A callable: from the key path and the shape to a name, a tuple, or None for the default. Axes are always
+        counted per layer, squeezed and merged; for a name within a tuple or mapping, or returned by a callable, a
+        factory may stand, from a number of rows to a `Structure`.
+      max_dense_dim: the longest dense axis of the default rule, at least one. An axis that `block_size` cuts counts
+        with the length of its blocks: it is they that have the factors. Explicit structures are not bound by it.
+      block_size: the length of blocks, at least one. A longer axis is cut into blocks of this length and a shorter last
+        one, unless its structure is diagonal. A block keeps its parameter's axes, even one of length one. None: no axis
+        is cut.
+      merge_dims: neighbouring axes are merged, from the left, while their product is at most this. None: none are.
+      stacked: how many leading axes index independent layers (`nn.scan`, `nnx.scan`, vmapped layers, experts). An
+        integer, for every parameter; a mapping from regular expressions to integers, of which the first that is found
+        in the key path decides, and zero if none is; or a callable from the key path and the shape to an integer.
+      group: rules that join or reshape parameters, such as `weight_and_bias()`; the first that applies wins.
+
+    Raises:
+      ValueError: for a number out of range or an unknown structure.
+      TypeError: for an argument of another kind than the above.
+
+    Example:
+      >>> import jax.numpy as jnp, rootfree_optax as rf
+      >>> params = {"kernel": jnp.zeros((768, 256)), "bias": jnp.zeros(256)}
+      >>> plan = rf.Layout(block_size=256).plan(params)
+      >>> [(stack.count, stack.shape) for stack in plan.stacks]
+      [(1, (256,)), (3, (256, 256))]
+      >>> [block.name for block in plan.blocks]
+      ['bias', 'kernel[0, 0]', 'kernel[1, 0]', 'kernel[2, 0]']
+    """
+
+    structure: rules.StructureRule = None
+    max_dense_dim: int = 2048
+    block_size: int | None = None
+    merge_dims: int | None = None
+    stacked: rules.LayerRule = None
+    group: tuple[Group, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the arguments, and makes mappings and lists immutable."""
+        for name in ("structure", "stacked", "group"):
+            object.__setattr__(self, name, rules.frozen(getattr(self, name)))
+        rules.require_structure_rule(self.structure)
+        rules.require_layer_rule(self.stacked)
+        for name in ("max_dense_dim", "block_size", "merge_dims"):
+            value = getattr(self, name)
+            if value is None and name != "max_dense_dim":
+                continue
+            if not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}.")
+            require_at_least(name, value, 1)
+        if not isinstance(self.group, tuple) or not all(isinstance(rule, Group) for rule in self.group):
+            raise TypeError(f"group must be a tuple of Group rules, got {self.group!r}.")
+
+    def plan(self, params: Any) -> Plan:
+        """Returns the plan of a tree of parameters. Nothing is computed or allocated; equal trees give one plan.
+
+        Args:
+          params: arrays, `jax.ShapeDtypeStruct`s or tracers. Where there is None, there is no parameter.
+
+        Raises:
+          TypeError: for a parameter that is not real floating point.
+          ValueError: where a rule cannot be applied to a parameter, or two have one key path. It names the key path.
+        """
+        return _plan(self, trees.real_shapes(params))
+
+
+@functools.lru_cache(maxsize=128)
+def _plan(layout: Layout, shapes: tuple[tuple[str, Shape], ...]) -> Plan:
+    empty = tuple((path, shape) for path, shape in shapes if 0 in shape)
+    parameters = {path: shape for path, shape in shapes if 0 not in shape}
+    layers = {path: rules.layers_of(layout.stacked, path, shape) for path, shape in parameters.items()}
+    layer_shapes = {path: shape[layers[path] :] for path, shape in parameters.items()}
+    units = tuple(
+        _unit(layout, assignment, tuple(parameters[path] for path in assignment.paths), layers)
+        for assignment in assign(layout.group, layer_shapes)
+    )
+    stacks, flat = place([part for unit in units for part in unit.stacks])
+    placements = iter(flat)
+    plan = Plan(units, stacks, tuple(tuple(next(placements) for _ in unit.stacks) for unit in units), empty)
+    names = collections.Counter(block.name for block in plan.blocks)
+    if twice := [name for name, number in names.items() if number > 1]:
+        raise ValueError(
+            f"blocks must have distinct names, but two have {twice[0]!r}. Rename the parameter whose key path is the "
+            "name of a block or group of another."
+        )
+    return plan
+
+
+def _unit(layout: Layout, assignment: Assignment, shapes: tuple[Shape, ...], layers: dict[str, int]) -> Unit:
+    name, paths, rule = assignment
+    n_layers = layers[paths[0]]
+    shape = joined_shape(rule, dict(zip(paths, shapes, strict=True)), [layers[path] for path in paths])
+    layer_shape = squeezed(shape[n_layers:])
+    lengths = layer_shape if layout.merge_dims is None else merged(layer_shape, layout.merge_dims)
+    factories = rules.structures_of(layout.structure, name, lengths)
+    if factories is None:
+        factories = _default_structures(layout, lengths, is_vector=len(layer_shape) == 1)
+    for factory, length in zip(factories, lengths, strict=True):
+        if not isinstance(structure := factory(length), Structure) or structure.dim != length:
+            raise ValueError(f"structure must make a structure of {length} rows at {name!r}, got {structure!r}.")
+    cuts = tuple(_cut(layout, factory, length) for factory, length in zip(factories, lengths, strict=True))
+    axes = Axes(shape, n_layers, lengths)
+    return Unit(name, paths, shapes, rule, axes, cuts, stacks_of(factories, cuts, axes.layer_shape))
+
+
+def _default_structures(layout: Layout, lengths: Shape, *, is_vector: bool) -> tuple[StructureFactory, ...]:
+    if is_vector:
+        return (diagonal,) * len(lengths)
+    longest_block = lambda length: min(length, layout.block_size or length)
+    return tuple(dense if longest_block(length) <= layout.max_dense_dim else diagonal for length in lengths)
+
+
+def _cut(layout: Layout, factory: StructureFactory, length: int) -> Cut:
+    if layout.block_size is None or factory(length) == diagonal(length):
+        return Cut(length, length)
+    return Cut(length, min(length, layout.block_size))

@@ -1,0 +1,1 @@
+"""Dtypes, rounding, products and inverse roots."""

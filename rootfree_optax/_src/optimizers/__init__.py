@@ -1,0 +1,1 @@
+"""Whole optimizers: one `optax.chain` each."""

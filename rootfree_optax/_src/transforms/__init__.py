@@ -1,0 +1,1 @@
+"""Gradient transformations: state, init and update."""
