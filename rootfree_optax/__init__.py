@@ -4,8 +4,7 @@ Root-free diagonal methods, root-free Shampoo and inverse-free structured Shampo
 Square-Root in Adaptive Gradient Methods? A Second-Order Perspective (ICML 2024, https://arxiv.org/abs/2402.03496).
 """
 
-from rootfree_optax._src.common.averaging import averaging_schedule
-from rootfree_optax._src.common.intervals import growing_interval
+from rootfree_optax._src.common.schedules import averaging_schedule, growing_interval
 from rootfree_optax._src.layout import Group, Layout, Plan, as_matrix, flatten, weight_and_bias
 from rootfree_optax._src.mesh.state_shardings import state_shardings
 from rootfree_optax._src.optimizers.diagonal import rf_adamw, rf_rmsprop

@@ -9,7 +9,8 @@ from double_precision import double_precision
 
 from rootfree_optax._src.blocks import apply as preconditioning
 from rootfree_optax._src.blocks import factor_update
-from rootfree_optax._src.blocks.factor_step import factor_steps, max_abs, outer_products
+from rootfree_optax._src.blocks.factor_step import factor_steps, outer_products
+from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.structures import structure_factory
 
 # Shape, structures, and the number of samples of the curvature (0: it is the gradient).

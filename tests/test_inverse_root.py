@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from double_precision import double_precision
 
-from rootfree_optax._src.numerics.inverse_root import elementwise, times_inverse_root
-from rootfree_optax._src.numerics.minimax import (
+from rootfree_optax._src.numerics.inverse_root import (
     DEGREES,
     LARGEST_CONDITION,
+    elementwise,
     inverse_root_polynomial,
     inverse_root_table,
     quadratic_factors,
+    times_inverse_root,
 )
 
 SHIFT = 0.9

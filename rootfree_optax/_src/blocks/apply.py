@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.blocks.factor_step import max_abs, times_scalar
+from rootfree_optax._src.blocks.factor_step import times_scalar
 from rootfree_optax._src.blocks.folding import fold, fold_axes
-from rootfree_optax._src.numerics.precision import exponent_of, is_narrower, power_of_two, upcast
+from rootfree_optax._src.numerics.dtypes import is_narrower, upcast
+from rootfree_optax._src.numerics.finite import max_abs
+from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two
 from rootfree_optax._src.structures.base import Parts, Structure
 
 

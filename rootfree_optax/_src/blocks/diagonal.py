@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.numerics.precision import accumulation_dtype, finite_or_zero, round_dithered, upcast
+from rootfree_optax._src.numerics.dtypes import accumulation_dtype, upcast
+from rootfree_optax._src.numerics.finite import finite_or_zero
+from rootfree_optax._src.numerics.rounding import round_dithered
 
 
 def squared_magnitude(array: jax.Array) -> jax.Array:

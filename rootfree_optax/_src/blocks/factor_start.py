@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.blocks.factor_step import max_abs
-from rootfree_optax._src.numerics.precision import saturate, upcast
+from rootfree_optax._src.numerics.dtypes import upcast
+from rootfree_optax._src.numerics.finite import max_abs
+from rootfree_optax._src.numerics.rounding import saturate
 from rootfree_optax._src.structures.base import Parts, Structure
 
 

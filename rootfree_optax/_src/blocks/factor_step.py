@@ -5,7 +5,6 @@ Products take them as they are and accumulate in float32. What is stored is roun
 because β₂ times a step is often below half precision's resolution.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -14,29 +13,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rootfree_optax._src.blocks.folding import fold, fold_axes, unfold_means
-from rootfree_optax._src.numerics.precision import accumulation_dtype, is_half, round_dithered, upcast
+from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_half, upcast
+from rootfree_optax._src.numerics.rounding import round_dithered
 from rootfree_optax._src.structures.base import Parts, Structure
 
 
 def times_scalar(parts: Parts, factor: ArrayLike) -> Parts:
     """Returns the parts times a scalar."""
     return jax.tree.map(lambda part: part * jnp.asarray(factor, part.dtype), parts)
-
-
-def max_abs(parts: Parts) -> jax.Array:
-    """Returns the largest absolute value of all parts, a scalar; not finite if any of them is not.
-
-    By their bits, which order as the values do, and those of NaN above all: XLA's maximum of floats may drop a NaN on a
-    CPU.
-    """
-    of_bits = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[parts[0].dtype.itemsize]
-    largest = [jnp.max(jax.lax.bitcast_convert_type(jnp.abs(part), of_bits), initial=0) for part in parts]
-    return jax.lax.bitcast_convert_type(functools.reduce(jnp.maximum, largest), parts[0].dtype)
-
-
-def all_finite(tree: object) -> jax.Array:
-    """Returns whether every entry of every array is finite, a scalar."""
-    return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
 
 
 def outer_products(

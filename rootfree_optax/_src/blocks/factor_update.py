@@ -11,22 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.blocks.factor_step import (
-    all_finite,
-    factor_steps,
-    max_abs,
-    outer_products,
-    published_factor,
-    times_scalar,
-)
-from rootfree_optax._src.numerics.precision import (
-    exponent_of,
-    power_of_two,
-    round_dithered,
-    saturate,
-    upcast,
-    within_range,
-)
+from rootfree_optax._src.blocks.factor_step import factor_steps, outer_products, published_factor, times_scalar
+from rootfree_optax._src.numerics.dtypes import upcast
+from rootfree_optax._src.numerics.finite import all_finite, max_abs
+from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered, saturate, within_range
 from rootfree_optax._src.structures.base import Parts, Structure
 
 Observed = tuple[tuple[Parts, ...], jax.Array]

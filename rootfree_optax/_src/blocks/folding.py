@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rootfree_optax._src.numerics.precision import accumulation_dtype
+from rootfree_optax._src.numerics.dtypes import accumulation_dtype
 from rootfree_optax._src.structures import dense
 from rootfree_optax._src.structures.base import Parts, Structure
 

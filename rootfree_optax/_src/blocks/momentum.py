@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.numerics.precision import saturate, upcast
+from rootfree_optax._src.numerics.dtypes import upcast
+from rootfree_optax._src.numerics.rounding import saturate
 
 
 def add_scaled(array: jax.Array, factor: ArrayLike, other: ArrayLike) -> jax.Array:

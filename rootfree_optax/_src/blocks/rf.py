@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.blocks.factor_step import all_finite
-from rootfree_optax._src.numerics.precision import upcast
+from rootfree_optax._src.numerics.dtypes import upcast
+from rootfree_optax._src.numerics.finite import all_finite
 from rootfree_optax._src.structures import Parts, Structure
 
 

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from rootfree_optax._src.common import trees
-from rootfree_optax._src.common.hyperparameters import require_at_least
+from rootfree_optax._src.common.validate import require_at_least
 from rootfree_optax._src.layout import rules
 from rootfree_optax._src.layout.axes import Axes, Shape, merged, squeezed
 from rootfree_optax._src.layout.group import Assignment, Group, assign, joined_shape

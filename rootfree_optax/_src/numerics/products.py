@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from rootfree_optax._src.numerics.precision import upcast
+from rootfree_optax._src.numerics.dtypes import upcast
 
 
 def einsum(subscripts: str, *operands: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:

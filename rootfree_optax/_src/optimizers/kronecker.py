@@ -6,8 +6,8 @@ import jax
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax._src.common import hyperparameters as hyper
-from rootfree_optax._src.common.hyperparameters import UpdateEvery
+from rootfree_optax._src.common import validate
+from rootfree_optax._src.common.schedules import UpdateEvery
 from rootfree_optax._src.layout import Layout
 from rootfree_optax._src.layout.rules import DTypeRule
 from rootfree_optax._src.mesh.stacks_on_mesh import BlockAxes
@@ -225,7 +225,7 @@ def _of_gradients(
     momentum: ArrayLike | None, momentum_of: MomentumOf, nesterov: bool, accumulator_dtype: DTypeLike | None
 ) -> dict[str, Any]:
     """Returns what the preconditioner averages, if it does."""
-    hyper.require_choice("momentum_of", momentum_of, ("directions", "gradients"))
+    validate.require_choice("momentum_of", momentum_of, ("directions", "gradients"))
     if momentum is None or momentum_of == "directions":
         return {}
     return {"momentum": momentum, "nesterov": nesterov, "accumulator_dtype": accumulator_dtype}

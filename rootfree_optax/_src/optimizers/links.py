@@ -14,9 +14,9 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.blocks.momentum import add_scaled
-from rootfree_optax._src.common import hyperparameters as hyper
-from rootfree_optax._src.common import trees
-from rootfree_optax._src.numerics.precision import dtype_like, is_narrower, saturate
+from rootfree_optax._src.common import schedules, trees, validate
+from rootfree_optax._src.numerics.dtypes import dtype_like, is_narrower
+from rootfree_optax._src.numerics.rounding import saturate
 
 MaskOrFn = Any | Callable[[optax.Params], Any] | None
 
@@ -52,7 +52,7 @@ def add_decayed_weights(
       >>> updates.dtype
       dtype(bfloat16)
     """
-    hyper.require_at_least("weight_decay", weight_decay, 0)
+    validate.require_at_least("weight_decay", weight_decay, 0)
 
     def init(params: optax.Params) -> AddDecayedWeightsState:
         del params
@@ -64,7 +64,7 @@ def add_decayed_weights(
         del extra_args
         if params is None:
             raise ValueError("weight decay needs the parameters: call tx.update(grads, state, params).")
-        factor = hyper.value_at(weight_decay, state.count)
+        factor = schedules.value_at(weight_decay, state.count)
         updates = trees.map_gradients(lambda u, p: add_scaled(u, factor, p).astype(u.dtype), updates, params)
         return updates, AddDecayedWeightsState(optax.safe_increment(state.count))
 
@@ -108,9 +108,9 @@ def heavy_ball(
       >>> print(velocity)
       1.75
     """
-    hyper.require_constant(momentum=momentum)
-    hyper.require_fraction("momentum", momentum)
-    hyper.require_floating_dtype("accumulator_dtype", accumulator_dtype)
+    validate.require_constant(momentum=momentum)
+    validate.require_fraction("momentum", momentum)
+    validate.require_floating_dtype("accumulator_dtype", accumulator_dtype)
 
     def init(params: optax.Params) -> HeavyBallState:
         return HeavyBallState(jax.tree.map(lambda p: jnp.zeros_like(p, dtype_like(p, accumulator_dtype)), params))

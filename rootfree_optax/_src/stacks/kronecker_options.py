@@ -12,9 +12,8 @@ from jax.typing import ArrayLike
 
 from rootfree_optax._src.blocks import apply as preconditioning
 from rootfree_optax._src.blocks.factor_step import exact_factor, published_factor
-from rootfree_optax._src.common import hyperparameters as hyper
-from rootfree_optax._src.common.averaging import averaging_schedule
-from rootfree_optax._src.common.hyperparameters import UpdateEvery
+from rootfree_optax._src.common import schedules, validate
+from rootfree_optax._src.common.schedules import UpdateEvery, averaging_schedule
 from rootfree_optax._src.layout.rules import DTypeRule, require_dtype_rule
 from rootfree_optax._src.mesh.stacks_on_mesh import ShardedPlan
 from rootfree_optax._src.structures.base import Structure
@@ -50,20 +49,20 @@ class FactorOptions:
 
     def __post_init__(self) -> None:
         require_dtype_rule(self.preconditioner_dtype)
-        hyper.require_constant(
+        validate.require_constant(
             riemannian_momentum=self.riemannian_momentum,
             initial_scale=self.initial_scale,
             trust_radius=self.trust_radius,
         )
-        hyper.require_choice("refresh", self.refresh, REFRESHES)
+        validate.require_choice("refresh", self.refresh, REFRESHES)
         if isinstance(self.initial_scale, str):
-            hyper.require_choice("initial_scale", self.initial_scale, ("first_gradient",))
-        hyper.require_positive("initial_scale", self.initial_scale)
-        hyper.require_positive("trust_radius", self.trust_radius)
-        hyper.require_interval("curvature_every", self.curvature_every)
-        hyper.require_fraction("riemannian_momentum", self.riemannian_momentum)
+            validate.require_choice("initial_scale", self.initial_scale, ("first_gradient",))
+        validate.require_positive("initial_scale", self.initial_scale)
+        validate.require_positive("trust_radius", self.trust_radius)
+        validate.require_interval("curvature_every", self.curvature_every)
+        validate.require_fraction("riemannian_momentum", self.riemannian_momentum)
         if self.staggered:
-            hyper.require_static_interval(self.update_every)
+            schedules.require_static_interval(self.update_every)
         if self.refresh == "exact" and self.riemannian_momentum is not None:
             raise ValueError(
                 "riemannian_momentum must be None or a Python 0 for refresh='exact', got "
@@ -96,7 +95,7 @@ class FactorOptions:
           ValueError: for a Python number that the refresh does not admit, or for None where no schedule stands for it.
         """
         if self.refresh == "exact":
-            hyper.require_fraction("preconditioner_lr", preconditioner_lr)
+            validate.require_fraction("preconditioner_lr", preconditioner_lr)
         if preconditioner_lr is not None:
             return preconditioner_lr
         # Under `optax.inject_hyperparams` a callable's value comes, a bool.

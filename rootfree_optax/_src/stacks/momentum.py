@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.blocks.momentum import add_scaled, kept
-from rootfree_optax._src.common import hyperparameters as hyper
+from rootfree_optax._src.common import validate
 from rootfree_optax._src.mesh.stacks_on_mesh import ShardedPlan
 from rootfree_optax._src.stacks import stacks
 from rootfree_optax._src.stacks.each_stack import Stacks
@@ -38,9 +38,9 @@ class GradientAverage:
     def __post_init__(self) -> None:
         if self.momentum is None and self.nesterov:
             raise ValueError("momentum must be given for nesterov=True, got None. Pass a number, such as 0.9.")
-        hyper.require_constant(momentum=self.momentum)
-        hyper.require_fraction("momentum", self.momentum)
-        hyper.require_floating_dtype("accumulator_dtype", self.accumulator_dtype)
+        validate.require_constant(momentum=self.momentum)
+        validate.require_fraction("momentum", self.momentum)
+        validate.require_floating_dtype("accumulator_dtype", self.accumulator_dtype)
 
     def initial(self, plan: ShardedPlan, params: optax.Params, factors: Stacks) -> Stacks:
         """Returns v = 0 for each stack, or nothing without momentum; see `stacks.initial_factors` for no stack."""

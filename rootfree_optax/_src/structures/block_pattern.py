@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax._src.numerics.precision import upcast
+from rootfree_optax._src.numerics.dtypes import upcast
 from rootfree_optax._src.structures import elimination
 from rootfree_optax._src.structures.base import Flops, Parts, Structure
 from rootfree_optax._src.structures.elimination import Pair

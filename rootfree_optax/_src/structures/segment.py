@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.numerics import inverse_root
-from rootfree_optax._src.numerics.precision import upcast
+from rootfree_optax._src.numerics.dtypes import upcast
 from rootfree_optax._src.numerics.products import einsum
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from rootfree_optax._src.numerics.precision import upcast
+from rootfree_optax._src.numerics.dtypes import upcast
 from rootfree_optax._src.structures.base import Flops, Parts, Structure
 
 

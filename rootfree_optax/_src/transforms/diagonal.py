@@ -9,9 +9,8 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.blocks import diagonal as update_rule
-from rootfree_optax._src.common import hyperparameters as hyper
-from rootfree_optax._src.common import trees
-from rootfree_optax._src.numerics.precision import dtype_like, real_dtype
+from rootfree_optax._src.common import schedules, trees, validate
+from rootfree_optax._src.numerics.dtypes import dtype_like, real_dtype
 
 
 class ScaleByRfRmsState(NamedTuple):
@@ -74,7 +73,7 @@ def scale_by_rf_rms(
     """
     at_construction = batch_size
     _require_valid(decay=decay, damping=damping, batch_size=batch_size, initial_scale=initial_scale)
-    hyper.require_floating_dtype("accumulator_dtype", accumulator_dtype)
+    validate.require_floating_dtype("accumulator_dtype", accumulator_dtype)
 
     def init(params: optax.Params) -> ScaleByRfRmsState:
         trees.require_inexact(params)
@@ -90,10 +89,10 @@ def scale_by_rf_rms(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByRfRmsState]:
         del params, extra_args
-        batch_size = hyper.resolve_batch_size(batch_size, at_construction)
+        batch_size = schedules.resolve_batch_size(batch_size, at_construction)
         nu = _update_nu(state.nu, updates, curvature, decay=decay, batch_size=batch_size, count=state.count)
         root_free_direction = functools.partial(
-            update_rule.root_free_direction, damping=hyper.value_at(damping, state.count)
+            update_rule.root_free_direction, damping=schedules.value_at(damping, state.count)
         )
         direction = trees.map_gradients(root_free_direction, updates, nu)
         return direction, ScaleByRfRmsState(optax.safe_increment(state.count), nu)
@@ -159,11 +158,11 @@ def scale_by_rf_adam(
       https://arxiv.org/abs/2402.03496
     """
     at_construction = batch_size
-    hyper.require_constant(b1=b1)
-    hyper.require_fraction("b1", b1)
+    validate.require_constant(b1=b1)
+    validate.require_fraction("b1", b1)
     _require_valid(b2=b2, damping=damping, batch_size=batch_size, initial_scale=initial_scale)
-    hyper.require_floating_dtype("mu_dtype", mu_dtype)
-    hyper.require_floating_dtype("accumulator_dtype", accumulator_dtype)
+    validate.require_floating_dtype("mu_dtype", mu_dtype)
+    validate.require_floating_dtype("accumulator_dtype", accumulator_dtype)
     if bias_correction and callable(b2):
         raise ValueError("bias_correction assumes a constant b2, got a schedule. Pass bias_correction=False.")
 
@@ -182,13 +181,13 @@ def scale_by_rf_adam(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByRfAdamState]:
         del params, extra_args
-        batch_size = hyper.resolve_batch_size(batch_size, at_construction)
+        batch_size = schedules.resolve_batch_size(batch_size, at_construction)
         nu = _update_nu(state.nu, updates, curvature, decay=b2, batch_size=batch_size, count=state.count)
         mu = trees.map_accumulators(lambda m, g: update_rule.first_moment(m, g, decay=b1), state.mu, updates)
         count = optax.safe_increment(state.count)
         averaged_direction = functools.partial(
             update_rule.averaged_direction,
-            damping=hyper.value_at(damping, state.count),
+            damping=schedules.value_at(damping, state.count),
             m_weight=update_rule.total_weight(b1, count) if bias_correction else 1.0,
             s_weight=update_rule.total_weight(b2, count) if bias_correction else 1.0,
         )
@@ -199,11 +198,11 @@ def scale_by_rf_adam(
 
 def _require_valid(*, damping: Any, batch_size: Any, initial_scale: Any, **decay: Any) -> None:
     for name, value in decay.items():
-        hyper.require_fraction(name, value)
-    hyper.require_constant(initial_scale=initial_scale, batch_size=batch_size)
-    hyper.require_at_least("damping", damping, 0)
-    hyper.require_at_least("initial_scale", initial_scale, 0)
-    hyper.require_positive("batch_size", batch_size)
+        validate.require_fraction(name, value)
+    validate.require_constant(initial_scale=initial_scale, batch_size=batch_size)
+    validate.require_at_least("damping", damping, 0)
+    validate.require_at_least("initial_scale", initial_scale, 0)
+    validate.require_positive("batch_size", batch_size)
 
 
 def _initial_nu(params: optax.Params, initial_scale: ArrayLike, dtype: DTypeLike | None) -> Any:
@@ -236,6 +235,6 @@ def _update_nu(
     else:
         trees.require_like(curvature, nu, name="curvature", sample_axis=True)
     second_moment = functools.partial(
-        update_rule.second_moment, decay=hyper.value_at(decay, count), batch_size=batch_size, count=count
+        update_rule.second_moment, decay=schedules.value_at(decay, count), batch_size=batch_size, count=count
     )
     return trees.map_accumulators(second_moment, nu, curvature)

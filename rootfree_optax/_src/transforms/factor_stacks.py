@@ -9,9 +9,10 @@ import optax
 from jax.typing import ArrayLike
 
 from rootfree_optax._src.blocks import factor_start, factor_update
-from rootfree_optax._src.common import hyperparameters as hyper
+from rootfree_optax._src.common import schedules
 from rootfree_optax._src.mesh.stacks_on_mesh import ShardedPlan
-from rootfree_optax._src.numerics.precision import saturate, upcast
+from rootfree_optax._src.numerics.dtypes import upcast
+from rootfree_optax._src.numerics.rounding import saturate
 from rootfree_optax._src.stacks import refresh as refreshing
 from rootfree_optax._src.stacks import stacks
 from rootfree_optax._src.stacks.each_stack import Given
@@ -87,7 +88,7 @@ def renewed(
         factors, products, started = refreshing.start(plan, start, curvatures, (factors, products, started))
     if options.curvature_every is not None:
         observe = functools.partial(factor_update.observe, batch_size=batch_size, precision=options.precision)
-        due = hyper.is_due(options.curvature_every, count)
+        due = schedules.is_due(options.curvature_every, count)
         observed = refreshing.observe_when(due, plan, observe, curvatures, factors, observed)
     refresh = functools.partial(
         factor_update.refresh,
@@ -100,8 +101,8 @@ def renewed(
         precision=options.precision,
     )
     if options.staggered:
-        period = hyper.require_static_interval(options.update_every)
+        period = schedules.require_static_interval(options.update_every)
         refresh_stacks = functools.partial(refreshing.refresh_in_turn, count, period)
     else:
-        refresh_stacks = functools.partial(refreshing.refresh_when, hyper.is_due(options.update_every, count))
+        refresh_stacks = functools.partial(refreshing.refresh_when, schedules.is_due(options.update_every, count))
     return FactorStacks(*refresh_stacks(plan, refresh, curvatures, (factors, momenta, products, started, observed)))

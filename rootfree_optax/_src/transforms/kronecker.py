@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax._src.common import hyperparameters as hyper
-from rootfree_optax._src.common.hyperparameters import UpdateEvery
+from rootfree_optax._src.common import schedules, validate
+from rootfree_optax._src.common.schedules import UpdateEvery
 from rootfree_optax._src.layout import Layout
 from rootfree_optax._src.layout.rules import DTypeRule
 from rootfree_optax._src.mesh import stacks_on_mesh as sharded_plan
@@ -149,12 +149,12 @@ def scale_by_sirf_shampoo(
       https://arxiv.org/abs/2402.03496
     """
     at_construction = batch_size
-    hyper.require_kronecker(preconditioner_lr, damping, batch_size, update_every)
+    validate.require_kronecker(preconditioner_lr, damping, batch_size, update_every)
     sharded_plan.require_block_axes(block_axes)
     average = GradientAverage(momentum, nesterov, accumulator_dtype)
     options = FactorOptions(
         preconditioner_dtype=preconditioner_dtype,
-        riemannian_momentum=None if hyper.is_zero(riemannian_momentum) else riemannian_momentum,
+        riemannian_momentum=None if validate.is_zero(riemannian_momentum) else riemannian_momentum,
         refresh=refresh,
         initial_scale=initial_scale,
         update_every=update_every,
@@ -183,7 +183,7 @@ def scale_by_sirf_shampoo(
     ) -> tuple[optax.Updates, ScaleBySirfShampooState]:
         del extra_args
         count, *kept, velocity = state
-        batch_size = hyper.resolve_batch_size(batch_size, at_construction)
+        batch_size = schedules.resolve_batch_size(batch_size, at_construction)
         plan = sharded_plan.for_state(layout, block_axes, state.factors, updates, params)
         gradients = stacks.pack(plan, updates)
         new = factor_stacks.renewed(
@@ -191,8 +191,8 @@ def scale_by_sirf_shampoo(
             stacks.curvatures(plan, curvature, updates, gradients),
             FactorStacks(*kept),
             options,
-            preconditioner_lr=hyper.value_at(preconditioner_lr, count),
-            damping=hyper.value_at(damping, count),
+            preconditioner_lr=schedules.value_at(preconditioner_lr, count),
+            damping=schedules.value_at(damping, count),
             batch_size=batch_size,
             count=count,
         )

@@ -9,12 +9,12 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.blocks import rf as inverse_update
-from rootfree_optax._src.common import hyperparameters as hyper
-from rootfree_optax._src.common.hyperparameters import UpdateEvery
+from rootfree_optax._src.common import schedules, validate
+from rootfree_optax._src.common.schedules import UpdateEvery
 from rootfree_optax._src.layout import Layout, Plan
 from rootfree_optax._src.mesh import stacks_on_mesh as sharded_plan
 from rootfree_optax._src.mesh.stacks_on_mesh import BlockAxes
-from rootfree_optax._src.numerics.precision import upcast
+from rootfree_optax._src.numerics.dtypes import upcast
 from rootfree_optax._src.stacks import refresh as refreshing
 from rootfree_optax._src.stacks import stacks
 from rootfree_optax._src.stacks.momentum import GradientAverage
@@ -91,8 +91,8 @@ def scale_by_rf_shampoo(
       https://arxiv.org/abs/2402.03496
     """
     at_construction = batch_size
-    hyper.require_kronecker(preconditioner_lr, damping, batch_size, update_every)
-    hyper.require_at_most("preconditioner_lr", preconditioner_lr, 1)
+    validate.require_kronecker(preconditioner_lr, damping, batch_size, update_every)
+    validate.require_at_most("preconditioner_lr", preconditioner_lr, 1)
     sharded_plan.require_block_axes(block_axes)
     average = GradientAverage(momentum, nesterov, accumulator_dtype)
 
@@ -115,15 +115,15 @@ def scale_by_rf_shampoo(
         del extra_args
         refresh = functools.partial(
             inverse_update.refresh,
-            preconditioner_lr=hyper.value_at(preconditioner_lr, state.count),
-            damping=hyper.value_at(damping, state.count),
-            batch_size=hyper.resolve_batch_size(batch_size, at_construction),
+            preconditioner_lr=schedules.value_at(preconditioner_lr, state.count),
+            damping=schedules.value_at(damping, state.count),
+            batch_size=schedules.resolve_batch_size(batch_size, at_construction),
             precision=precision,
         )
         plan = sharded_plan.for_state(layout, block_axes, state.factors, updates, params)
         gradients = stacks.pack(plan, updates)
         curvatures = stacks.curvatures(plan, curvature, updates, gradients)
-        due = hyper.is_due(update_every, state.count)
+        due = schedules.is_due(update_every, state.count)
         (factors,) = refreshing.refresh_when(due, plan, refresh, curvatures, (state.factors,))
         averages, velocity = average.update(plan, gradients, state.velocity)
         directions = stacks.precondition(plan, inverse_update.precondition, averages, factors)

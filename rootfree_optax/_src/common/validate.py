@@ -1,53 +1,23 @@
-"""Hyperparameters: numbers, traced arrays or schedules, and what is checked of them.
+"""What is checked of hyperparameters, at construction.
 
-Only Python numbers are checked, at construction. A traced array has no value yet and a schedule has none before its
-step, so neither is ever looked at by Python: no branch of this library depends on a hyperparameter's value.
+Only Python numbers are checked. A traced array has no value yet and a schedule has none before its step, so neither is
+ever looked at by Python: no branch of this library depends on a hyperparameter's value.
 """
 
 import numbers
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, TypeGuard
 
-import jax
 import jax.numpy as jnp
-import optax
-from jax.typing import ArrayLike
-
-UpdateEvery = int | jax.Array | Callable[[jax.Array], jax.Array]
-
-_MISSING_BATCH_SIZE = (
-    "batch_size is required: the second-order view scales the squared gradient by the number of terms that the loss "
-    "averages, and without it every other hyperparameter would depend on the batch size. Pass batch_size= when "
-    "constructing the transformation (a constant batch size), or batch_size= at each update, "
-    "tx.update(grads, state, params, batch_size=...)."
-)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, numbers.Real)
 
 
-def value_at(hyperparameter: optax.ScalarOrSchedule, count: jax.Array) -> ArrayLike:
-    """Returns a hyperparameter's value at step `count`: a schedule is called, anything else is its own value."""
-    value: ArrayLike = hyperparameter(count) if callable(hyperparameter) else hyperparameter
-    return value
-
-
 def is_zero(value: Any) -> bool:
     """Returns whether `value` is a Python number equal to zero, which turns a feature off at construction."""
     return _is_number(value) and value == 0
-
-
-def is_due(update_every: UpdateEvery, count: jax.Array) -> jax.Array | bool:
-    """Returns whether the factors are refreshed at step `count`; True itself where that is always so.
-
-    An int array comes from `optax.inject_hyperparams`, and so does a bool array, from a callable's value.
-    """
-    if isinstance(update_every, int):
-        return True if update_every == 1 else count % update_every == 0
-    due = update_every(count) if callable(update_every) else update_every
-    due = jnp.asarray(due)
-    return due if due.dtype == jnp.bool_ else count % due.astype(count.dtype) == 0
 
 
 def require_constant(**hyperparameters: Any) -> None:
@@ -111,33 +81,3 @@ def require_kronecker(preconditioner_lr: Any, damping: Any, batch_size: Any, upd
     require_constant(batch_size=batch_size)
     require_positive("batch_size", batch_size)
     require_interval("update_every", update_every)
-
-
-def require_static_interval(update_every: UpdateEvery) -> int:
-    """Returns an interval that is a Python int.
-
-    Raises:
-      ValueError: if it is not: how many blocks are refreshed at a time is part of the program.
-    """
-    if not isinstance(update_every, int):
-        raise ValueError(
-            f"staggered=True needs update_every as a Python int, got {update_every!r}. Under "
-            "optax.inject_hyperparams, name 'update_every' among its static_args."
-        )
-    return update_every
-
-
-def resolve_batch_size(at_update: ArrayLike | None, at_construction: ArrayLike | None) -> ArrayLike:
-    """Returns the batch size of this step; the one given to `update` wins.
-
-    Raises:
-      ValueError: if neither is given, or if the one given to `update` is a Python number that is not positive.
-      TypeError: if that is a schedule.
-    """
-    if at_update is not None:
-        require_constant(batch_size=at_update)
-        require_positive("batch_size", at_update)
-        return at_update
-    if at_construction is None:
-        raise ValueError(_MISSING_BATCH_SIZE)
-    return at_construction

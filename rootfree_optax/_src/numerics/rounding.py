@@ -1,4 +1,4 @@
-"""Dtypes: what is computed in, what is stored, and how the one is rounded to the other."""
+"""Rounding to a narrower dtype: within its range, and right on average; exact powers of two."""
 
 import functools
 from typing import Any
@@ -7,39 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from rootfree_optax._src.numerics.dtypes import is_narrower
+
 # 2³² divided by the golden ratio: consecutive multiples, modulo 2³², spread as evenly as any sequence can.
 _GOLDEN_STRIDE = 0x9E3779B9
-
-
-def real_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """Returns the dtype of the real part of an inexact dtype."""
-    return jnp.dtype(jnp.finfo(dtype).dtype)
-
-
-def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """Returns the real dtype in which to compute with `dtype`: float64 for double precision, float32 otherwise."""
-    return jnp.dtype(jnp.float64 if jnp.finfo(dtype).bits > 32 else jnp.float32)
-
-
-def is_half(dtype: DTypeLike) -> bool:
-    """Returns whether a real floating-point dtype is narrower than the one that is computed in."""
-    return bool(jnp.finfo(dtype).bits < jnp.finfo(accumulation_dtype(dtype)).bits)
-
-
-def dtype_like(array: jax.Array, real: DTypeLike | None) -> jnp.dtype:
-    """Returns the dtype for state that is real or complex as `array` is, at the precision of `real` (None: its own)."""
-    own = jnp.result_type(array)  # of a Python number, too
-    if real is None:
-        return own
-    if jnp.issubdtype(own, jnp.complexfloating):
-        # There is no complex dtype below single precision.
-        return jnp.dtype(jnp.complex128 if jnp.finfo(real).bits > 32 else jnp.complex64)
-    return jnp.dtype(real)
-
-
-def upcast(array: jax.Array) -> jax.Array:
-    """Returns a real or complex `array` in at least single precision."""
-    return array.astype(dtype_like(array, accumulation_dtype(array.dtype)))
 
 
 def exponent_of(number: jax.Array) -> jax.Array:
@@ -56,12 +27,6 @@ def power_of_two(exponent: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
-def finite_or_zero(array: jax.Array) -> jax.Array:
-    """Returns `array` with zero in place of every non-finite entry."""
-    # Of three operations; jnp.where makes eight of it, for every parameter of a model.
-    return jax.lax.select(jnp.isfinite(array), array, jax.lax.full_like(array, 0))
-
-
 def within_range(array: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Returns a real `array`, entries beyond its own range or that of `dtype` at the range's end."""
     limit = jnp.asarray(min(float(jnp.finfo(kind).max) for kind in (dtype, array.dtype)), array.dtype)
@@ -71,11 +36,6 @@ def within_range(array: jax.Array, dtype: DTypeLike) -> jax.Array:
 def saturate(array: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Returns `array` in another dtype, real entries beyond the range of either at the range's end."""
     return array.astype(dtype) if jnp.iscomplexobj(array) else within_range(array, dtype).astype(dtype)
-
-
-def is_narrower(dtype: DTypeLike, other: DTypeLike) -> bool:
-    """Returns whether a floating-point dtype has a narrower range than another, as float16 has."""
-    return bool(jnp.finfo(dtype).maxexp < jnp.finfo(other).maxexp)
 
 
 def round_dithered(array: jax.Array, dtype: DTypeLike, count: jax.Array) -> jax.Array:
