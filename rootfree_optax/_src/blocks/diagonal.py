@@ -1,4 +1,4 @@
-"""The mathematics of the root-free diagonal methods, for one array: no trees, no flags, no schedules.
+"""The root-free diagonal methods, for one array: no trees, no schedules.
 
 The accumulator s is a diagonal estimate of the curvature of a loss that is a mean over B terms. B·g² estimates the
 diagonal of the mean loss's Fisher matrix, s averages it, and g / (s + λ) is the Newton-like step. Every function
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from rootfree_optax._src.blocks.momentum import keep_finite
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, upcast
-from rootfree_optax._src.numerics.finite import finite_or_zero
 from rootfree_optax._src.numerics.rounding import round_dithered
 
 
@@ -53,14 +53,10 @@ def second_moment(
     return round_dithered(jnp.where(fits, average, wide), s.dtype, count)
 
 
-def first_moment(m: jax.Array, gradient: jax.Array, *, decay: ArrayLike) -> jax.Array:
-    """Returns m ← decay·m + (1 − decay)·g. A non-finite g shows in m for one step; m then restarts from zero.
-
-    Keeping m as it was, and showing g in the direction alone, would cost the direction a reading of g: a tenth of the
-    method's memory traffic.
-    """
-    wide = finite_or_zero(upcast(m))
-    return moving_average(wide, gradient.astype(wide.dtype), decay).astype(m.dtype)
+def first_moment(m: jax.Array, gradient: jax.Array, *, decay: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Returns decay·m + (1 − decay)·g in at least single precision, and the new m: see `keep_finite`."""
+    average = moving_average(upcast(m), gradient.astype(upcast(m).dtype), decay)
+    return average, keep_finite(m, average, gradient)
 
 
 def root_free_direction(gradient: jax.Array, s: jax.Array, *, damping: ArrayLike) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The mathematics of heavy-ball momentum, for one array."""
+"""Heavy-ball momentum of one array. Every momentum of the package is this one."""
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,32 @@ def add_scaled(array: jax.Array, factor: ArrayLike, other: ArrayLike) -> jax.Arr
     return wide + jnp.asarray(factor, wide.dtype) * jnp.asarray(other, wide.dtype)
 
 
-def kept(velocity: jax.Array, average: jax.Array, update: jax.Array) -> jax.Array:
-    """Returns the new velocity, of the dtype of the old: the average, but for entries whose update is not finite.
+def keep_finite(old: jax.Array, new: jax.Array, update: jax.Array) -> jax.Array:
+    """Returns the new momentum in the dtype of the old; entries whose update is not finite keep their old value.
 
-    These stay as they were: the update has shown that it is not finite, and later ones need not.
+    So one bad gradient shows in one update, and does not poison later ones.
 
     Args:
-      velocity: v, what was kept so far.
-      average: update + momentum·v.
-      update: what is averaged.
+      old: the momentum so far.
+      new: the momentum with the update.
+      update: what the momentum averages.
     """
-    return jnp.where(jnp.isfinite(update), saturate(average, velocity.dtype), velocity)
+    return jnp.where(jnp.isfinite(update), saturate(new, old.dtype), old)
+
+
+def average_heavy_ball(
+    velocity: jax.Array, update: jax.Array, momentum: ArrayLike, *, nesterov: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the average to step along, in at least single precision, and the new velocity.
+
+        v ← momentum·v + update,    average = v, or update + momentum·v with Nesterov
+
+    Args:
+      velocity: v, any shape.
+      update: of v's shape.
+      momentum: in [0, 1), a scalar.
+      nesterov: whether the average is Nesterov's.
+    """
+    average = add_scaled(update, momentum, velocity)
+    new = keep_finite(velocity, average, update)
+    return add_scaled(update, momentum, average) if nesterov else average, new

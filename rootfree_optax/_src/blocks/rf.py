@@ -1,22 +1,24 @@
-"""The mathematics of root-free Shampoo with inverses, for ONE block: no trees, no flags, no schedules.
+"""Root-free Shampoo with inverses, for ONE block: no trees, no schedules.
 
 A factor S is symmetric positive definite: a matrix [d, d], or a vector [d] that holds a diagonal one. L below is its
 lower Cholesky factor, elementwise the square root for a diagonal, and every inverse is a triangular solve with L.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.numerics.dtypes import upcast
+from rootfree_optax._src.blocks.rule import BlockRule, Step
+from rootfree_optax._src.numerics.dtypes import accumulation_dtype, upcast
 from rootfree_optax._src.numerics.finite import all_finite
-from rootfree_optax._src.structures import Parts, Structure
+from rootfree_optax._src.structures import Parts, Structure, dense, diagonal
 
 
 def _one_at_a_time(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -93,54 +95,75 @@ def curvature_along(
     return (outer + isotropic * jnp.eye(len(outer), dtype=outer.dtype)) / other_dims
 
 
-def refresh(
-    gradient: jax.Array,
-    factors: tuple[Parts, ...],
-    *,
-    structures: Sequence[Structure],
-    preconditioner_lr: ArrayLike,
-    damping: ArrayLike,
-    batch_size: ArrayLike,
-    precision: jax.lax.PrecisionLike = None,
-) -> tuple[tuple[Parts, ...]]:
-    """Refreshes a block's factors, Sₙ ← (1 − β₂) Sₙ + β₂ Hₙ, all from the old ones, if they have Cholesky factors.
+class RfState(NamedTuple):
+    """What a block keeps of its curvature.
+
+    Attributes:
+      factors: the parts of each Sₙ.
+      refused: how many refreshes were refused, because they had no Cholesky factor.
+    """
+
+    factors: tuple[Parts, ...]
+    refused: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CholeskyInverse(BlockRule):
+    """RF-Shampoo: averages curvatures, and solves with their Cholesky factors.
+
+        Sₙ ← (1 − β₂) Sₙ + β₂ Hₙ,   direction = G ×₁ S₁⁻¹ … ×_N S_N⁻¹
+
+    with the Hₙ of `curvature_along`, all from the old factors, in float32 or float64.
 
     Args:
-      gradient: G, [d₁, …, d_N] or [samples, d₁, …, d_N].
-      factors: the parts of each Sₙ, in float32 or float64.
-      structures: the structure of each factor, dense or diagonal.
-      preconditioner_lr: β₂, in [0, 1].
-      damping: λ ≥ 0.
-      batch_size: B > 0.
-      precision: of the products.
-
-    Returns:
-      The new factors, as the one entry of a tuple.
+      precision: of the products, see `jax.lax.Precision`.
     """
-    matrices = [part for (part,) in factors]
-    dtype = matrices[0].dtype
-    samples = math.prod(gradient.shape[: gradient.ndim - len(structures)])
-    scaled = upcast(gradient).astype(dtype) * jnp.sqrt(jnp.asarray(batch_size, dtype) / samples)
-    lowers = [cholesky(s) for s in matrices]
-    new = tuple(
-        (
-            jnp.asarray(1 - preconditioner_lr, dtype) * s
-            + jnp.asarray(preconditioner_lr, dtype)
-            * curvature_along(scaled, n, lowers, damping=damping, precision=precision),
-        )
-        for n, s in enumerate(matrices)
-    )
-    # An S that rounding has made indefinite, as after a gradient a million times as large, has no Cholesky factor and
-    # would make every later direction NaN.
-    keep = all_finite((new, [cholesky(s) for (s,) in new]))
-    return (jax.tree.map(functools.partial(jnp.where, keep), new, factors),)
 
+    precision: jax.lax.PrecisionLike = None
 
-def precondition(gradient: jax.Array, factors: tuple[Parts, ...], *, structures: Sequence[Structure]) -> jax.Array:
-    """Returns G multiplied along every axis n by Sₙ⁻¹, or G itself if it is not finite, in the factors' dtype."""
-    del structures
-    whole = direction = gradient.astype(factors[0][0].dtype)
-    for axis, (s,) in enumerate(factors):
-        lower = cholesky(s)
-        direction = solve(lower, solve(lower, direction, axis), axis, transposed=True)
-    return jnp.where(all_finite(gradient), direction, whole)
+    def init(self, structures: Sequence[Structure], dtypes: Sequence[jnp.dtype]) -> RfState:
+        """Returns factors at I, in at least single precision."""
+        factors = (s.identity(accumulation_dtype(dtype)) for s, dtype in zip(structures, dtypes, strict=True))
+        return RfState(tuple(factors), jnp.zeros([], jnp.int32))
+
+    def refresh(self, state: RfState, gradient: jax.Array, *, structures: Sequence[Structure], step: Step) -> RfState:
+        """Refreshes the factors, if the new ones have Cholesky factors."""
+        with jax.named_scope("refresh"):
+            matrices = [part for (part,) in state.factors]
+            dtype = matrices[0].dtype
+            samples = math.prod(gradient.shape[: gradient.ndim - len(structures)])
+            scaled = upcast(gradient).astype(dtype) * jnp.sqrt(jnp.asarray(step.batch_size, dtype) / samples)
+            lowers = [cholesky(s) for s in matrices]
+            new = []
+            for n, s in enumerate(matrices):
+                h = curvature_along(scaled, n, lowers, damping=step.damping, precision=self.precision)
+                new.append((jnp.asarray(1 - step.weight, dtype) * s + jnp.asarray(step.weight, dtype) * h,))
+            # An S that rounding has made indefinite, as after a gradient a million times as large, has no Cholesky
+            # factor and would make every later direction NaN.
+            keep = all_finite((new, [cholesky(s) for (s,) in new]))
+            factors = jax.tree.map(lambda n, old: jnp.where(keep, n, old), tuple(new), state.factors)
+        return RfState(factors, state.refused + (~keep).astype(state.refused.dtype))
+
+    def precondition(
+        self,
+        state: RfState,
+        momentum: jax.Array,
+        *,
+        gradient: jax.Array,
+        structures: Sequence[Structure],
+        step: Step,
+    ) -> tuple[jax.Array, RfState]:
+        """Returns M multiplied along every axis n by Sₙ⁻¹, or M itself if it is not finite, in the factors' dtype."""
+        del gradient, structures, step
+        with jax.named_scope("apply"):
+            whole = direction = momentum.astype(state.factors[0][0].dtype)
+            for axis, (s,) in enumerate(state.factors):
+                lower = cholesky(s)
+                direction = solve(lower, solve(lower, direction, axis), axis, transposed=True)
+            return jnp.where(all_finite(momentum), direction, whole), state
+
+    def supports(self, structure: Structure) -> str | None:
+        """Returns why a structure has no inverse within it, unless it is dense or diagonal."""
+        if structure in (dense(structure.dim), diagonal(structure.dim)):
+            return None
+        return "rf_shampoo needs structures that hold their inverses, dense or diagonal. Use sirf_shampoo for others."

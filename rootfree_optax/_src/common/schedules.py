@@ -1,5 +1,6 @@
 """What changes from step to step: schedules, intervals between refreshes, the batch size of a step."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -12,12 +13,19 @@ from jax.typing import ArrayLike
 
 from rootfree_optax._src.common.validate import (
     require_constant,
-    require_fraction,
-    require_interval,
     require_positive,
 )
 
-UpdateEvery = int | jax.Array | Callable[[jax.Array], jax.Array]
+
+@dataclasses.dataclass(frozen=True)
+class Staggered:
+    """Every step refreshes a T-th of the blocks, in turn; `staggered` makes it."""
+
+    period: int
+
+
+Interval = int | jax.Array | Callable[[jax.Array], jax.Array]
+RefreshEvery = Interval | Staggered
 
 _MISSING_BATCH_SIZE = (
     "batch_size is required: the second-order view scales the squared gradient by the number of terms that the loss "
@@ -35,30 +43,40 @@ def value_at(hyperparameter: optax.ScalarOrSchedule, count: jax.Array) -> ArrayL
     return value
 
 
-def is_due(update_every: UpdateEvery, count: jax.Array) -> jax.Array | bool:
-    """Returns whether the factors are refreshed at step `count`; True itself where that is always so.
+def is_due(interval: RefreshEvery, count: jax.Array) -> jax.Array | bool | Staggered:
+    """Returns whether something is done at step `count`; True itself where it is done at every step.
 
-    An int array comes from `optax.inject_hyperparams`, and so does a bool array, from a callable's value.
+    An int array comes from `optax.inject_hyperparams`, and so does a bool array, from a callable's value. `Staggered`
+    is returned as it is: something is done at every step, to some of the blocks.
     """
-    if isinstance(update_every, int):
-        return True if update_every == 1 else count % update_every == 0
-    due = update_every(count) if callable(update_every) else update_every
-    due = jnp.asarray(due)
+    if isinstance(interval, Staggered):
+        return interval
+    if isinstance(interval, int):
+        return True if interval == 1 else count % interval == 0
+    due = jnp.asarray(interval(count) if callable(interval) else interval)
     return due if due.dtype == jnp.bool_ else count % due.astype(count.dtype) == 0
 
 
-def require_static_interval(update_every: UpdateEvery) -> int:
-    """Returns an interval that is a Python int.
+def staggered(period: int) -> Staggered:
+    """Refreshes a T-th of the blocks at every step, in turn, so that no step takes longer than others.
+
+    Args:
+      period: T ≥ 1, after how many steps each block has its next turn. A Python int: how many blocks are refreshed at
+        once is part of the program.
+
+    Returns:
+      A value for `refresh_every`.
 
     Raises:
-      ValueError: if it is not: how many blocks are refreshed at a time is part of the program.
+      ValueError: for anything but a whole number of at least 1.
+
+    Example:
+      >>> import jax.numpy as jnp, rootfree_optax as rf
+      >>> tx = rf.sirf_shampoo(1e-3, batch_size=128, refresh_every=rf.staggered(10))
     """
-    if not isinstance(update_every, int):
-        raise ValueError(
-            f"staggered=True needs update_every as a Python int, got {update_every!r}. Under "
-            "optax.inject_hyperparams, name 'update_every' among its static_args."
-        )
-    return update_every
+    if not isinstance(period, int) or isinstance(period, bool) or period < 1:
+        raise ValueError(f"period must be a whole number of at least 1, as a Python int, got {period!r}.")
+    return Staggered(period)
 
 
 def resolve_batch_size(at_update: ArrayLike | None, at_construction: ArrayLike | None) -> ArrayLike:
@@ -77,50 +95,31 @@ def resolve_batch_size(at_update: ArrayLike | None, at_construction: ArrayLike |
     return at_construction
 
 
-def averaging_schedule(
-    preconditioner_lr: ArrayLike, update_every: ArrayLike = 1, *, maximum: ArrayLike = 0.2
-) -> optax.Schedule:
+def average_equally(weight: optax.ScalarOrSchedule, refresh_every: RefreshEvery, *, largest: float) -> optax.Schedule:
     """Makes all refreshes so far weigh alike, until there are 1/β₂ of them: an average that is right from the start.
 
-        β₂ at step k:  max(β₂, min(1 / (⌊k/T⌋ + 1), maximum))
+        β₂ at step k:  max(β₂, min(1 / (⌊k/T⌋ + 1), largest))
 
     A moving average with a small constant β₂ stays for about T/β₂ steps near where it began, at the large gradients of
-    the first steps. For `refresh="exact"`, where β₂ is the weight of the newest curvature.
+    the first steps. Where the interval T is not a number, it counts as one step.
 
     Args:
-      preconditioner_lr: β₂ > 0, what the schedule falls to. A number or a traced scalar.
-      update_every: T ≥ 1, the interval of the refreshes.
-      maximum: of the first refreshes, unless β₂ is larger, in (0, 1): one mini-batch says something of a few directions
-        alone. With T = 1 it may be 0.3; with T = 10 that has made runs come apart, unless `curvature_every` gave a
-        refresh more mini-batches and a `trust_radius` bounded its steps: then it may be 0.5.
-
-    Returns:
-      A schedule for `preconditioner_lr`, from the number of past updates to β₂.
-
-    Raises:
-      ValueError: for a Python number out of range.
-
-    Example:
-      >>> import jax.numpy as jnp, rootfree_optax as rf
-      >>> schedule = rf.averaging_schedule(0.1, 10)
-      >>> [f"{schedule(jnp.int32(step)):.2f}" for step in (0, 19, 49, 50, 1000)]
-      ['0.20', '0.20', '0.20', '0.17', '0.10']
+      weight: β₂, in (0, 1), what the schedule falls to. A number, a traced scalar or a schedule.
+      refresh_every: T ≥ 1, the interval of the refreshes.
+      largest: of the first refreshes, unless β₂ is larger: one mini-batch tells of a few directions alone.
     """
-    require_positive("preconditioner_lr", preconditioner_lr)
-    require_fraction("preconditioner_lr", preconditioner_lr)
-    require_positive("maximum", maximum)
-    require_fraction("maximum", maximum)
-    require_interval("update_every", update_every)
 
     def schedule(count: jax.Array) -> jax.Array:
-        as_float = lambda number: jnp.asarray(number, jnp.float32)  # a traced one may be of any dtype
-        of_equal_weights = 1 / as_float(count // update_every + 1)
-        return jnp.maximum(as_float(preconditioner_lr), jnp.minimum(of_equal_weights, as_float(maximum)))
+        period = refresh_every.period if isinstance(refresh_every, Staggered) else refresh_every
+        if callable(period) or jnp.result_type(period) == jnp.bool_:
+            period = 1
+        equal = 1 / jnp.asarray(count // period + 1, jnp.float32)
+        return jnp.maximum(jnp.asarray(value_at(weight, count), jnp.float32), jnp.minimum(equal, largest))
 
     return schedule
 
 
-def growing_interval(maximum: int, *, base: float = 4.0) -> Callable[[jax.Array], jax.Array]:
+def growing(maximum: int, *, base: float = 4.0) -> Callable[[jax.Array], jax.Array]:
     """Refreshes at every step at first and ever less often, as the root-free prototype does.
 
         after a refresh at step k, the next is min(max(⌊log_base(k + 1)⌋, 1), maximum) steps later
@@ -139,7 +138,7 @@ def growing_interval(maximum: int, *, base: float = 4.0) -> Callable[[jax.Array]
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
-      >>> due = rf.growing_interval(10)
+      >>> due = rf.growing(10)
       >>> [step for step in range(26) if due(jnp.int32(step))]
       [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 19, 21, 23, 25]
     """

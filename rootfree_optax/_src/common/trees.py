@@ -87,3 +87,14 @@ def map_gradients(function: Callable[..., Any], gradients: Any, *rest: Any) -> A
 def map_accumulators(function: Callable[..., Any], accumulators: Any, gradients: Any) -> Any:
     """Maps `function(accumulator, gradient)` over trees; a gradient of None leaves the accumulator as it was."""
     return jax.tree.map(lambda g, a: a if g is None else function(a, g), gradients, accumulators, is_leaf=_is_none)
+
+
+def map_pairs(function: Callable[..., tuple[Any, Any]], gradients: Any, accumulators: Any) -> tuple[Any, Any]:
+    """Maps `function(gradient, accumulator)`, which returns two arrays, over trees; returns a tree of each.
+
+    A gradient of None gives None, and leaves the accumulator as it was.
+    """
+    leaves, structure = jax.tree.flatten(gradients, is_leaf=_is_none)
+    old = structure.flatten_up_to(accumulators)
+    pairs = [(None, a) if g is None else function(g, a) for g, a in zip(leaves, old, strict=True)]
+    return tuple([jax.tree.unflatten(structure, [pair[i] for pair in pairs]) for i in range(2)])  # type: ignore[return-value]

@@ -42,6 +42,12 @@ def require_at_least(name: str, value: Any, minimum: float) -> None:
         raise ValueError(f"{name} must be at least {minimum}, got {value}.")
 
 
+def require_below_one(name: str, value: Any) -> None:
+    """Raises a ValueError if `value` is a Python number outside (0, 1); arrays and schedules pass."""
+    if _is_number(value) and not 0 < value < 1:
+        raise ValueError(f"{name} must lie in (0, 1), got {value}.")
+
+
 def require_at_most(name: str, value: Any, maximum: float) -> None:
     """Raises a ValueError if `value` is a Python number above `maximum`; arrays and schedules pass."""
     if _is_number(value) and not value <= maximum:
@@ -72,12 +78,3 @@ def require_floating_dtype(name: str, dtype: Any) -> None:
         raise ValueError(
             f"{name} must be None or a real floating-point dtype of 16 bits at least, got {jnp.dtype(dtype).name}."
         )
-
-
-def require_kronecker(preconditioner_lr: Any, damping: Any, batch_size: Any, update_every: Any) -> None:
-    """Raises an error for what is out of range, or no schedule, among what both Kronecker transformations take."""
-    require_at_least("preconditioner_lr", preconditioner_lr, 0)
-    require_at_least("damping", damping, 0)
-    require_constant(batch_size=batch_size)
-    require_positive("batch_size", batch_size)
-    require_interval("update_every", update_every)

@@ -1,8 +1,9 @@
-"""A plan whose stacks are split over axes of a mesh: every device has whole blocks, and works on its own.
+"""Where the stacks of a plan are: whole, divided over axes of a mesh, or one device's own parts.
 
-The number of blocks of a stack is padded to a multiple of the number of devices, by blocks of zero gradient whose
-factors start at the identity. Gradients come in as the user sharded them. They are cut into blocks, and the blocks
-sent to the devices that own them; directions go back the same way. In between, in `jax.shard_map`, nothing is sent.
+Divided, every device has whole blocks, and works on its own. The number of blocks of a stack is padded to a multiple of
+the number of devices, by blocks of zero gradient. Gradients come in as the user sharded them. They are cut into blocks,
+and the blocks sent to the devices that own them; directions go back the same way. In between, in `jax.shard_map`,
+nothing is sent.
 """
 
 import dataclasses
@@ -13,45 +14,45 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import AxisType, PartitionSpec
 
-from rootfree_optax._src.common import trees
-from rootfree_optax._src.layout import Layout, Plan
-from rootfree_optax._src.layout.split import Placed, as_it_is
-from rootfree_optax._src.layout.stack import Stack, padded_lengths
-from rootfree_optax._src.mesh import partition
+from rootfree_optax._src.layout import Plan
+from rootfree_optax._src.layout.stack import Stack
+from rootfree_optax._src.mesh.relayout import move, replicate, route, shard_like, split_within_blocks
+from rootfree_optax._src.mesh.shard_map import Axes, axes_of_type, map_shards, partition
 from rootfree_optax._src.mesh.state_shardings import AnyMesh, mesh_in_use
 
-BlockAxes: TypeAlias = str | tuple[str, ...] | None
+MeshAxes: TypeAlias = str | tuple[str, ...] | None
+Stacks: TypeAlias = tuple[jax.Array, ...]
 
 
-def require_block_axes(block_axes: Any) -> None:
+def require_mesh_axes(mesh_axes: Any) -> None:
     """Raises a TypeError for anything but None, a name or a tuple of names, a ValueError for an empty or double one."""
-    names = (block_axes,) if isinstance(block_axes, str) else block_axes
+    names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
     if names is None:
         return
     if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"block_axes must be the name of a mesh axis, a tuple of names, or None, got {block_axes!r}.")
+        raise TypeError(f"mesh_axes must be the name of a mesh axis, a tuple of names, or None, got {mesh_axes!r}.")
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"block_axes must name at least one mesh axis and none twice, got {block_axes!r}.")
+        raise ValueError(f"mesh_axes must name at least one mesh axis and none twice, got {mesh_axes!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardedPlan:
-    """A plan and where its stacks are.
+class WholeStacks:
+    """Stacks that every device has whole.
 
     Args:
       plan: the plan.
-      lengths: of each stack's arrays, at least its count; what is beyond are padding blocks.
-      axes: the mesh axes that the stacks are split over; without any, nothing is constrained.
-      mesh: the mesh that has them.
+      lengths: of each stack's arrays.
     """
 
     plan: Plan
     lengths: tuple[int, ...]
-    axes: tuple[str, ...] = ()
-    mesh: AnyMesh | None = None
+
+    @property
+    def axes(self) -> Axes:
+        """The mesh axes that the stacks are divided over."""
+        return ()
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -59,25 +60,68 @@ class ShardedPlan:
         return self.plan.stacks
 
     @property
+    def own_lengths(self) -> tuple[int, ...]:
+        """The lengths of the arrays that `map` gives its function."""
+        return self.lengths
+
+    def anchor(self, params: Any) -> jax.Array:
+        """Returns an array without entries for a function to depend on when it depends on nothing else."""
+        del params
+        return jnp.zeros([0])
+
+    def on_shards(self, function: Callable[..., Any], replicated: int = 1) -> Callable[..., Any]:
+        """Returns a function of whole stacks for one of each device's own parts.
+
+        Args:
+          function: a function of a module. Its results are split as its arguments are.
+          replicated: how many of its first arguments every device has whole: trees of arrays and of hashable values.
+        """
+        del replicated
+        return function
+
+    def pack(self, tree: Any, name: str, *, sample_axis: bool = False) -> Stacks:
+        """Returns the stacks of a tree like the parameters, [length, *shape].
+
+        Args:
+          tree: arrays of the parameters' shapes.
+          name: what the tree is called in an error.
+          sample_axis: whether every array has one more, leading axis; then stacks are [length, samples, *shape].
+        """
+        return _pack_whole(self.plan, tree, name, sample_axis)
+
+    def unpack(self, stacks: Sequence[jax.Array], like: Any) -> Any:
+        """Returns the tree whose blocks are given, with the dtypes and shardings of `like`: the inverse of `pack`."""
+        return shard_like(self.plan.unpack(stacks, like, equal_kernels=True), like)
+
+
+@dataclasses.dataclass(frozen=True)
+class DividedStacks(WholeStacks):
+    """Stacks that are divided over axes of a mesh.
+
+    Args:
+      plan: the plan.
+      lengths: of each stack's arrays, at least its count; blocks beyond the count are padding.
+      over: the mesh axes that the stacks are divided over.
+      mesh: the mesh that has them.
+    """
+
+    over: Axes
+    mesh: AnyMesh
+
+    @property
+    def axes(self) -> Axes:
+        """The mesh axes that the stacks are divided over."""
+        return self.over
+
+    @property
     def shards(self) -> int:
-        """How many parts each stack is split into."""
-        return math.prod(self._mesh.shape[axis] for axis in self.axes) if self.axes else 1
+        """How many parts each stack is divided into."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
     @property
-    def is_local(self) -> bool:
-        """Whether arrays are a device's own parts already, because the caller is inside `jax.shard_map`."""
-        return bool(self.axes) and set(self.axes) <= set(partition.axes_of_type(self._mesh, AxisType.Manual))
-
-    @property
-    def _mesh(self) -> AnyMesh:
-        assert self.mesh is not None
-        return self.mesh
-
-    def on_shards(self, function: Callable[..., Any], shared: Any, *parts: Any) -> Any:
-        """Returns `function(shared, *parts)`, see `partition.on_shards`; for the whole arrays if nothing is split."""
-        if not self.axes or self.is_local:
-            return function(shared, *parts)
-        return partition.on_shards(self._mesh, self.axes, function, shared, *parts)
+    def own_lengths(self) -> tuple[int, ...]:
+        """The lengths of one device's parts."""
+        return tuple(length // self.shards for length in self.lengths)
 
     def anchor(self, params: Any) -> jax.Array:
         """Returns an array without entries, made of a parameter if these are traced.
@@ -85,64 +129,73 @@ class ShardedPlan:
         What depends on no argument of a `jax.jit` outside `jax.set_mesh` would be compiled for a single device.
         """
         first = next(iter(jax.tree.leaves(params)), None)
-        if not self.axes or self.is_local or not isinstance(first, jax.core.Tracer):
+        if not isinstance(first, jax.core.Tracer):
             return jnp.zeros([0])
-        without_entries = lambda leaf: (jnp.ravel(leaf)[:0],)
-        [empty] = partition.partitioned(self._mesh, without_entries, [PartitionSpec()], first)
+        [empty] = partition(self.mesh, lambda leaf: (jnp.ravel(leaf)[:0],), [PartitionSpec()], first)
         return empty
 
-    def pack(self, tree: Any, name: str, *, sample_axis: bool = False) -> tuple[jax.Array, ...]:
-        """Returns the stacks of a tree like the parameters, [length, *shape], split over the axes.
+    def on_shards(self, function: Callable[..., Any], replicated: int = 1) -> Callable[..., Any]:
+        """Returns a function of whole stacks for one of each device's own parts, see `map_shards`."""
+        return functools.partial(map_shards, self.mesh, self.axes, function, replicated)
 
-        Args:
-          tree: arrays of the parameters' shapes.
-          name: what the tree is called in an error.
-          sample_axis: whether every array has one more, leading axis; then stacks are [length, samples, *shape].
-        """
-        if not self.axes:
-            return _whole_stacks(self, tree, name, sample_axis)
-        if self.is_local:
-            return tuple(map(self._own_part, self.blocks(partition.replicated(tree), name, sample_axis)))
-        return _to_stacks(self, tree, name, sample_axis)
+    def pack(self, tree: Any, name: str, *, sample_axis: bool = False) -> Stacks:
+        """Returns the stacks of a tree like the parameters, divided over the axes."""
+        return _pack_divided(self, tree, name, sample_axis)
 
     def unpack(self, stacks: Sequence[jax.Array], like: Any) -> Any:
-        """Returns the tree whose blocks are given, with the dtypes and shardings of `like`: the inverse of `pack`."""
-        if not self.axes:
-            return partition.sharded_like(self.tree(stacks, like), like)
-        if self.is_local:
-            return partition.sharded_like(self.tree([self._all_parts(stack) for stack in stacks], like), like)
-        return _from_stacks(self, tuple(stacks), like)
+        """Returns the tree whose blocks are given: the inverse of `pack`."""
+        return _unpack_divided(self, tuple(stacks), like)
 
-    def blocks(self, tree: Any, name: str, sample_axis: bool) -> tuple[jax.Array, ...]:
-        """Returns what `pack` does, whole."""
-        pack = functools.partial(self.plan.pack, name=name, placed=self._placed)
-        stacks = jax.vmap(pack, out_axes=1)(tree) if sample_axis else pack(tree)
-        return tuple(map(_padded, stacks, self.lengths))
+    def _pack_padded(self, tree: Any, name: str, sample_axis: bool, **relayout: Any) -> Stacks:
+        stacks = _pack(self.plan, tree, name, sample_axis, **relayout)
+        return tuple(_pad(stack, length) for stack, length in zip(stacks, self.lengths, strict=True))
 
-    def tree(self, stacks: Sequence[jax.Array], like: Any) -> Any:
-        """Returns what `unpack` does, of whole stacks."""
+    def _unpack_padded(self, stacks: Sequence[jax.Array], like: Any) -> Any:
         own = [array[: stack.count] for array, stack in zip(stacks, self.stacks, strict=True)]
-        return self.plan.unpack(own, like, equal_kernels=not self.axes)
+        return self.plan.unpack(own, like)
 
-    @property
-    def _placed(self) -> Placed:
-        if not self.axes or self.is_local:
-            return as_it_is
-        return functools.partial(partition.placed_for_cuts, self._mesh, self.axes)
 
-    def _own_part(self, stack: jax.Array) -> jax.Array:
-        length = stack.shape[0] // self.shards
-        return jax.lax.dynamic_slice_in_dim(stack, jax.lax.axis_index(self.axes) * length, length)
+@dataclasses.dataclass(frozen=True)
+class LocalStacks(DividedStacks):
+    """One device's own parts of divided stacks: the caller is inside `jax.shard_map` over the axes."""
 
-    def _all_parts(self, part: jax.Array) -> jax.Array:
-        """Returns the stack of all parts, by a sum: that is typed as equal on all devices, what is gathered is not."""
+    def anchor(self, params: Any) -> jax.Array:
+        """Returns an array without entries."""
+        return WholeStacks.anchor(self, params)
+
+    def on_shards(self, function: Callable[..., Any], replicated: int = 1) -> Callable[..., Any]:
+        """Returns the function: its arguments are this device's own parts."""
+        del replicated
+        return function
+
+    def pack(self, tree: Any, name: str, *, sample_axis: bool = False) -> Stacks:
+        """Returns this device's parts of the stacks."""
+        index = jax.lax.axis_index(self.axes)
+        whole = self._pack_padded(replicate(tree), name, sample_axis)
+        lengths = self.own_lengths
+        return tuple(
+            jax.lax.dynamic_slice_in_dim(stack, index * length, length)
+            for stack, length in zip(whole, lengths, strict=True)
+        )
+
+    def unpack(self, stacks: Sequence[jax.Array], like: Any) -> Any:
+        """Returns the whole tree, on every device."""
+        return shard_like(self._unpack_padded([self._sum_parts(part) for part in stacks], like), like)
+
+    def _sum_parts(self, part: jax.Array) -> jax.Array:
+        """Returns the stack of all parts. Uses psum because its result is typed as replicated; all_gather's is not."""
         length = part.shape[0]
         zeros = jnp.zeros((length * self.shards, *part.shape[1:]), part.dtype)
         start = jax.lax.axis_index(self.axes) * length
         return jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(zeros, part, start, 0), self.axes)
 
 
-def _padded(stack: jax.Array, length: int) -> jax.Array:
+def _pack(plan: Plan, tree: Any, name: str, sample_axis: bool, **relayout: Any) -> Stacks:
+    pack = functools.partial(plan.pack, name=name, **relayout)
+    return jax.vmap(pack, out_axes=1)(tree) if sample_axis else pack(tree)
+
+
+def _pad(stack: jax.Array, length: int) -> jax.Array:
     padding = length - stack.shape[0]
     return jnp.pad(stack, [(0, padding)] + [(0, 0)] * (stack.ndim - 1)) if padding else stack
 
@@ -152,100 +205,77 @@ def _padded(stack: jax.Array, length: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _whole_stacks(plan: ShardedPlan, tree: Any, name: str, sample_axis: bool) -> tuple[jax.Array, ...]:
-    return plan.blocks(partition.replicated(tree), name, sample_axis)
+def _pack_whole(plan: Plan, tree: Any, name: str, sample_axis: bool) -> Stacks:
+    return _pack(plan, replicate(tree), name, sample_axis)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3), inline=True)
-def _to_stacks(plan: ShardedPlan, tree: Any, name: str, sample_axis: bool) -> tuple[jax.Array, ...]:
-    def to_stacks(tree: Any) -> tuple[jax.Array, ...]:
-        blocks = plan.blocks(tree, name, sample_axis)
-        return tuple(
-            partition.move(plan._mesh, stack, partition.route(plan._mesh, plan.axes, stack.shape)) for stack in blocks
-        )
+def _pack_divided(divided: DividedStacks, tree: Any, name: str, sample_axis: bool) -> Stacks:
+    mesh, axes = divided.mesh, divided.axes
 
-    return partition.partitioned(plan._mesh, to_stacks, [PartitionSpec(plan.axes)] * len(plan.stacks), tree)
+    def to_stacks(tree: Any) -> Stacks:
+        placed = functools.partial(split_within_blocks, mesh, axes)
+        stacks = divided._pack_padded(tree, name, sample_axis, placed=placed)
+        return tuple(move(mesh, stack, route(mesh, axes, stack.shape)) for stack in stacks)
+
+    return partition(mesh, to_stacks, [PartitionSpec(axes)] * len(divided.stacks), tree)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _from_stacks(plan: ShardedPlan, stacks: tuple[jax.Array, ...], like: Any) -> Any:
+def _unpack_divided(divided: DividedStacks, stacks: Stacks, like: Any) -> Any:
+    mesh = divided.mesh
     leaves, structure = jax.tree.flatten(like)
 
-    def to_leaves(stacks: tuple[jax.Array, ...], like: Any) -> tuple[jax.Array, ...]:
-        # Without its last stop, where the stacks are, and backwards.
-        stops = [partition.route(plan._mesh, plan.axes, stack.shape)[-2::-1] for stack in stacks]
-        whole = [partition.move(plan._mesh, stack, back) for stack, back in zip(stacks, stops, strict=True)]
-        pairs = zip(jax.tree.leaves(plan.tree(whole, like)), jax.tree.leaves(like), strict=True)
+    def to_leaves(stacks: Stacks, like: Any) -> tuple[jax.Array, ...]:
+        # The stops of `_pack_divided` backwards, without the last, where the stacks are.
+        stops = [route(mesh, divided.axes, stack.shape)[-2::-1] for stack in stacks]
+        whole = [move(mesh, stack, back) for stack, back in zip(stacks, stops, strict=True)]
+        pairs = zip(jax.tree.leaves(divided._unpack_padded(whole, like)), jax.tree.leaves(like), strict=True)
         # Where a gradient is NaN its direction is. Saying so changes nothing, but is an operation on both, entry by
-        # entry: so the compiler lays the one out as the other.
+        # entry: so the compiler lays out the one as the other.
         return tuple(jax.lax.select(jnp.isnan(other), other, leaf) for leaf, other in pairs)
 
     specs = [jax.typeof(leaf).sharding.spec for leaf in leaves]
-    return jax.tree.unflatten(structure, partition.partitioned(plan._mesh, to_leaves, specs, stacks, like))
+    return jax.tree.unflatten(structure, partition(mesh, to_leaves, specs, stacks, like))
 
 
-def for_parameters(plan: Plan, block_axes: BlockAxes, params: optax.Params) -> ShardedPlan:
-    """Returns the plan over the mesh in use when a state is made of parameters.
+def place_stacks(
+    plan: Plan, mesh_axes: MeshAxes, tree: Any, lengths: Sequence[int] | None = None
+) -> WholeStacks | DividedStacks:
+    """Returns where the stacks of a plan are, on the mesh in use.
 
-    Raises:
-      ValueError: if there is no mesh with the axes.
-    """
-    sharded = _over_mesh(plan, block_axes, params)
-    return dataclasses.replace(sharded, lengths=_divisible(plan, sharded.shards))
-
-
-def for_state(
-    layout: Layout, block_axes: BlockAxes, factors: Any, updates: optax.Updates, params: optax.Params | None
-) -> ShardedPlan:
-    """Returns the plan over the mesh in use when a state is updated; its arrays tell how many blocks are padding.
+    Args:
+      plan: the plan, with at least one stack.
+      mesh_axes: what the stacks are divided over; None divides nothing.
+      tree: arrays that tell which mesh is in use.
+      lengths: of a state's arrays, for a state that exists; None for a new one.
 
     Raises:
-      ValueError: if there is no mesh with the axes, or the state is not of such parameters, layout and mesh.
+      ValueError: if there is no mesh with the axes, or the lengths are of another mesh.
     """
-    plan = layout.plan(updates if params is None else params)
-    if not plan.stacks:
-        return ShardedPlan(plan, ())
-    sharded = _over_mesh(plan, block_axes, (factors, updates))
-    shards = sharded.shards
-    shapes = [jnp.shape(part) for part in jax.tree.leaves(factors)]
-    whole = [(length * shards, *shape) for length, *shape in shapes] if sharded.is_local else shapes
-    lengths = padded_lengths(plan.stacks, whole)
-    fits = lengths is not None and (block_axes is not None or lengths == sharded.lengths)
-    # A parameter without a gradient is not planned for then, and its blocks could pass for padding.
-    if params is None and (block_axes is not None or not fits) and trees.has_none(updates):
-        raise ValueError("params must be given where a gradient is None: call tx.update(grads, state, params).")
-    if lengths is None or not fits:
-        expected = [shape for stack in plan.stacks for shape in stack.part_shapes]
-        raise ValueError(
-            "the state must come from init on parameters of the shapes that update is given, with the same layout. "
-            f"The factors' arrays have the shapes {whole}, but the layout asks for {expected}, and padding if need be."
-        )
-    if shards > 1 and lengths != (even := _divisible(plan, shards)):
-        raise ValueError(
-            f"the state's stacks must have {even} blocks on the {shards} devices of block_axes={block_axes!r}, got "
-            f"{lengths}: it is of another mesh or other parameters. Restore it for this one as README says."
-        )
-    return dataclasses.replace(sharded, lengths=lengths)
-
-
-def _divisible(plan: Plan, shards: int) -> tuple[int, ...]:
-    """Returns how many blocks each stack has with its padding."""
-    return tuple(-(-stack.count // shards) * shards for stack in plan.stacks)
-
-
-def _over_mesh(plan: Plan, block_axes: BlockAxes, tree: Any) -> ShardedPlan:
-    counts = tuple(stack.count for stack in plan.stacks)
-    if block_axes is None or not plan.stacks:
-        return ShardedPlan(plan, counts)
-    axes = (block_axes,) if isinstance(block_axes, str) else block_axes
+    counts = tuple([stack.count for stack in plan.stacks])
+    if mesh_axes is None:
+        return WholeStacks(plan, counts)
+    axes = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
     mesh = mesh_in_use(tree)
     if mesh is None or not set(axes) <= set(mesh.axis_names):
         found = "there is none" if mesh is None else f"the one in use has the axes {mesh.axis_names}"
         raise ValueError(
-            f"block_axes={block_axes!r} needs a mesh with these axes, but {found}. Call init and update within "
+            f"mesh_axes={mesh_axes!r} needs a mesh with these axes, but {found}. Call init and update within "
             "`with jax.set_mesh(mesh):`, or place parameters and gradients on the mesh with jax.NamedSharding."
         )
-    manual = set(axes) & set(partition.axes_of_type(mesh, AxisType.Manual))
+    manual = set(axes) & set(axes_of_type(mesh, AxisType.Manual))
     if manual and manual != set(axes):
-        raise ValueError(f"block_axes must be all mapped by jax.shard_map or none, got {axes}, mapped: {manual}.")
-    return ShardedPlan(plan, counts, axes, mesh)
+        raise ValueError(f"mesh_axes must be all mapped by jax.shard_map or none, got {axes}, mapped: {manual}.")
+    regime = LocalStacks if manual else DividedStacks
+    shards = regime(plan, counts, axes, mesh).shards
+    even = tuple(-(-count // shards) * shards for count in counts)
+    if lengths is not None:
+        whole = tuple(length * shards for length in lengths) if manual else tuple(lengths)
+        if shards > 1 and whole != even:
+            raise ValueError(
+                f"the state's stacks must have {even} blocks on the {shards} devices of mesh_axes={mesh_axes!r}, got "
+                f"{whole}: it is of another mesh or other parameters. Restore it for this one as README says."
+            )
+        even = whole
+    return regime(plan, even, axes, mesh)

@@ -1,29 +1,29 @@
-"""Whole diagonal optimizers: one `optax.chain` each."""
+"""The whole diagonal optimizers."""
 
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax._src.optimizers.links import MaskOrFn, descent, heavy_ball
+from rootfree_optax._src.optimizers.links import MaskOrFn, descend, heavy_ball
 from rootfree_optax._src.transforms.diagonal import scale_by_rf_adam, scale_by_rf_rms
 
 
 def rf_rmsprop(
     learning_rate: optax.ScalarOrSchedule,
-    *,
     decay: optax.ScalarOrSchedule = 0.8,
-    damping: optax.ScalarOrSchedule = 5e-4,
+    *,
     momentum: ArrayLike | None = 0.9,
+    damping: optax.ScalarOrSchedule = 5e-4,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: MaskOrFn = None,
     batch_size: ArrayLike | None = None,
-    initial_scale: ArrayLike = 1.0,
-    accumulator_dtype: DTypeLike | None = None,
+    mu_dtype: DTypeLike | None = None,
+    nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """RF-RMSProp: RMSProp without the square root.
+    """RF-RMSProp: RMSProp without the square root, with decoupled weight decay.
 
         s ← decay·s + (1 − decay)·B·g²
-        v ← momentum·v + g / (s + λ) + κθ
-        θ ← θ − learning_rate·v
+        v ← momentum·v + g / (s + λ)
+        θ ← θ − learning_rate·(v + κθ)
 
     The step is a damped Newton-like one, so its learning rate is not RMSProp's: g / s scales as one over the gradient
     where g / √s does not scale at all.
@@ -31,13 +31,13 @@ def rf_rmsprop(
     Args:
       learning_rate: β₁, the step size: a number, a traced scalar or a schedule.
       decay: 1 − β₂, in [0, 1).
-      damping: λ ≥ 0.
       momentum: α₁, heavy-ball momentum in [0, 1). None keeps no momentum state.
-      weight_decay: κ ≥ 0, added to the direction before momentum. None adds nothing and needs no parameters.
+      damping: λ ≥ 0.
+      weight_decay: κ ≥ 0, decoupled from s and v. None adds nothing and needs no parameters.
       mask: which parameters decay, see `optax.add_decayed_weights`.
       batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
-      initial_scale: s before the first step, ≥ 0.
-      accumulator_dtype: floating-point dtype of s and v; by default each parameter's own.
+      mu_dtype: floating-point dtype of v; by default each parameter's own.
+      nu_dtype: floating-point dtype of s; by default each parameter's own.
 
     Returns:
       The optimizer. The state is as large as the parameters, twice with momentum.
@@ -62,32 +62,24 @@ def rf_rmsprop(
       Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
       https://arxiv.org/abs/2402.03496
     """
-    velocity = None if momentum is None else heavy_ball(momentum, accumulator_dtype=accumulator_dtype)
     return optax.chain(
-        scale_by_rf_rms(
-            decay,
-            damping,
-            batch_size=batch_size,
-            initial_scale=initial_scale,
-            accumulator_dtype=accumulator_dtype,
-        ),
-        *descent(learning_rate, weight_decay, mask, velocity),
+        scale_by_rf_rms(decay, damping, batch_size=batch_size, nu_dtype=nu_dtype),
+        optax.identity() if momentum is None else heavy_ball(momentum, mu_dtype=mu_dtype),
+        *descend(learning_rate, weight_decay, mask),
     )
 
 
 def rf_adamw(
     learning_rate: optax.ScalarOrSchedule,
-    *,
     b1: ArrayLike = 0.4,
     b2: optax.ScalarOrSchedule = 0.9,
+    *,
     damping: optax.ScalarOrSchedule = 1e-6,
     weight_decay: optax.ScalarOrSchedule | None = 1e-4,
     mask: MaskOrFn = None,
     batch_size: ArrayLike | None = None,
-    initial_scale: ArrayLike = 1.0,
-    bias_correction: bool = False,
     mu_dtype: DTypeLike | None = None,
-    accumulator_dtype: DTypeLike | None = None,
+    nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """RF-AdamW: AdamW without the square root.
 
@@ -102,10 +94,8 @@ def rf_adamw(
       weight_decay: κ ≥ 0, decoupled from m and s. None adds nothing and needs no parameters.
       mask: which parameters decay, see `optax.add_decayed_weights`.
       batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
-      initial_scale: s before the first step, ≥ 0.
-      bias_correction: whether m and s are corrected for their start (see `scale_by_rf_adam`).
-      mu_dtype: floating-point dtype of m; by default `accumulator_dtype`.
-      accumulator_dtype: floating-point dtype of the state; by default each parameter's own.
+      mu_dtype: floating-point dtype of m; by default each parameter's own.
+      nu_dtype: floating-point dtype of s; by default each parameter's own.
 
     Returns:
       The optimizer. The state is twice as large as the parameters.
@@ -131,15 +121,6 @@ def rf_adamw(
       https://arxiv.org/abs/2402.03496
     """
     return optax.chain(
-        scale_by_rf_adam(
-            b1,
-            b2,
-            damping,
-            batch_size=batch_size,
-            initial_scale=initial_scale,
-            bias_correction=bias_correction,
-            mu_dtype=mu_dtype,
-            accumulator_dtype=accumulator_dtype,
-        ),
-        *descent(learning_rate, weight_decay, mask),
+        scale_by_rf_adam(b1, b2, damping, batch_size=batch_size, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        *descend(learning_rate, weight_decay, mask),
     )

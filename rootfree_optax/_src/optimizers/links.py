@@ -1,10 +1,12 @@
-"""The links of a chain besides the preconditioner: weight decay and momentum, for hyperparameters that may be traced.
+"""The links of a chain besides the preconditioner: weight decay, momentum and learning rate.
 
 `optax.add_decayed_weights` and `optax.trace` multiply arrays by their hyperparameter as it comes. A traced float32
 number or a schedule then turns bfloat16 updates into float32 ones, so that `lax.scan` refuses the state, and is an
-error under strict dtype promotion. The two below compute in at least float32 and keep every array's dtype.
+error under strict dtype promotion. The links below compute in at least float32 and keep every array's dtype. Their
+states call a step count `step`, so that the chain has one `count`, the preconditioner's, for `optax.tree.get`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,24 +15,28 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax._src.blocks.momentum import add_scaled
+from rootfree_optax._src.blocks.momentum import add_scaled, average_heavy_ball
 from rootfree_optax._src.common import schedules, trees, validate
-from rootfree_optax._src.numerics.dtypes import dtype_like, is_narrower
-from rootfree_optax._src.numerics.rounding import saturate
+from rootfree_optax._src.numerics.dtypes import dtype_like
 
 MaskOrFn = Any | Callable[[optax.Params], Any] | None
 
 
-class AddDecayedWeightsState(NamedTuple):
-    """State of `add_decayed_weights`: the step count, for a schedule."""
+class LinkState(NamedTuple):
+    """State of a link that has a schedule: how many updates there have been."""
 
-    count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
+    step: jax.Array
+
+
+def _init_step(params: optax.Params) -> LinkState:
+    del params
+    return LinkState(jnp.zeros([], jnp.int32))
 
 
 def add_decayed_weights(
     weight_decay: optax.ScalarOrSchedule, mask: MaskOrFn = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds weight_decay·θ to the updates, as `optax.add_decayed_weights`, whatever the dtypes.
+    """Adds weight_decay·θ to the updates, as `optax.add_decayed_weights`, for arrays of any dtype.
 
     Args:
       weight_decay: κ ≥ 0. A number, a traced scalar or a schedule.
@@ -54,21 +60,17 @@ def add_decayed_weights(
     """
     validate.require_at_least("weight_decay", weight_decay, 0)
 
-    def init(params: optax.Params) -> AddDecayedWeightsState:
-        del params
-        return AddDecayedWeightsState(jnp.zeros([], jnp.int32))
-
     def update(
-        updates: optax.Updates, state: AddDecayedWeightsState, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, AddDecayedWeightsState]:
+        updates: optax.Updates, state: LinkState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, LinkState]:
         del extra_args
         if params is None:
             raise ValueError("weight decay needs the parameters: call tx.update(grads, state, params).")
-        factor = schedules.value_at(weight_decay, state.count)
+        factor = schedules.value_at(weight_decay, state.step)
         updates = trees.map_gradients(lambda u, p: add_scaled(u, factor, p).astype(u.dtype), updates, params)
-        return updates, AddDecayedWeightsState(optax.safe_increment(state.count))
+        return updates, LinkState(optax.safe_increment(state.step))
 
-    transformation = optax.GradientTransformationExtraArgs(init, update)
+    transformation = optax.GradientTransformationExtraArgs(_init_step, update)
     return transformation if mask is None else optax.masked(transformation, mask)
 
 
@@ -79,17 +81,16 @@ class HeavyBallState(NamedTuple):
 
 
 def heavy_ball(
-    momentum: ArrayLike, *, nesterov: bool = False, accumulator_dtype: DTypeLike | None = None
+    momentum: ArrayLike, *, nesterov: bool = False, mu_dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds up past updates, v ← momentum·v + update, as `optax.trace`, whatever the dtypes.
+    """Adds up past updates, v ← momentum·v + update, as `optax.trace`, for arrays of any dtype.
 
-    As there, a non-finite update makes v non-finite for good: a test of every entry would be a third of the program.
-    `optax.apply_if_finite` keeps out gradients that are not finite.
+    A non-finite update shows in one step, and leaves its entries of v as they were.
 
     Args:
       momentum: α₁, in [0, 1). A number or a traced scalar.
       nesterov: whether the update is update + momentum·v, with the new v, rather than v.
-      accumulator_dtype: floating-point dtype of v; by default each parameter's own.
+      mu_dtype: floating-point dtype of v; by default each parameter's own.
 
     Returns:
       A transformation that replaces the updates by v (or Nesterov's), in the updates' dtype.
@@ -110,54 +111,65 @@ def heavy_ball(
     """
     validate.require_constant(momentum=momentum)
     validate.require_fraction("momentum", momentum)
-    validate.require_floating_dtype("accumulator_dtype", accumulator_dtype)
+    validate.require_floating_dtype("mu_dtype", mu_dtype)
 
     def init(params: optax.Params) -> HeavyBallState:
-        return HeavyBallState(jax.tree.map(lambda p: jnp.zeros_like(p, dtype_like(p, accumulator_dtype)), params))
+        return HeavyBallState(jax.tree.map(lambda p: jnp.zeros_like(p, dtype_like(p, mu_dtype)), params))
 
     def update(
         updates: optax.Updates, state: HeavyBallState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, HeavyBallState]:
         del params, extra_args
-        add_past = lambda u, v: add_scaled(u, momentum, v)
-        averages = trees.map_gradients(add_past, updates, state.momentum)
-        velocity = trees.map_accumulators(_stored, state.momentum, averages)
-        if nesterov:
-            averages = trees.map_gradients(add_past, updates, averages)
-        averages = trees.map_gradients(lambda u, average: average.astype(u.dtype), updates, averages)
+
+        average = functools.partial(_average, momentum, nesterov)
+        averages, velocity = trees.map_pairs(average, updates, state.momentum)
         return averages, HeavyBallState(velocity)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _stored(velocity: jax.Array, average: jax.Array) -> jax.Array:
-    """Returns the average in the velocity's dtype; beyond a narrower range at its end, not infinite for good."""
-    narrower = is_narrower(velocity.dtype, average.dtype)
-    return saturate(average, velocity.dtype) if narrower else average.astype(velocity.dtype)
+@functools.partial(jax.jit, static_argnums=1)  # so that arrays of one shape are traced once
+def _average(
+    momentum: ArrayLike, nesterov: bool, update: jax.Array, velocity: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    average, new = average_heavy_ball(velocity, update, momentum, nesterov=nesterov)
+    return average.astype(update.dtype), new
 
 
-def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
     """Multiplies updates by −learning_rate, keeping their dtype.
 
-    A number becomes a constant schedule: `optax.scale_by_schedule` casts its value to each update's dtype, which
-    `optax.scale` does not, and the state keeps one structure whether or not the learning rate is a schedule.
+    Args:
+      learning_rate: a number, a traced scalar or a schedule. The state is the same for all of these.
     """
-    schedule = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
-    return optax.scale_by_learning_rate(schedule)
+
+    def update(
+        updates: optax.Updates, state: LinkState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, LinkState]:
+        del params, extra_args
+        factor = -schedules.value_at(learning_rate, state.step)
+        updates = trees.map_gradients(lambda u: jnp.asarray(factor, u.dtype) * u, updates)
+        return updates, LinkState(optax.safe_increment(state.step))
+
+    return optax.GradientTransformationExtraArgs(_init_step, update)
 
 
-def descent(
+def descend(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: optax.ScalarOrSchedule | None,
     mask: MaskOrFn = None,
-    velocity: optax.GradientTransformation | None = None,
+    momentum: optax.GradientTransformation | None = None,
 ) -> tuple[optax.GradientTransformation, ...]:
-    """Returns the links that make steps of directions: decay, v ← velocity of (direction + κθ), and −learning_rate·v.
+    """Returns the links from a direction D to an update, −learning_rate·(D + κθ).
 
-    Weight decay and velocity of None are left out, and keep no state.
+    Args:
+      learning_rate: a number, a traced scalar or a schedule.
+      weight_decay: κ ≥ 0; None adds nothing, and keeps no state.
+      mask: which parameters decay.
+      momentum: averages D + κθ before the learning rate, so that decay is coupled with it; None averages nothing.
     """
     return (
         optax.identity() if weight_decay is None else add_decayed_weights(weight_decay, mask),
-        optax.identity() if velocity is None else velocity,
+        optax.identity() if momentum is None else momentum,
         scale_by_learning_rate(learning_rate),
     )

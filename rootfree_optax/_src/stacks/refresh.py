@@ -1,59 +1,68 @@
-"""When the blocks of a plan's stacks start and are refreshed: all at once, or in turn; on each device its own."""
+"""When the blocks of stacks start, take in statistics and are refreshed: all at once, or in turn."""
 
 import functools
 import itertools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from rootfree_optax._src.blocks.factor_start import is_first
+from rootfree_optax._src.blocks.rule import BlockRule, BlockState
+from rootfree_optax._src.common.schedules import Staggered
 from rootfree_optax._src.layout.stack import Stack
-from rootfree_optax._src.mesh.stacks_on_mesh import ShardedPlan
-from rootfree_optax._src.stacks.each_stack import Given, Stacks, as_tree, each_stack, made, of_stack
+from rootfree_optax._src.numerics.finite import max_abs
+from rootfree_optax._src.stacks.state import StackStep, map_blocks
 
-_ENOUGH = 2**18  # numbers in the factors that are refreshed at once: below that, products are too small to be fast
+Blocks: TypeAlias = tuple[BlockState, ...]
+LazyStacks: TypeAlias = tuple[jax.Array, ...] | Callable[[], tuple[jax.Array, ...]]
+
+# Numbers in the factors that are refreshed at once: below that, products are too small to be fast.
+_MIN_ENTRIES_PER_REFRESH = 2**18
 
 
-def start(
-    plan: ShardedPlan,
-    start_block: Callable[..., tuple[Any, ...]],
-    curvatures: Given,
-    state: tuple[Stacks, Stacks, Stacks],
-) -> tuple[Stacks, Stacks, Stacks]:
-    """Returns factors, products and flags after the blocks that see their first gradient have started.
+def force(stacks: LazyStacks) -> tuple[jax.Array, ...]:
+    """Returns stacks, computed here if they are lazy."""
+    return stacks() if callable(stacks) else stacks
+
+
+def start_blocks(step: StackStep, samples: LazyStacks, blocks: Blocks) -> Blocks:
+    """Returns the blocks' states after those that see their first gradient have started.
 
     Args:
-      plan: the plan of the stacks.
-      start_block: for one block, (curvature, factors, products, first, structures=…) -> (factors, products).
-      curvatures: the stacks that the curvature is estimated from, or a function that returns them.
-      state: the factors, the products K Kᵀ (or empty), and whether each block has started.
+      step: the step.
+      samples: the stacks that the curvature is estimated from.
+      blocks: each stack's state of blocks.
     """
-    if not plan.stacks:
-        return state
-    return plan.on_shards(_started, (plan.stacks, plan.axes, as_tree(start_block)), curvatures, state)
-
-
-def _started(shared: Any, curvatures: Given, state: tuple[Stacks, Stacks, Stacks]) -> tuple[Stacks, Stacks, Stacks]:
-    stacks, axes, start_block = shared
-    factors, products, started = state
+    if type(step.rule).start is BlockRule.start:
+        return blocks
+    waiting = [jax.vmap(step.rule.waits)(block) for block in blocks]
     # Only as long as a block waits: the search is a pass over all gradients. Padding would wait for ever.
-    waiting = (~(flags | _is_padding(stack, len(flags), axes)) for stack, flags in zip(stacks, started, strict=True))
-    waits = functools.reduce(jnp.logical_or, map(jnp.any, waiting))
-    search = lambda: tuple(map(jax.vmap(is_first), made(curvatures), started))
-    firsts = jax.lax.cond(waits, search, lambda: jax.tree.map(jnp.zeros_like, started))
+    own = [w & ~_is_padding(stack, len(w), step.axes) for stack, w in zip(step.stacks, waiting, strict=True)]
+    search = lambda: tuple(map(jax.vmap(_is_first), force(samples), waiting))
+    firsts = jax.lax.cond(_any(own), search, lambda: tuple(map(jnp.zeros_like, waiting)))
 
-    def scaled(stack: Stack, curvature_and_first: Any, old: tuple[Any, ...]) -> tuple[Any, ...]:
-        curvature, first = curvature_and_first
-        return of_stack(start_block, stack)(curvature, *old, first)
+    def start_block(
+        block: BlockState, sample: jax.Array, is_first: jax.Array, structures: Sequence[Any], step: Any
+    ) -> BlockState:
+        started = start(block, sample, structures=structures, step=step)
+        return jax.tree.map(lambda new, old: old if new is old else jnp.where(is_first, new, old), started, block)
 
-    change = lambda: each_stack(scaled, stacks, tuple(zip(made(curvatures), firsts, strict=True)), (factors, products))
-    factors, products = jax.lax.cond(
-        functools.reduce(jnp.logical_or, map(jnp.any, firsts)), change, lambda: (factors, products)
+    start = step.rule.start
+    change = lambda: tuple(
+        [
+            map_blocks(start_block, stack, step.numbers)(*of_stack)
+            for stack, *of_stack in zip(step.stacks, blocks, force(samples), firsts, strict=True)
+        ]
     )
-    return factors, products, tuple(map(jnp.logical_or, started, firsts))
+    return jax.lax.cond(_any(firsts), change, lambda: blocks)
+
+
+def _is_first(sample: jax.Array, waits: jax.Array) -> jax.Array:
+    """Returns whether a waiting block's gradient tells something: it is finite, and not all zero."""
+    largest = max_abs((sample,))
+    return waits & (largest > 0) & jnp.isfinite(largest)
 
 
 def _is_padding(stack: Stack, length: int, axes: tuple[str, ...]) -> jax.Array:
@@ -62,72 +71,44 @@ def _is_padding(stack: Stack, length: int, axes: tuple[str, ...]) -> jax.Array:
     return first + jnp.arange(length) >= stack.count
 
 
-def observe_when(
-    due: jax.Array | bool,
-    plan: ShardedPlan,
-    observe_block: Callable[..., tuple[Any]],
-    curvatures: Given,
-    factors: Stacks,
-    observed: Stacks,
-) -> Stacks:
-    """Returns what has been observed after every block has observed a gradient, or what it was where it is not due.
-
-    Args:
-      due: whether to observe, a scalar.
-      plan: the plan of the stacks.
-      observe_block: for one block, (curvature, factors, observed, structures=…) -> (observed,).
-      curvatures: the stacks that the curvature is estimated from, or a function that returns them.
-      factors: the stacks of factors.
-      observed: for each stack, what its blocks have observed.
-    """
-    if not plan.stacks:
-        return observed
-    return plan.on_shards(_observed, (plan.stacks, due, as_tree(observe_block)), curvatures, factors, observed)
+def _any(flags: Sequence[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.logical_or, map(jnp.any, flags))
 
 
-def _observed(shared: Any, curvatures: Given, factors: Stacks, observed: Stacks) -> Stacks:
-    stacks, due, observe_block = shared
-
-    def observe(stack: Stack, given: tuple[Any, ...], old: tuple[Any, ...]) -> tuple[Any, ...]:
-        return of_stack(observe_block, stack)(*given, *old)
-
-    inputs = lambda: tuple(zip(made(curvatures), factors, strict=True))
-    all_observed = lambda: each_stack(observe, stacks, inputs(), (observed,))[0]
-    return all_observed() if due is True else jax.lax.cond(due, all_observed, lambda: observed)
-
-
-def refresh_when(
-    due: jax.Array | bool,
-    plan: ShardedPlan,
-    refresh: Callable[..., tuple[Any, ...]],
-    curvatures: Given,
-    state: tuple[Stacks, ...],
-) -> tuple[Stacks, ...]:
-    """Returns the state that `refresh` makes of each stack's, or the old state where it is not due.
-
-    Args:
-      due: whether to refresh, a scalar.
-      plan: the plan of the stacks.
-      refresh: for one block, (curvature, *state, structures=…) -> new state.
-      curvatures: the stacks that the curvature is estimated from, or a function that returns them.
-      state: tuples over the stacks, or empty, and then passed for each stack and returned as that.
-    """
-    if not plan.stacks:
-        return state
-    return plan.on_shards(_refreshed, (plan.stacks, due, as_tree(refresh)), curvatures, state)
+def observe_when_due(step: StackStep, samples: LazyStacks, blocks: Blocks) -> Blocks:
+    """Returns the blocks' states after their statistics have taken in a gradient, where that is due."""
+    if step.observe is None:
+        return blocks
+    observe = lambda: tuple(
+        [
+            map_blocks(step.rule.observe, stack, step.numbers)(*of_stack)
+            for stack, *of_stack in zip(step.stacks, blocks, force(samples), strict=True)
+        ]
+    )
+    return observe() if step.observe is True else jax.lax.cond(step.observe, observe, lambda: blocks)
 
 
-def _refreshed(shared: Any, curvatures: Given, state: tuple[Stacks, ...]) -> tuple[Stacks, ...]:
-    stacks, due, refresh = shared
+def refresh_when_due(step: StackStep, samples: LazyStacks, blocks: Blocks) -> Blocks:
+    """Returns the blocks' states after a refresh of all, or of those whose turn it is, where that is due."""
+    if isinstance(step.refresh, Staggered):
+        return _refresh_in_turn(step, step.refresh.period, force(samples), blocks)
+    refresh = lambda: tuple(
+        [
+            _refresh_in_portions(step, stack, sample, block)
+            for stack, sample, block in zip(step.stacks, force(samples), blocks, strict=True)
+        ]
+    )
+    return refresh() if step.refresh is True else jax.lax.cond(step.refresh, refresh, lambda: blocks)
 
-    def refreshed(stack: Stack, curvature: jax.Array, old: tuple[Any, ...]) -> tuple[Any, ...]:
-        size, length = _portion(stack, len(curvature)), len(curvature)
-        turn = functools.partial(_turn, of_stack(refresh, stack), size, curvature)
+
+def _refresh_in_portions(step: StackStep, stack: Stack, sample: jax.Array, block: BlockState) -> BlockState:
+    refresh = map_blocks(step.rule.refresh, stack, step.numbers)
+    size, length = _portion(stack, len(sample)), len(sample)
+    if size == length:
         # A loop of one turn would keep the compiler from working on the arrays as they are.
-        return turn(0, old) if size == length else jax.lax.fori_loop(0, -(-length // size), turn, old)
-
-    all_refreshed = lambda: each_stack(refreshed, stacks, made(curvatures), state)
-    return all_refreshed() if due is True else jax.lax.cond(due, all_refreshed, lambda: state)
+        return refresh(block, sample)
+    turn = functools.partial(_take_turn, refresh, size, sample)
+    return jax.lax.fori_loop(0, -(-length // size), turn, block)
 
 
 def _portion(stack: Stack, length: int) -> int:
@@ -136,64 +117,46 @@ def _portion(stack: Stack, length: int) -> int:
     A refresh needs several times the memory that it changes, so that one of everything at once would decide how much
     memory a model's training needs.
     """
-    enough = -(-_ENOUGH // sum(math.prod(shape) for s in stack.structures for shape in s.part_shapes))
+    entries = sum([math.prod(shape) for s in stack.structures for shape in s.part_shapes])
+    enough = -(-_MIN_ENTRIES_PER_REFRESH // entries)
+    if enough >= length:
+        return length
     sizes = range(max(enough, -(-length // 16)), max(enough, -(-length // 8)) + 1)
     return min(length, min(sizes, key=lambda size: -length % size))
 
 
-def refresh_in_turn(
-    count: jax.Array,
-    period: int,
-    plan: ShardedPlan,
-    refresh: Callable[..., tuple[Any, ...]],
-    curvatures: Given,
-    state: tuple[Stacks, ...],
-) -> tuple[Stacks, ...]:
-    """Returns the state after some blocks of each stack were refreshed, so that all are once in every period.
+def _refresh_in_turn(step: StackStep, period: int, samples: tuple[jax.Array, ...], blocks: Blocks) -> Blocks:
+    """Returns the blocks' states after some of each stack were refreshed, so that all are once in every period.
 
     Of a stack of n blocks it is ⌈n/T⌉ at each step, from one on that differs between stacks, until all have had their
     turn; then none for the rest of the period.
-
-    Args:
-      count: the step's number.
-      period: T ≥ 1.
-      plan: as for `refresh_when`.
-      refresh: as for `refresh_when`.
-      curvatures: as for `refresh_when`.
-      state: as for `refresh_when`.
     """
-    if not plan.stacks:
-        return state
-    return plan.on_shards(_refreshed_in_turn, (plan.stacks, count, period, as_tree(refresh)), curvatures, state)
-
-
-def _refreshed_in_turn(shared: Any, curvatures: Given, state: tuple[Stacks, ...]) -> tuple[Stacks, ...]:
-    stacks, count, period, refresh = shared
-    curvatures = made(curvatures)
-    sizes = [-(-len(curvature) // period) for curvature in curvatures]
-    turns = [-(-len(curvature) // size) for curvature, size in zip(curvatures, sizes, strict=True)]
+    sizes = [-(-len(sample) // period) for sample in samples]
+    turns = [-(-len(sample) // size) for sample, size in zip(samples, sizes, strict=True)]
     begins = itertools.accumulate(turns, initial=0)  # so that stacks of few turns have them at different steps
+    refreshed = []
+    for stack, sample, size, own_turns, begin, block in zip(
+        step.stacks, samples, sizes, turns, list(begins)[:-1], blocks, strict=True
+    ):
+        index = (step.numbers.count - begin) % period
+        refresh = map_blocks(step.rule.refresh, stack, step.numbers)
+        turn = functools.partial(_take_turn, refresh, size, sample, index)
+        is_due = index < own_turns
+        refreshed.append(turn(block) if own_turns == period else jax.lax.cond(is_due, turn, lambda old: old, block))
+    return tuple(refreshed)
 
-    def refreshed(stack: Stack, given: tuple[Any, ...], old: tuple[Any, ...]) -> tuple[Any, ...]:
-        curvature, size, turns, begin = given
-        index = (count - begin) % period
-        turn = functools.partial(_turn, of_stack(refresh, stack), size, curvature, index)
-        return turn(old) if turns == period else jax.lax.cond(index < turns, turn, lambda old: old, old)
 
-    return each_stack(refreshed, stacks, tuple(zip(curvatures, sizes, turns, begins, strict=False)), state)
-
-
-def _turn(
-    refresh_stack: Callable[..., Any], size: int, curvature: jax.Array, index: jax.Array | int, old: tuple[Any, ...]
-) -> tuple[Any, ...]:
+def _take_turn(
+    refresh: Callable[..., BlockState], size: int, sample: jax.Array, index: jax.Array | int, old: BlockState
+) -> BlockState:
     """Returns a stack's state after the index-th turn, of `size` blocks; the last turn has what is left."""
-    length = len(curvature)
+    length = len(sample)
     if size == length:
-        return refresh_stack(curvature, *old)
+        return refresh(old, sample)
     first = jnp.minimum(index * size, length - size)
     rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
     before = jax.tree.map(rows, old)
-    after = refresh_stack(rows(curvature), *before)
+    after = refresh(before, rows(sample))
     if length % size:
         is_due = first + jnp.arange(size) >= index * size  # others had an earlier turn
         after = jax.tree.map(functools.partial(jax.vmap(jnp.where), is_due), after, before)

@@ -27,6 +27,11 @@ class Flops:
     project_inner: int
 
 
+def times_scalar(parts: Parts, factor: ArrayLike) -> Parts:
+    """Returns the parts times a scalar."""
+    return tuple(part * jnp.asarray(factor, part.dtype) for part in parts)
+
+
 class Structure(abc.ABC):
     """A set of d×d matrices closed under linear combination and product. Hashable; equal where the sets are.
 

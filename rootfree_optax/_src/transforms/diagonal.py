@@ -26,7 +26,7 @@ def scale_by_rf_rms(
     *,
     batch_size: ArrayLike | None = None,
     initial_scale: ArrayLike = 1.0,
-    accumulator_dtype: DTypeLike | None = None,
+    nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales gradients by a moving average of their squares, without the square root.
 
@@ -46,7 +46,7 @@ def scale_by_rf_rms(
         wins; it may change from step to step without recompiling.
       initial_scale: s before the first step, ≥ 0. The default of one matches a preconditioner that starts at the
         identity; zero reproduces RMSProp's start.
-      accumulator_dtype: floating-point dtype of s; by default each parameter's own. A half-precision s is rounded so
+      nu_dtype: floating-point dtype of s; by default each parameter's own. A half-precision s is rounded so
         that it follows the moving average even where 1 − decay is below its resolution.
 
     Returns:
@@ -73,11 +73,11 @@ def scale_by_rf_rms(
     """
     at_construction = batch_size
     _require_valid(decay=decay, damping=damping, batch_size=batch_size, initial_scale=initial_scale)
-    validate.require_floating_dtype("accumulator_dtype", accumulator_dtype)
+    validate.require_floating_dtype("nu_dtype", nu_dtype)
 
     def init(params: optax.Params) -> ScaleByRfRmsState:
         trees.require_inexact(params)
-        return ScaleByRfRmsState(jnp.zeros([], jnp.int32), _initial_nu(params, initial_scale, accumulator_dtype))
+        return ScaleByRfRmsState(jnp.zeros([], jnp.int32), _initial_nu(params, initial_scale, nu_dtype))
 
     def update(
         updates: optax.Updates,
@@ -117,14 +117,14 @@ def scale_by_rf_adam(
     initial_scale: ArrayLike = 1.0,
     bias_correction: bool = False,
     mu_dtype: DTypeLike | None = None,
-    accumulator_dtype: DTypeLike | None = None,
+    nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales the gradient's moving average by a moving average of its squares, without the square root.
 
         m ← b1·m + (1 − b1)·g        s ← b2·s + (1 − b2)·B·g²        direction = m / (s + λ)
 
-    See `scale_by_rf_rms` for B, the arithmetic, complex and non-finite gradients. A non-finite gradient shows in m for
-    one step; m then restarts from zero.
+    See `scale_by_rf_rms` for B, the arithmetic, complex and non-finite gradients. A non-finite gradient shows in one
+    direction, and leaves its entries of m and s as they were.
 
     Args:
       b1: decay of m, in [0, 1). A number or a traced scalar.
@@ -134,8 +134,8 @@ def scale_by_rf_adam(
       initial_scale: s before the first step, ≥ 0.
       bias_correction: whether to divide m by 1 − b1ᵗ and s by 1 − b2ᵗ, for an `initial_scale` of 0. Off by default: s
         starts at one, so unlike Adam's it is not biased towards zero. The correction of s assumes a constant b2.
-      mu_dtype: floating-point dtype of m; by default `accumulator_dtype`.
-      accumulator_dtype: floating-point dtype of the state; by default each parameter's own.
+      mu_dtype: floating-point dtype of m; by default each parameter's own.
+      nu_dtype: floating-point dtype of s; by default each parameter's own.
 
     Returns:
       A transformation whose `update` takes the extra arguments `batch_size` and `curvature` (see `scale_by_rf_rms`).
@@ -162,14 +162,14 @@ def scale_by_rf_adam(
     validate.require_fraction("b1", b1)
     _require_valid(b2=b2, damping=damping, batch_size=batch_size, initial_scale=initial_scale)
     validate.require_floating_dtype("mu_dtype", mu_dtype)
-    validate.require_floating_dtype("accumulator_dtype", accumulator_dtype)
+    validate.require_floating_dtype("nu_dtype", nu_dtype)
     if bias_correction and callable(b2):
         raise ValueError("bias_correction assumes a constant b2, got a schedule. Pass bias_correction=False.")
 
     def init(params: optax.Params) -> ScaleByRfAdamState:
         trees.require_inexact(params)
-        mu = _initial_mu(params, accumulator_dtype if mu_dtype is None else mu_dtype)
-        return ScaleByRfAdamState(jnp.zeros([], jnp.int32), mu, _initial_nu(params, initial_scale, accumulator_dtype))
+        mu = _initial_mu(params, mu_dtype)
+        return ScaleByRfAdamState(jnp.zeros([], jnp.int32), mu, _initial_nu(params, initial_scale, nu_dtype))
 
     def update(
         updates: optax.Updates,
@@ -183,7 +183,7 @@ def scale_by_rf_adam(
         del params, extra_args
         batch_size = schedules.resolve_batch_size(batch_size, at_construction)
         nu = _update_nu(state.nu, updates, curvature, decay=b2, batch_size=batch_size, count=state.count)
-        mu = trees.map_accumulators(lambda m, g: update_rule.first_moment(m, g, decay=b1), state.mu, updates)
+        averages, mu = trees.map_pairs(lambda g, m: update_rule.first_moment(m, g, decay=b1), updates, state.mu)
         count = optax.safe_increment(state.count)
         averaged_direction = functools.partial(
             update_rule.averaged_direction,
@@ -191,7 +191,7 @@ def scale_by_rf_adam(
             m_weight=update_rule.total_weight(b1, count) if bias_correction else 1.0,
             s_weight=update_rule.total_weight(b2, count) if bias_correction else 1.0,
         )
-        return trees.map_gradients(averaged_direction, updates, mu, nu), ScaleByRfAdamState(count, mu, nu)
+        return trees.map_gradients(averaged_direction, updates, averages, nu), ScaleByRfAdamState(count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -1,5 +1,9 @@
-"""Inverse-free root-free Shampoo as a transformation: plan, pack, refresh, precondition, unpack."""
+"""The one Kronecker transformation: packs parameters into stacks of blocks, each preconditioned as a rule says."""
 
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -7,199 +11,326 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax._src.common import schedules, validate
-from rootfree_optax._src.common.schedules import UpdateEvery
-from rootfree_optax._src.layout import Layout
-from rootfree_optax._src.layout.rules import DTypeRule
-from rootfree_optax._src.mesh import stacks_on_mesh as sharded_plan
-from rootfree_optax._src.mesh.stacks_on_mesh import BlockAxes
-from rootfree_optax._src.stacks import stacks
-from rootfree_optax._src.stacks.kronecker_options import FactorOptions, InitialScale, Refresh
-from rootfree_optax._src.stacks.momentum import GradientAverage
-from rootfree_optax._src.transforms import factor_stacks
-from rootfree_optax._src.transforms.factor_stacks import FactorStacks
+from rootfree_optax._src.blocks.rule import BlockRule, Step
+from rootfree_optax._src.blocks.sirf import ExactRefresh
+from rootfree_optax._src.common import schedules, trees, validate
+from rootfree_optax._src.common.compat import match_varying_axes
+from rootfree_optax._src.common.schedules import Interval, RefreshEvery
+from rootfree_optax._src.layout import Layout, Plan
+from rootfree_optax._src.layout.rules import dtypes_of
+from rootfree_optax._src.layout.stack import Stack
+from rootfree_optax._src.mesh.stacks_on_mesh import MeshAxes, WholeStacks, place_stacks, require_mesh_axes
+from rootfree_optax._src.stacks.refresh import LazyStacks
+from rootfree_optax._src.stacks.state import StackState, StackStep, init_stacks
+from rootfree_optax._src.stacks.step import step_stacks
 
 
-class ScaleBySirfShampooState(NamedTuple):
-    """State of `scale_by_sirf_shampoo`.
+class ScaleByKroneckerState(NamedTuple):
+    """State of a Kronecker transformation.
 
     Attributes:
       count: how many updates there have been.
-      factors: for each stack of the plan, for each axis, the parts of the factors K with a leading axis of blocks.
-      momenta: the same for the factors' Riemannian momentum m; empty without.
-      products: the same for K Kᵀ; empty unless they are cached.
-      started: for each stack, which blocks' factors have been scaled to their first gradient; empty unless they are to.
-      observed: for each stack, the sums of the outer products since the last refresh, as its factors, and of how many
-        gradients those of each block are; empty without `curvature_every`.
-      velocity: for each stack, the gradients' heavy-ball average v; empty without `momentum`.
+      stacks: what is kept for each stack of the plan. A plan without any block has one empty array in its place:
+        `optax.tree.map_params` initialises on such a tree, and takes what it finds there for a leaf that stands for all
+        stacks of a real state.
     """
 
     count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
-    factors: Any
-    momenta: Any
-    products: Any = ()
-    started: Any = ()
-    observed: Any = ()
-    velocity: Any = ()
+    stacks: tuple[StackState, ...] | jax.Array
 
 
-def scale_by_sirf_shampoo(
-    preconditioner_lr: optax.ScalarOrSchedule | None = None,
-    damping: optax.ScalarOrSchedule = 2e-4,
-    riemannian_momentum: ArrayLike | None = None,
+def scale_by_kronecker(
+    rule: BlockRule,
     *,
-    batch_size: ArrayLike | None = None,
+    weight: optax.ScalarOrSchedule = 0.1,
+    damping: optax.ScalarOrSchedule = 0.0,
+    batch_size: ArrayLike | None = 1,
     momentum: ArrayLike | None = None,
     nesterov: bool = False,
-    accumulator_dtype: DTypeLike | None = None,
-    update_every: UpdateEvery = 1,
-    staggered: bool = False,
-    curvature_every: UpdateEvery | None = None,
+    mu_dtype: DTypeLike | None = None,
+    refresh_every: RefreshEvery = 1,
+    statistics_every: Interval | None = None,
     layout: Layout = Layout(),  # noqa: B008  # a frozen value
-    preconditioner_dtype: DTypeRule = None,
-    refresh: Refresh = "exact",
-    initial_scale: InitialScale = "first_gradient",
-    trust_radius: ArrayLike | None = None,
-    cache_products: bool = False,
-    block_axes: BlockAxes = None,
-    precision: jax.lax.PrecisionLike = None,
+    mesh_axes: MeshAxes = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Preconditions gradients by structured Kronecker factors, without inverses or roots (SIRF-Shampoo).
+    """Preconditions gradients block by block, as a rule says.
 
-        stepₙ = Π̂( X₍ₙ₎X₍ₙ₎ᵀ + λ·Π_{j≠n} Tr(KⱼᵀKⱼ)·KₙᵀKₙ ) / (2 Π_{j≠n} dⱼ) − I/2,   X = √B·G ×₁ K₁ᵀ … ×_N K_Nᵀ
-        Kₙ ← Kₙ (I + 2β₂·stepₙ)^(−1/2)                                                 (refresh="exact")
-        mₙ ← α₂ mₙ + (1 − α₂) stepₙ,   Kₙ ← Kₙ − β₂ / max(1, ‖mₙ‖_F) · Kₙ mₙ            (refresh="published")
-        direction = G ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ
+        v ← momentum·v + G,    direction = rule.precondition(v, …)
 
-    G is a block of the gradient with axes of lengths d₁…d_N, and KₙKₙᵀ approximates the inverse of the loss's curvature
-    along axis n. Only matrix products are used, so factors may be in bfloat16. Blocks of one shape form one stack and
-    one batched product: the program does not grow with the model's depth.
-
-    The exact refresh does RF-Shampoo's S ← (1 − β₂)·S + β₂·H for S = (K Kᵀ)⁻¹, whatever the width, with an inverse root
-    made of eight products (see `inverse_root`). It shrinks a dense K by at most 32 times, as after a gradient some
-    thirty times as large as those before: what is larger yet takes further refreshes. The published one is a clipped
-    first-order step: relative to K it is at most β₂, so that wide layers, long intervals and sudden large gradients
-    need many refreshes. It is what the paper and the official code do, with `preconditioner_lr=0.2,
-    riemannian_momentum=0.5, initial_scale=1.0` or the like.
-
-    A block with a non-finite gradient, or whose factors would come out non-finite, keeps its factors; its direction is
-    not finite where its gradient is not, and mostly elsewhere too. `optax.apply_if_finite` keeps such gradients out.
+    Blocks of one shape form one stack, and a rule is mapped over whole stacks: the program does not grow with the
+    model's depth. A non-finite gradient leaves its entries of v as they were.
 
     Args:
-      preconditioner_lr: β₂ ≥ 0, and below 1 for the exact refresh. A number, a traced scalar or a schedule. None, for
-        the exact refresh at a known interval, is `averaging_schedule(0.1, update_every)`.
-      damping: λ ≥ 0. A number, a traced scalar or a schedule.
-      riemannian_momentum: α₂, in [0, 1). A number or a traced scalar; None or 0 keeps no momentum state. The exact
-        refresh takes none: m would hold steps relative to a K of long ago, and after one large gradient shrink K again
-        and again. What m averages, S averages already.
-      batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
-      momentum: in [0, 1): the gradients' heavy-ball average v ← momentum·v + G takes G's place in the direction, not
-        in X. A number or a traced scalar; None averages nothing and keeps no v.
+      rule: what is done with a block, see `BlockRule`.
+      weight: β₂, what rules find as `step.weight`. A number, a traced scalar or a schedule.
+      damping: λ ≥ 0, what rules find as `step.damping`. A number, a traced scalar or a schedule.
+      batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins; None requires one.
+      momentum: in [0, 1): the gradients' heavy-ball average takes the gradient's place in the direction, not in the
+        curvature. A number or a traced scalar; None averages nothing and keeps no v.
       nesterov: whether it is Nesterov's, G + momentum·v.
-      accumulator_dtype: floating-point dtype of v; by default the widest dtype of the parameters in a stack.
-      update_every: T ≥ 1, the factors are refreshed at every T-th update, the first one included; or a callable from
-        the number of past updates to whether this one refreshes, for example `growing_interval(10)`.
-      staggered: whether every update refreshes a T-th of the blocks, in turn, so that no update takes longer than
-        others. T is a Python int then.
-      curvature_every: c ≥ 1: a refresh takes the mean curvature of every c-th gradient since the last one; or a
-        callable, as above. The sums are as large as the factors, and each gradient in them costs two products an axis.
-        None takes the curvature of the refresh's own gradient, and keeps no sums.
-      layout: how parameters become blocks, and the structure of their factors.
-      preconditioner_dtype: floating-point dtype of the factors, or a tuple of one per (squeezed, merged) axis, or a
-        mapping from the number of axes to either; by default the widest dtype of the parameters in a stack.
-      refresh: "exact", for structures whose refresh has a closed form: dense, diagonal and block-diagonal ones,
-        hierarchical ones, and those with a corner that the diagonal's columns reach (`triltopleftdiag`,
-        `triubottomrightdiag`). Where (1 − β₂)·S + β₂·H leaves the structure, K becomes the one within it whose K Kᵀ is
-        nearest to the inverse by the Kullback–Leibler divergence. Or "published", for all structures.
-      initial_scale: s > 0, the curvature before the first step: the factors of N axes start at s^(−1/2N)·I. Or
-        "first_gradient": each block's s is B·mean(g²) + λ over the non-zero entries of its first non-zero gradient.
-      trust_radius: r > 0, how long a block's direction D of G may be in the metric of the curvature estimate, where its
-        length is √(B·mean(G·D)): about 1 if the estimate is right for G, and more for a G that factors of some steps
-        ago did not expect. For T > 1; None shortens nothing.
-      cache_products: whether K Kᵀ is kept in the state, as large as K, which halves the products of a step without
-        refresh. For structures that are closed under transposition: dense, diagonal and block-diagonal ones.
-      block_axes: name of a mesh axis, or a tuple of names, over which the blocks of every stack are divided, state and
+      mu_dtype: floating-point dtype of v; by default the widest dtype of the parameters in a stack.
+      refresh_every: T ≥ 1, preconditioners are refreshed at every T-th update, the first one included; or
+        `staggered(T)`, or a callable from the number of past updates to whether this one refreshes, as `growing(T)`.
+      statistics_every: c ≥ 1, statistics take in every c-th gradient; or a callable, as above. None: they take in none.
+      layout: how parameters become blocks, and the structure and dtype of their factors.
+      mesh_axes: name of a mesh axis, or a tuple of names, over which the blocks of every stack are divided, state and
         work; None divides nothing. The mesh is that of `jax.set_mesh`, or else the one that the arrays are on; inside
         `jax.shard_map` over these axes the state is a device's own part. See `state_shardings`.
-      precision: of every matrix product, see `jax.lax.Precision`.
 
     Returns:
       A transformation whose `update` takes two extra arguments: `batch_size`, and `curvature`, a tree like the
-      gradients (or with one more leading axis of samples) that takes G's place in X.
+      gradients (or with one more leading axis of samples) that takes G's place in the curvature.
 
     Raises:
-      ValueError: at construction for a Python number out of range, or without a `preconditioner_lr` where it has no
-        default; at `init` for a layout that does not fit a parameter; at the first `update` without any batch size, or
-        for gradients or a state unlike the parameters; at both without a mesh that has the `block_axes`.
-      TypeError: at construction for a schedule where none may be; at `init` for parameters that are not real floating
-        point.
+      ValueError: at construction for a Python number out of range; at `init` for a layout that does not fit a
+        parameter, or a structure that the rule does not support; at the first `update` without any batch size, or for
+        gradients or a state unlike the parameters; at both without a mesh that has the `mesh_axes`.
+      TypeError: at construction for a schedule where none may be, or a rule that is no `BlockRule`; at `init` for
+        parameters that are not real floating point.
 
-    Example:
-      >>> import jax.numpy as jnp, rootfree_optax as rf
-      >>> tx = rf.scale_by_sirf_shampoo(0.5, 0.0, refresh="published", initial_scale=1.0, batch_size=1)
-      >>> params = {"kernel": jnp.zeros((2, 3))}
-      >>> state = tx.init(params)
-      >>> direction, state = tx.update({"kernel": jnp.eye(2, 3)}, state)
-      >>> k1, k2 = rf.Layout().plan(params).factors(state)["kernel"]
-      >>> print(f"{k1[0, 0]:.3f}")
-      1.167
-
-    References:
-      Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
-      https://arxiv.org/abs/2402.03496
+    Example: see `BlockRule`.
     """
     at_construction = batch_size
-    validate.require_kronecker(preconditioner_lr, damping, batch_size, update_every)
-    sharded_plan.require_block_axes(block_axes)
-    average = GradientAverage(momentum, nesterov, accumulator_dtype)
-    options = FactorOptions(
-        preconditioner_dtype=preconditioner_dtype,
-        riemannian_momentum=None if validate.is_zero(riemannian_momentum) else riemannian_momentum,
-        refresh=refresh,
-        initial_scale=initial_scale,
-        update_every=update_every,
-        staggered=staggered,
-        curvature_every=curvature_every,
-        trust_radius=trust_radius,
-        cache_products=cache_products,
-        precision=precision,
-    )
-    preconditioner_lr = options.rate(preconditioner_lr)
+    if not isinstance(rule, BlockRule):
+        raise TypeError(f"rule must be a BlockRule, got {rule!r}.")
+    validate.require_at_least("damping", damping, 0)
+    validate.require_constant(batch_size=batch_size, momentum=momentum)
+    validate.require_positive("batch_size", batch_size)
+    validate.require_fraction("momentum", momentum)
+    validate.require_floating_dtype("mu_dtype", mu_dtype)
+    validate.require_interval("refresh_every", refresh_every)
+    validate.require_interval("statistics_every", statistics_every)
+    require_mesh_axes(mesh_axes)
+    if momentum is None and nesterov:
+        raise ValueError("momentum must be given for nesterov=True, got None. Pass a number, such as 0.9.")
 
-    def init(params: optax.Params) -> ScaleBySirfShampooState:
-        plan = sharded_plan.for_parameters(layout.plan(params), block_axes, params)
-        kept = factor_stacks.initial(plan, params, options)
-        arrays = stacks.typed_as_updated(plan, params, (*kept, average.initial(plan, params, kept.factors)))
-        return ScaleBySirfShampooState(jnp.zeros([], jnp.int32), *arrays)
+    def init(params: optax.Params) -> ScaleByKroneckerState:
+        plan = layout.plan(params)
+        count = jnp.zeros([], jnp.int32)
+        if not plan.stacks:
+            return ScaleByKroneckerState(count, jnp.zeros([0]))
+        _require_supported(rule, plan)
+        placed = place_stacks(plan, mesh_axes, params)
+        widest = _widest_dtypes(plan, params)
+        factor_dtypes = [
+            dtypes_of(getattr(stack, "factor_dtypes", None), len(stack.shape), dtype)
+            for stack, dtype in zip(plan.stacks, widest, strict=True)
+        ]
+        momentum_dtypes = None if momentum is None else [mu_dtype or dtype for dtype in widest]
+        given = (plan.stacks, placed.own_lengths, rule, factor_dtypes, momentum_dtypes, placed.anchor(params))
+        states = match_varying_axes(placed.on_shards(init_stacks, len(given))(*given), params, placed.axes)
+        return ScaleByKroneckerState(count, states)
 
     def update(
         updates: optax.Updates,
-        state: ScaleBySirfShampooState,
+        state: ScaleByKroneckerState,
         params: optax.Params | None = None,
         *,
         batch_size: ArrayLike | None = None,
         curvature: optax.Updates | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleBySirfShampooState]:
+    ) -> tuple[optax.Updates, ScaleByKroneckerState]:
         del extra_args
-        count, *kept, velocity = state
         batch_size = schedules.resolve_batch_size(batch_size, at_construction)
-        plan = sharded_plan.for_state(layout, block_axes, state.factors, updates, params)
-        gradients = stacks.pack(plan, updates)
-        new = factor_stacks.renewed(
-            plan,
-            stacks.curvatures(plan, curvature, updates, gradients),
-            FactorStacks(*kept),
-            options,
-            preconditioner_lr=schedules.value_at(preconditioner_lr, count),
-            damping=schedules.value_at(damping, count),
-            batch_size=batch_size,
-            count=count,
+        count = optax.safe_increment(state.count)
+        plan = layout.plan(updates if params is None else params)
+        if not plan.stacks:
+            return plan.unpack((), updates), ScaleByKroneckerState(count, state.stacks)
+        placed = _place_state(plan, mesh_axes, rule, state.stacks, updates, params)
+        gradients = placed.pack(updates, "gradients")
+        step = StackStep(
+            plan.stacks,
+            placed.axes,
+            rule,
+            Step(
+                state.count,
+                schedules.value_at(weight, state.count),
+                schedules.value_at(damping, state.count),
+                batch_size,
+            ),
+            observe=None if statistics_every is None else schedules.is_due(statistics_every, state.count),
+            refresh=schedules.is_due(refresh_every, state.count),
+            momentum=momentum,
+            nesterov=nesterov,
         )
-        averages, velocity = average.update(plan, gradients, velocity)
-        matrices = new.products if cache_products else new.factors
-        directions = stacks.precondition(plan, options.precondition_block(batch_size), averages, matrices)
-        new_state = ScaleBySirfShampooState(optax.safe_increment(count), *new, velocity)
-        return stacks.unpack(plan, directions, updates), new_state
+        samples = _pack_samples(placed, curvature, updates, gradients)
+        directions, states = placed.on_shards(step_stacks)(step, gradients, samples, state.stacks)
+        return placed.unpack(directions, updates), ScaleByKroneckerState(count, states)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _require_supported(rule: BlockRule, plan: Plan) -> None:
+    for block in plan.blocks:
+        for structure in plan.stacks[block.stack].structures:
+            if (reason := rule.supports(structure)) is not None:
+                raise ValueError(f"got the structure {structure.name!r} at {block.name!r}, but {reason}")
+
+
+def _widest_dtypes(plan: Plan, params: optax.Params) -> list[jnp.dtype]:
+    """Returns for each stack the widest dtype of its parameters."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params)
+    return [packed.dtype for packed in jax.eval_shape(plan.pack, shapes)]
+
+
+def _place_state(
+    plan: Plan,
+    mesh_axes: MeshAxes,
+    rule: BlockRule,
+    states: Sequence[StackState],
+    updates: optax.Updates,
+    params: optax.Params | None,
+) -> WholeStacks:
+    """Returns where a state's stacks are.
+
+    Raises:
+      ValueError: if the state is of other parameters, another layout, rule or mesh.
+    """
+    placed = place_stacks(plan, mesh_axes, (states, updates))
+    lengths = tuple([len(state.mean_square) for state in states])
+    # A parameter without a gradient is not planned for without params, and its blocks could pass for padding.
+    if params is None and (mesh_axes is not None or lengths != placed.own_lengths) and trees.has_none(updates):
+        raise ValueError("params must be given where a gradient is None: call tx.update(grads, state, params).")
+    pairs = zip(states, plan.stacks, strict=False)
+    if len(lengths) != len(plan.stacks) or not all(_has_shapes(rule, state, stack) for state, stack in pairs):
+        raise ValueError(_describe_misfit(rule, states, plan))
+    if lengths == placed.own_lengths:
+        return placed
+    multiple = math.gcd(*lengths)
+    excess = [length - stack.count for length, stack in zip(lengths, plan.stacks, strict=True)]
+    if placed.shards > 1:
+        raise ValueError(
+            f"the state's stacks must have {placed.own_lengths} blocks on each of the {placed.shards} devices of "
+            f"mesh_axes={mesh_axes!r}, got {lengths}: it is of another mesh or other parameters. Restore it for this "
+            "one as README says."
+        )
+    if mesh_axes is None or not all(0 <= extra < multiple for extra in excess):
+        raise ValueError(_describe_misfit(rule, states, plan))
+    return dataclasses.replace(placed, lengths=lengths)
+
+
+def _has_shapes(rule: BlockRule, state: StackState, stack: Stack) -> bool:
+    factors = jax.tree.leaves(rule.factors(state.block))
+    return not factors or [part.shape[1:] for part in factors] == [shape[1:] for shape in stack.part_shapes]
+
+
+def _describe_misfit(rule: BlockRule, states: Sequence[StackState], plan: Plan) -> str:
+    found = [[part.shape for part in jax.tree.leaves(rule.factors(state.block))] for state in states]
+    expected = [stack.part_shapes for stack in plan.stacks]
+    return (
+        "the state must come from init on parameters of the shapes that update is given, with the same layout. The "
+        f"factors' arrays have the shapes {found}, but the layout asks for {expected}, and padding if need be."
+    )
+
+
+def _pack_samples(
+    placed: WholeStacks, curvature: optax.Updates | None, updates: optax.Updates, gradients: tuple[jax.Array, ...]
+) -> LazyStacks:
+    """Returns the stacks that the curvature is estimated from.
+
+    They are lazy where every device has all of them: packed within the branch of a refresh, so that other steps need no
+    copy of the gradients. From other devices they are fetched once, before any branch.
+
+    Args:
+      placed: where the stacks are.
+      curvature: a tree like `updates`, or one with a leading axis of samples; None: the gradients themselves.
+      updates: the tree of gradients.
+      gradients: the stacks of gradients.
+    """
+    if curvature is None:
+        return gradients if placed.axes else functools.partial(placed.pack, updates, "gradients")
+    given, expected = trees.named_leaves(curvature), trees.named_leaves(updates)
+    both = [path for path in given if given[path] is not None and expected.get(path) is not None]
+    has_samples = bool(both) and all(jnp.ndim(given[path]) == jnp.ndim(expected[path]) + 1 for path in both)
+    pack = functools.partial(placed.pack, curvature, "curvature", sample_axis=has_samples)
+    return pack() if placed.axes else pack
+
+
+def scale_by_sirf_shampoo(
+    momentum: ArrayLike | None = 0.6,
+    statistics_decay: optax.ScalarOrSchedule = 0.9,
+    *,
+    damping: optax.ScalarOrSchedule = 2e-4,
+    nesterov: bool = True,
+    batch_size: ArrayLike | None = None,
+    mu_dtype: DTypeLike | None = None,
+    refresh_every: RefreshEvery = 1,
+    statistics_every: Interval | None = None,
+    trust_radius: ArrayLike | None = None,
+    cache_preconditioner: bool = False,
+    layout: Layout = Layout(),  # noqa: B008  # a frozen value
+    mesh_axes: MeshAxes = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Preconditions gradients by structured Kronecker factors, without inverses or roots (SIRF-Shampoo).
+
+        v ← momentum·v + G
+        stepₙ = Π̂( X₍ₙ₎X₍ₙ₎ᵀ + λ·Π_{j≠n} Tr(KⱼᵀKⱼ)·KₙᵀKₙ ) / (2 Π_{j≠n} dⱼ) − I/2,   X = √B·G ×₁ K₁ᵀ … ×_N K_Nᵀ
+        Kₙ ← Kₙ (I + 2β₂·stepₙ)^(−1/2)
+        direction = v ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ
+
+    G is a block of the gradient with axes of lengths d₁…d_N, and KₙKₙᵀ approximates the inverse of the loss's curvature
+    along axis n. Only matrix products are used, so factors may be in bfloat16. See `rf.published` for the paper's own
+    refresh, `ExactRefresh` for this one.
+
+    β₂ is 1 − statistics_decay, or more in the first refreshes, so that all weigh alike: see `average_equally`.
+
+    Args:
+      momentum: in [0, 1), heavy-ball momentum of the gradients. None averages nothing and keeps no v.
+      statistics_decay: in (0, 1), how much of the curvature a refresh keeps. A number, a traced scalar or a schedule.
+      damping: λ ≥ 0. A number, a traced scalar or a schedule.
+      nesterov: whether momentum is Nesterov's; ignored without momentum.
+      batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
+      mu_dtype: floating-point dtype of v, see `scale_by_kronecker`.
+      refresh_every: T ≥ 1, `staggered(T)`, `growing(T)` or a callable, see `scale_by_kronecker`.
+      statistics_every: c ≥ 1: a refresh takes the mean curvature of every c-th gradient since the last one; or a
+        callable. The sums are as large as the factors, and each gradient in them costs two products an axis. None takes
+        the curvature of the refresh's own gradient, and keeps no sums.
+      trust_radius: r > 0, how long a block's direction may be in the metric of the curvature, where its length is
+        √(B·mean(v·D)): about 1 / √(1 − momentum²) if the estimate is right, and more for a gradient that factors of
+        some steps ago did not expect. None shortens nothing.
+      cache_preconditioner: whether K Kᵀ is kept in the state, as large as K, which halves the products of a step
+        without refresh. For structures that are closed under transposition: dense, diagonal and block-diagonal ones.
+      layout: how parameters become blocks, and the structure and dtype of their factors.
+      mesh_axes: mesh axes over which stacks are divided, see `scale_by_kronecker`.
+      precision: of every matrix product, see `jax.lax.Precision`.
+
+    Returns:
+      A transformation whose `update` takes the extra arguments `batch_size` and `curvature`, see `scale_by_kronecker`.
+
+    Raises:
+      ValueError: see `scale_by_kronecker`.
+      TypeError: see `scale_by_kronecker`.
+
+    Example:
+      >>> import jax.numpy as jnp, rootfree_optax as rf
+      >>> tx = rf.scale_by_sirf_shampoo(None, batch_size=1, damping=0.0)
+      >>> params = {"kernel": jnp.zeros((2, 3))}
+      >>> state = tx.init(params)
+      >>> direction, state = tx.update({"kernel": jnp.eye(2, 3)}, state)
+      >>> k1, k2 = rf.factors(state, params)["kernel"]
+      >>> k1.shape, k2.shape
+      ((2, 2), (3, 3))
+
+    References:
+      Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
+      https://arxiv.org/abs/2402.03496
+    """
+    validate.require_below_one("statistics_decay", statistics_decay)
+    validate.require_constant(trust_radius=trust_radius)
+    validate.require_positive("trust_radius", trust_radius)
+    rule = ExactRefresh(trust_radius, statistics_every is not None, cache_preconditioner, precision)
+    new_weight = lambda count: 1 - schedules.value_at(statistics_decay, count)
+    return scale_by_kronecker(
+        rule,
+        weight=schedules.average_equally(new_weight, refresh_every, largest=0.2),
+        damping=damping,
+        batch_size=batch_size,
+        momentum=momentum,
+        nesterov=nesterov and momentum is not None,
+        mu_dtype=mu_dtype,
+        refresh_every=refresh_every,
+        statistics_every=statistics_every,
+        layout=layout,
+        mesh_axes=mesh_axes,
+    )

@@ -1,0 +1,133 @@
+"""What a block rule is: the mathematics of one block, from its first gradient to its direction."""
+
+import abc
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from rootfree_optax._src.structures.base import Structure
+
+BlockState: TypeAlias = Any
+
+
+class Step(NamedTuple):
+    """The numbers of one step, the same for all blocks.
+
+    Attributes:
+      count: how many updates there have been before this one, a scalar integer.
+      weight: β₂, the weight of the newest curvature, or the step size of the factors. A scalar.
+      damping: λ ≥ 0, a scalar.
+      batch_size: B > 0, how many terms the loss averages. A scalar.
+    """
+
+    count: jax.Array
+    weight: ArrayLike
+    damping: ArrayLike
+    batch_size: ArrayLike
+
+
+class BlockRule(abc.ABC):
+    """How ONE block is preconditioned: what it keeps, how that starts and is renewed, and how it applies.
+
+    A block is a tensor with axes of lengths d₁ … d_N, and its rule has one structure for each. `scale_by_kronecker`
+    cuts parameters into blocks, maps the functions below over all blocks of one shape at once, says when each is
+    called, and divides the blocks over a mesh. So a rule holds mathematics alone: no trees, schedules or devices. Each
+    function is pure, and works under `jax.vmap`, `jax.jit` and `jax.lax.scan`.
+
+    At every step, in this order:
+
+        start        while the block has seen no gradient but zeros
+        observe      every `statistics_every` steps, if that is given
+        refresh      every `refresh_every` steps
+        precondition at every step
+
+    A subclass is a frozen dataclass, hashable by its fields. One that holds numbers that may be traced is registered
+    with `jax.tree_util.register_dataclass`.
+
+    Example:
+      >>> import dataclasses, jax, jax.numpy as jnp, rootfree_optax as rf
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Normalize(rf.BlockRule):
+      ...     def init(self, structures, dtypes):
+      ...         return None
+      ...     def precondition(self, state, momentum, *, gradient, structures, step):
+      ...         return momentum / (jnp.linalg.norm(momentum) + 1e-30), state
+      >>> tx = rf.scale_by_kronecker(Normalize())
+      >>> params = jnp.zeros((2, 2))
+      >>> direction, state = tx.update(3 * jnp.eye(2), tx.init(params))
+      >>> print(direction.round(3))
+      [[0.707 0.   ]
+       [0.    0.707]]
+    """
+
+    @abc.abstractmethod
+    def init(self, structures: Sequence[Structure], dtypes: Sequence[jnp.dtype]) -> BlockState:
+        """Returns what a block keeps, before its first gradient: a tree of arrays, with None for what is off.
+
+        Args:
+          structures: the structure of each axis, with its length `structure.dim`.
+          dtypes: the dtype of each axis's factor.
+        """
+
+    def start(
+        self, state: BlockState, gradient: jax.Array, *, structures: Sequence[Structure], step: Step
+    ) -> BlockState:
+        """Returns the state for a block that sees its first gradient which is finite and not all zero."""
+        del gradient, structures, step
+        return state
+
+    def observe(
+        self, state: BlockState, gradient: jax.Array, *, structures: Sequence[Structure], step: Step
+    ) -> BlockState:
+        """Returns the state after the statistics have taken in a gradient."""
+        del gradient, structures, step
+        return state
+
+    def refresh(
+        self, state: BlockState, gradient: jax.Array, *, structures: Sequence[Structure], step: Step
+    ) -> BlockState:
+        """Returns the state with a renewed preconditioner.
+
+        Args:
+          state: the block's state.
+          gradient: [d₁, …, d_N], or [samples, d₁, …, d_N]: what the curvature is estimated from.
+          structures: the structure of each axis.
+          step: the numbers of this step.
+        """
+        del gradient, structures, step
+        return state
+
+    @abc.abstractmethod
+    def precondition(
+        self,
+        state: BlockState,
+        momentum: jax.Array,
+        *,
+        gradient: jax.Array,
+        structures: Sequence[Structure],
+        step: Step,
+    ) -> tuple[jax.Array, BlockState]:
+        """Returns the direction, [d₁, …, d_N], whose step is −learning_rate·direction, and the state.
+
+        Args:
+          state: the block's state.
+          momentum: [d₁, …, d_N], the average of gradients to precondition; the gradient itself without momentum.
+          gradient: [d₁, …, d_N], of this step.
+          structures: the structure of each axis.
+          step: the numbers of this step.
+        """
+
+    def supports(self, structure: Structure) -> str | None:
+        """Returns why an axis may not have a structure, as the end of a sentence, or None if it may."""
+        del structure
+
+    def factors(self, state: BlockState) -> Any:
+        """Returns the parts of each axis's factor, for those who read them out of a state; None without factors."""
+        return getattr(state, "factors", None)
+
+    def waits(self, state: BlockState) -> jax.Array:
+        """Returns whether the block still waits for its first gradient, a scalar. A rule with `start` says so here."""
+        raise TypeError(f"{type(self).__name__} overrides start, so it must override waits, too.")

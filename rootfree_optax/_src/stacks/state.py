@@ -1,0 +1,95 @@
+"""What is kept for each stack of blocks, and what one step of all of them is given."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from rootfree_optax._src.blocks.rule import BlockRule, BlockState, Step
+from rootfree_optax._src.common.schedules import Staggered
+from rootfree_optax._src.layout.stack import Stack
+
+Due: TypeAlias = jax.Array | bool  # True itself where something is done at every step
+
+
+class StackState(NamedTuple):
+    """What is kept for one stack; every array has a leading axis of blocks.
+
+    Attributes:
+      block: what the rule keeps.
+      momentum: the gradients' heavy-ball average v, [blocks, *shape]; None without momentum.
+      mean_square: of each block's last direction, [blocks].
+      is_idle: whether each block's last gradient was all zero, [blocks].
+    """
+
+    block: BlockState
+    momentum: jax.Array | None
+    mean_square: jax.Array
+    is_idle: jax.Array
+
+
+class StackStep(NamedTuple):
+    """One step of all stacks: a tree of arrays that every device has, and of static values.
+
+    Attributes:
+      stacks: the plan's stacks.
+      axes: the mesh axes that the stacks' arrays are divided over.
+      rule: what is done with a block.
+      numbers: what the rule is given.
+      observe: whether the statistics take in this gradient; None if they never do.
+      refresh: whether preconditioners are refreshed, or how in turn.
+      momentum: the decay of the gradients' average; None without momentum.
+      nesterov: whether that average is Nesterov's.
+    """
+
+    stacks: tuple[Stack, ...]
+    axes: tuple[str, ...]
+    rule: BlockRule
+    numbers: Step
+    observe: Due | None
+    refresh: Due | Staggered
+    momentum: ArrayLike | None
+    nesterov: bool
+
+
+def init_stacks(
+    stacks: Sequence[Stack],
+    lengths: Sequence[int],
+    rule: BlockRule,
+    factor_dtypes: Sequence[Sequence[jnp.dtype]],
+    momentum_dtypes: Sequence[DTypeLike] | None,
+    anchor: jax.Array,
+) -> tuple[StackState, ...]:
+    """Returns the state of each stack before the first step.
+
+    Args:
+      stacks: the plan's stacks.
+      lengths: how many blocks this device has of each.
+      rule: what is done with a block.
+      factor_dtypes: for each stack, the dtype of each axis's factor.
+      momentum_dtypes: for each stack; None without momentum.
+      anchor: an array without entries that the state is to depend on, see `WholeStacks.anchor`.
+    """
+    zero = jnp.sum(anchor)
+
+    def repeat(length: int, array: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(array, (length, *array.shape)) + zero.astype(array.dtype)
+
+    def init(stack: Stack, length: int, dtypes: Sequence[jnp.dtype], momentum_dtype: DTypeLike | None) -> StackState:
+        # A stack of no blocks still has arrays: each device's state has the same structure.
+        momentum = None if momentum_dtype is None else jnp.zeros((length, *stack.shape), momentum_dtype)
+        block = jax.tree.map(functools.partial(repeat, length), rule.init(stack.structures, dtypes))
+        return StackState(
+            block, momentum, repeat(length, jnp.zeros([], jnp.float32)), repeat(length, jnp.ones([], bool))
+        )
+
+    each = zip(stacks, lengths, factor_dtypes, momentum_dtypes or (None,) * len(stacks), strict=True)
+    return tuple([init(*of_stack) for of_stack in each])
+
+
+def map_blocks(function: Any, stack: Stack, numbers: Step) -> Any:
+    """Returns a function of a whole stack for one of a block that also takes its structures and the step's numbers."""
+    return jax.vmap(functools.partial(function, structures=stack.structures, step=numbers))
