@@ -1,10 +1,12 @@
 """Trees at the edge: what a transformation demands of parameters and gradients, and mapping over them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+
+Shape: TypeAlias = tuple[int, ...]
 
 
 def _is_none(leaf: Any) -> bool:
@@ -32,14 +34,14 @@ def require_inexact(params: Any) -> None:
             )
 
 
-def real_shapes(params: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def real_shapes(params: Any) -> tuple[tuple[str, Shape], ...]:
     """Returns the parameters' key paths and shapes.
 
     Raises:
       TypeError: that names the first parameter that is not real floating point.
       ValueError: that names the first key path that two parameters share, as {'a/b': x, 'a': {'b': y}} do.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, Shape] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):

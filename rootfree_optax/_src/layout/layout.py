@@ -6,14 +6,14 @@ import functools
 from typing import Any
 
 from rootfree_optax._src.common import trees
+from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.common.validate import require_at_least
 from rootfree_optax._src.layout import rules
-from rootfree_optax._src.layout.axes import Axes, Shape, merged, squeezed
 from rootfree_optax._src.layout.group import Assignment, Group, assign, joined_shape
 from rootfree_optax._src.layout.plan import Plan
 from rootfree_optax._src.layout.split import Cut
 from rootfree_optax._src.layout.stack import place
-from rootfree_optax._src.layout.unit import Unit, stacks_of
+from rootfree_optax._src.layout.unit import Axes, Unit, merged, squeezed, stacks_of
 from rootfree_optax._src.structures import Structure, StructureFactory, dense, diagonal
 
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from rootfree_optax._src.common import trees
+from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.layout import table
-from rootfree_optax._src.layout.axes import Shape
 from rootfree_optax._src.layout.factors import dense_factors, find_factors
 from rootfree_optax._src.layout.rules import DTypeRule
 from rootfree_optax._src.layout.split import Placed, as_it_is

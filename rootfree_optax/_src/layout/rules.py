@@ -7,8 +7,8 @@ from typing import Any, TypeAlias, TypeVar
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.common.validate import require_at_least, require_floating_dtype
-from rootfree_optax._src.layout.axes import Shape
 from rootfree_optax._src.structures import StructureFactory, structure_factory
 
 Key = TypeVar("Key")

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import jax
 
-from rootfree_optax._src.layout.axes import Shape
+from rootfree_optax._src.common.trees import Shape
 
 
 @dataclasses.dataclass(frozen=True)

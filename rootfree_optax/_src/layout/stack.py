@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from rootfree_optax._src.layout.axes import Shape
+from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.layout.rules import DTypeRule, dtypes_of
 from rootfree_optax._src.structures.base import Flops, Structure
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rootfree_optax._src.layout.axes import Shape
+from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.layout.split import Cut
 from rootfree_optax._src.mesh.state_shardings import AnyMesh
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from rootfree_optax._src.layout.axes import Axes, from_axes, merged, squeezed, to_axes
+from rootfree_optax._src.layout.unit import Axes, from_axes, merged, squeezed, to_axes
 
 SHAPES = st.lists(st.integers(1, 9), max_size=5).map(tuple)
 
