@@ -91,7 +91,7 @@ def test_members_share_a_parent_and_each_is_taken_once() -> None:
 def test_the_first_rule_that_applies_wins_and_patterns_select() -> None:
     params = {"a": {"kernel": struct(3, 4), "bias": struct(4)}, "b": {"kernel": struct(3, 4), "bias": struct(4)}}
     plan = Layout(group=(flatten("a/kernel"), weight_and_bias(pattern="^[ab]/"))).plan(params)
-    assert [(unit.name, unit.axes.lengths) for unit in plan.units] == [
+    assert [(unit.name, unit.lengths) for unit in plan.units] == [
         ("a/bias", (4,)),
         ("a/kernel", (12,)),
         ("b/kernel+bias", (4, 4)),
@@ -101,13 +101,13 @@ def test_the_first_rule_that_applies_wins_and_patterns_select() -> None:
 def test_variables_of_nnx_are_named_without_their_box() -> None:
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     plan = Layout(group=(weight_and_bias(),)).plan(nnx.state(model, nnx.Param))
-    assert [(unit.name, unit.axes.shape) for unit in plan.units] == [("kernel+bias", (3, 3))]
+    assert [(unit.name, (*unit.layer_shape, *unit.tensor_shape)) for unit in plan.units] == [("kernel+bias", (3, 3))]
 
 
 def test_layers_are_joined_one_by_one() -> None:
     params = {"layers": {"kernel": struct(5, 3, 4), "bias": struct(5, 4)}, "head": {"kernel": struct(4, 2)}}
     plan = Layout(group=(weight_and_bias(),), stacked={"^layers/": 1}).plan(params)
-    assert [(unit.name, unit.axes.shape) for unit in plan.units] == [
+    assert [(unit.name, (*unit.layer_shape, *unit.tensor_shape)) for unit in plan.units] == [
         ("head/kernel", (4, 2)),
         ("layers/kernel+bias", (5, 4, 4)),
     ]

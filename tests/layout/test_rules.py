@@ -94,7 +94,7 @@ def test_a_rule_that_does_not_fit_a_parameter_names_its_path(structure: object, 
 
 
 def layers(stacked: object, params: object = PARAMS) -> dict[str, int]:
-    return {unit.name: unit.axes.layers for unit in Layout(stacked=stacked).plan(params).units}
+    return {unit.name: len(unit.layer_shape) for unit in Layout(stacked=stacked).plan(params).units}
 
 
 def test_layer_axes() -> None:

@@ -119,28 +119,23 @@ def _find(rule: Group, path: str, shapes: Mapping[str, Shape]) -> Assignment | N
     return found if applies else None
 
 
-def join_members(arrays: Sequence[jax.Array], rule: Group | None, layers: int) -> jax.Array:
+def join_members(arrays: Sequence[jax.Array], rule: Group, layers: int) -> jax.Array:
     """Joins a group's arrays of one dtype, each with `layers` leading layer axes, layer by layer."""
-    if rule is None:
-        (array,) = arrays
-        return array
     join = rule.join
     for _ in range(layers):
         join = jax.vmap(join)
     return join(*arrays)
 
 
-def split_members(tensor: jax.Array, rule: Group | None, shapes: Sequence[Shape], layers: int) -> tuple[jax.Array, ...]:
+def split_members(tensor: jax.Array, rule: Group, shapes: Sequence[Shape], layers: int) -> tuple[jax.Array, ...]:
     """Splits a group's tensor into its members, layer by layer: the inverse of `join_members`.
 
     Args:
       tensor: [*layers, *joined].
-      rule: the group's rule; None for a parameter by itself.
+      rule: the group's rule.
       shapes: the members' shapes, layer axes included.
       layers: the number of layer axes.
     """
-    if rule is None:
-        return (tensor,)
     split = lambda layer: tuple(rule.split(layer, *(shape[layers:] for shape in shapes)))
     for _ in range(layers):
         split = jax.vmap(split)

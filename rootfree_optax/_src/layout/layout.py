@@ -13,7 +13,7 @@ from rootfree_optax._src.layout.group import Assignment, Group, assign, joined_s
 from rootfree_optax._src.layout.plan import Plan
 from rootfree_optax._src.layout.split import Cut
 from rootfree_optax._src.layout.stack import place
-from rootfree_optax._src.layout.unit import Axes, Unit, merged, squeezed, stacks_of
+from rootfree_optax._src.layout.unit import Unit, merged, squeezed, stacks_of
 from rootfree_optax._src.structures import Structure, StructureFactory, dense, diagonal
 
 
@@ -128,8 +128,17 @@ def _unit(layout: Layout, assignment: Assignment, shapes: tuple[Shape, ...], lay
         if not isinstance(structure := factory(length), Structure) or structure.dim != length:
             raise ValueError(f"structure must make a structure of {length} rows at {name!r}, got {structure!r}.")
     cuts = tuple(_cut(layout, factory, length) for factory, length in zip(factories, lengths, strict=True))
-    axes = Axes(shape, n_layers, lengths)
-    return Unit(name, paths, shapes, rule, axes, cuts, stacks_of(factories, cuts, axes.layer_shape))
+    return Unit(
+        name=name,
+        paths=paths,
+        shapes=shapes,
+        rule=rule,
+        layer_shape=shape[:n_layers],
+        tensor_shape=shape[n_layers:],
+        lengths=lengths,
+        cuts=cuts,
+        stacks=stacks_of(factories, cuts, shape[:n_layers]),
+    )
 
 
 def _default_structures(layout: Layout, lengths: Shape, *, is_vector: bool) -> tuple[StructureFactory, ...]:

@@ -149,7 +149,7 @@ def stack(
         members[placement.stack].append((piece, placement.count))
     arrays = []
     for target, parts in zip(stacks, members, strict=True):
-        dtype = widest(piece.dtype for piece, _ in parts if piece is not None)
+        dtype = widest([piece.dtype for piece, _ in parts if piece is not None])
         filled = [
             jnp.full((count, *target.shape), jnp.nan, dtype) if piece is None else piece.astype(dtype)
             for piece, count in parts
@@ -160,7 +160,7 @@ def stack(
 
 def unstack(
     arrays: Sequence[jax.Array], placements: Iterable[Placement], numbers: Mapping[int, jax.Array] | None = None
-) -> tuple[jax.Array, ...]:
+) -> list[jax.Array]:
     """Returns the blocks at the given places: the inverse of `stack`.
 
     Args:
@@ -168,7 +168,7 @@ def unstack(
       placements: the places.
       numbers: as `opaque` returns them, zero and where the blocks begin; without, the program has the numbers.
     """
-    return tuple(_rows(arrays[place.stack], place, numbers) for place in placements)
+    return [_rows(arrays[place.stack], place, numbers) for place in placements]
 
 
 def _rows(array: jax.Array, place: Placement, numbers: Mapping[int, jax.Array] | None) -> jax.Array:

@@ -38,69 +38,74 @@ def merged(shape: Shape, bound: int) -> Shape:
     return tuple(lengths)
 
 
-@dataclasses.dataclass(frozen=True)
-class Axes:
-    """How the axes of an array are read.
-
-    Args:
-      shape: the array's shape, with the layer axes in front.
-      layers: the number of layer axes: each index along them is an independent layer.
-      lengths: the lengths of a layer's axes once squeezed and merged; their product is a layer's size.
-    """
-
-    shape: Shape
-    layers: int
-    lengths: Shape
-
-    @property
-    def layer_shape(self) -> Shape:
-        """The lengths of the layer axes."""
-        return self.shape[: self.layers]
-
-
-def to_axes(array: jax.Array, axes: Axes) -> jax.Array:
-    """Returns `array`, of `axes.shape`, as [*layers, *lengths]."""
-    return array.reshape(*axes.layer_shape, *axes.lengths)
-
-
-def from_axes(array: jax.Array, axes: Axes) -> jax.Array:
-    """Returns [*layers, *lengths] as an array of `axes.shape`: the inverse of `to_axes`."""
-    return array.reshape(axes.shape)
+def no_relayout(array: jax.Array, cuts: Sequence[split.Cut], first: int) -> jax.Array:
+    """Identity: the default when no resharding is needed, see `split.split`."""
+    del cuts, first
+    return array
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What is preconditioned as one tensor.
+    """One or more parameters that are preconditioned as one tensor.
 
     Args:
       name: the key path, of a group as in 'dense/kernel+bias'.
       paths: the key paths of the parameters.
       shapes: their shapes.
-      rule: what joins them; None for a parameter by itself.
-      axes: how the joined tensor's axes are read.
-      cuts: how they are cut, one per axis of a layer.
-      stacks: the blocks that come of it: one small stack for each window of the cuts.
+      rule: the rule that joins them; None for a parameter by itself.
+      layer_shape: the lengths of the layer axes, which lead: each index along them is an independent layer.
+      tensor_shape: the shape of a layer of the joined tensor.
+      lengths: the same once squeezed and merged; the product is a layer's size.
+      cuts: how these lengths are cut, one per axis.
+      stacks: the blocks: one small stack for each window of the cuts.
     """
 
     name: str
     paths: tuple[str, ...]
     shapes: tuple[Shape, ...]
     rule: Group | None
-    axes: Axes
+    layer_shape: Shape
+    tensor_shape: Shape
+    lengths: Shape
     cuts: tuple[split.Cut, ...]
     stacks: tuple[Stack, ...]
 
-    def to_blocks(self, arrays: Sequence[jax.Array], placed: split.Placed = split.as_it_is) -> tuple[jax.Array, ...]:
-        """Returns the blocks [n, *block] of each of the unit's stacks."""
-        dtype = widest(array.dtype for array in arrays)
-        tensor = join_members([array.astype(dtype) for array in arrays], self.rule, self.axes.layers)
-        return split.split(to_axes(tensor, self.axes), self.cuts, placed)
+    @property
+    def is_cut(self) -> bool:
+        """Whether an axis is cut, so that a layer has several blocks."""
+        return self.stacks[0].shape != self.lengths
 
-    def from_blocks(self, blocks: Sequence[jax.Array], placed: split.Placed = split.as_it_is) -> tuple[jax.Array, ...]:
+    def to_blocks(self, arrays: Sequence[jax.Array], relayout: split.RelayoutFn = no_relayout) -> tuple[jax.Array, ...]:
+        """Returns the blocks [n, *block] of each of the unit's stacks.
+
+        Args:
+          arrays: the parameters' arrays, of `shapes`.
+          relayout: moves the tensor [*layers, *lengths], and blocks cut from it, between devices; see `split.split`.
+        """
+        tensor = arrays[0]
+        if self.rule is not None:
+            dtype = widest([array.dtype for array in arrays])
+            tensor = join_members([array.astype(dtype) for array in arrays], self.rule, len(self.layer_shape))
+        tensor = tensor.reshape(*self.layer_shape, *self.lengths)
+        tensor = relayout(tensor, self.cuts, len(self.layer_shape))
+        if self.is_cut:
+            return split.split(tensor, self.cuts, relayout)
+        return (tensor.reshape(-1, *self.lengths),)
+
+    def from_blocks(
+        self, blocks: Sequence[jax.Array], relayout: split.RelayoutFn = no_relayout
+    ) -> tuple[jax.Array, ...]:
         """Returns the parameters' arrays: the inverse of `to_blocks`."""
-        dtype = widest(array.dtype for array in blocks)
-        tensor = split.join([array.astype(dtype) for array in blocks], self.cuts, self.axes.layer_shape, placed)
-        return split_members(from_axes(tensor, self.axes), self.rule, self.shapes, self.axes.layers)
+        if self.is_cut:
+            dtype = widest([array.dtype for array in blocks])
+            blocks = [array.astype(dtype) for array in blocks]
+            tensor = split.join(blocks, self.cuts, self.layer_shape, relayout)
+        else:
+            tensor = blocks[0].reshape(*self.layer_shape, *self.lengths)
+        tensor = relayout(tensor, self.cuts, len(self.layer_shape)).reshape(*self.layer_shape, *self.tensor_shape)
+        if self.rule is None:
+            return (tensor,)
+        return split_members(tensor, self.rule, self.shapes, len(self.layer_shape))
 
     def block_indices(self) -> Iterator[list[tuple[Shape, Shape]]]:
         """Yields each stack's blocks, in order: the index along the layer axes, and the one along the axes."""
@@ -109,7 +114,7 @@ class Unit:
             counts = [run.count for run in window]
             yield [
                 (layer, tuple(start + i for start, i in zip(first, index, strict=True)))
-                for layer in itertools.product(*map(range, self.axes.layer_shape))
+                for layer in itertools.product(*map(range, self.layer_shape))
                 for index in itertools.product(*map(range, counts))
             ]
 

@@ -114,7 +114,7 @@ def route(mesh: AnyMesh, axes: Axes, shape: Shape) -> list[PartitionSpec]:
     return [*([] if within is None else [_split_only(within, axes)]), PartitionSpec(axes)]
 
 
-def placed_for_cuts(mesh: AnyMesh, axes: Axes, array: jax.Array, cuts: Sequence[Cut], first: int) -> jax.Array:
+def split_within_blocks(mesh: AnyMesh, axes: Axes, array: jax.Array, cuts: Sequence[Cut], first: int) -> jax.Array:
     """Returns a tensor, or blocks cut from it, split within blocks, so that cutting and merging stay on each device.
 
     Which of the tensor's axes is split must be known from the cuts alone: one of which each device's part lies within a

@@ -18,8 +18,9 @@ from jax.sharding import AxisType, PartitionSpec
 
 from rootfree_optax._src.common import trees
 from rootfree_optax._src.layout import Layout, Plan
-from rootfree_optax._src.layout.split import Placed, as_it_is
+from rootfree_optax._src.layout.split import RelayoutFn
 from rootfree_optax._src.layout.stack import Stack, padded_lengths
+from rootfree_optax._src.layout.unit import no_relayout
 from rootfree_optax._src.mesh import partition
 from rootfree_optax._src.mesh.state_shardings import AnyMesh, mesh_in_use
 
@@ -115,7 +116,7 @@ class ShardedPlan:
 
     def blocks(self, tree: Any, name: str, sample_axis: bool) -> tuple[jax.Array, ...]:
         """Returns what `pack` does, whole."""
-        pack = functools.partial(self.plan.pack, name=name, placed=self._placed)
+        pack = functools.partial(self.plan.pack, name=name, relayout=self._relayout)
         stacks = jax.vmap(pack, out_axes=1)(tree) if sample_axis else pack(tree)
         return tuple(map(_padded, stacks, self.lengths))
 
@@ -125,10 +126,10 @@ class ShardedPlan:
         return self.plan.unpack(own, like, equal_kernels=not self.axes)
 
     @property
-    def _placed(self) -> Placed:
+    def _relayout(self) -> RelayoutFn:
         if not self.axes or self.is_local:
-            return as_it_is
-        return functools.partial(partition.placed_for_cuts, self._mesh, self.axes)
+            return no_relayout
+        return functools.partial(partition.split_within_blocks, self._mesh, self.axes)
 
     def _own_part(self, stack: jax.Array) -> jax.Array:
         length = stack.shape[0] // self.shards
