@@ -13,7 +13,7 @@ import rootfree_optax as rf
 from rootfree_optax._src.layout import weight_and_bias
 
 BLOCKS = {
-    "blocks_of_layers": ({"w": (2, 2, 5)}, rf.Layout(stacked=1, block_size=3)),
+    "blocks_of_layers": ({"w": (2, 2, 5)}, rf.Layout(layer_axes=0, block_size=3)),
 }
 
 

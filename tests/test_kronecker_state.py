@@ -150,7 +150,7 @@ def whole(transformation):
     ids=["chain", "masked", "multi_steps", "inject_hyperparams", "partition"],
 )
 def test_factors_are_found_in_the_state_of_a_whole_optimizer(wrap, owned):
-    layout = rf.Layout(stacked={"w": 1}, block_size=3, structure={1: "diagonal", 2: ("dense", "triltoeplitz")})
+    layout = rf.Layout(layer_axes={"w": 0}, block_size=3, structure={1: "diagonal", 2: ("dense", "triltoeplitz")})
     params = {"v": jnp.zeros(2), "w": jnp.zeros((2, 3, 5))}
     tx = wrap(scale_by_published(layout=layout, **SETTING))
     state = jax.eval_shape(tx.init, params)

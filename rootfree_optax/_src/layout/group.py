@@ -133,35 +133,28 @@ def split_members(tensor: jax.Array, rule: Group, shapes: Sequence[Shape], layer
     Args:
       tensor: [*layers, *joined].
       rule: the group's rule.
-      shapes: the members' shapes, layer axes included.
+      shapes: the shapes of a layer of each member.
       layers: the number of layer axes.
     """
-    split = lambda layer: tuple(rule.split(layer, *(shape[layers:] for shape in shapes)))
+    split = lambda layer: tuple(rule.split(layer, *shapes))
     for _ in range(layers):
         split = jax.vmap(split)
     return split(tensor)
 
 
-def joined_shape(rule: Group | None, shapes: Mapping[str, Shape], layers: Sequence[int]) -> Shape:
-    """Returns the shape of a group's tensor, layer axes included, after checking that the rule can be undone.
+def joined_shape(rule: Group, shapes: Mapping[str, Shape]) -> Shape:
+    """Returns the shape of a layer of a group's tensor, after checking that the rule can be undone.
 
     Args:
-      rule: the group's rule; None for a parameter by itself.
-      shapes: the members' shapes, by key path.
-      layers: the members' numbers of layer axes.
+      rule: the group's rule.
+      shapes: the shapes of a layer of each member, by key path.
 
     Raises:
-      ValueError: if the members' layer axes differ, or if splitting the tensor does not give the members' shapes.
+      ValueError: if splitting the tensor does not give the members' shapes, or if the tensor has no entries.
     """
-    if rule is None:
-        (shape,) = shapes.values()
-        return shape
-    layer_shapes = {shape[:count] for shape, count in zip(shapes.values(), layers, strict=True)}
-    if len(layer_shapes) > 1:
-        raise ValueError(f"parameters of one group must have the same layer axes, got {layer_shapes} in {shapes}.")
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes.values()]
-    tensor = jax.eval_shape(lambda *arrays: join_members(arrays, rule, layers[0]), *arrays)
-    parts = jax.eval_shape(lambda tensor: split_members(tensor, rule, tuple(shapes.values()), layers[0]), tensor)
+    tensor = jax.eval_shape(rule.join, *arrays)
+    parts = jax.eval_shape(lambda tensor: split_members(tensor, rule, tuple(shapes.values()), layers=0), tensor)
     if [part.shape for part in parts] != list(shapes.values()):
         raise ValueError(
             f"split must undo join, but join makes {tensor.shape} of {dict(shapes)} and split makes "

@@ -1,7 +1,7 @@
 """A unit: a parameter, or a group of them, on its way to blocks and back.
 
-Layer axes are set apart, axes of length one dropped and small neighbours merged: none of this reorders entries, so
-either direction is a single reshape.
+Layer axes are moved to the front, by one transposition unless they lead already. Then axes of length one are dropped
+and small neighbours merged, which does not reorder entries: either direction is a single reshape.
 """
 
 import dataclasses
@@ -38,6 +38,27 @@ def merged(shape: Shape, bound: int) -> Shape:
     return tuple(lengths)
 
 
+def without_axes(shape: Sequence[int], axes: Sequence[int]) -> Shape:
+    """Returns a shape without the axes at the given positions."""
+    return tuple(length for axis, length in enumerate(shape) if axis not in axes)
+
+
+def axes_to_front(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Moves the axes at the given positions to the front, in their order."""
+    # A transposition of nothing would still be an operation of the program.
+    if axes == tuple(range(len(axes))):
+        return array
+    return array.transpose(*axes, *without_axes(range(array.ndim), axes))
+
+
+def axes_from_front(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Moves the leading axes to the given positions: the inverse of `axes_to_front`."""
+    if axes == tuple(range(len(axes))):
+        return array
+    permutation = (*axes, *without_axes(range(array.ndim), axes))
+    return array.transpose(*sorted(range(array.ndim), key=permutation.__getitem__))
+
+
 def no_relayout(array: jax.Array, cuts: Sequence[split.Cut], first: int) -> jax.Array:
     """Identity: the default when no resharding is needed, see `split.split`."""
     del cuts, first
@@ -52,8 +73,9 @@ class Unit:
       name: the key path, of a group as in 'dense/kernel+bias'.
       paths: the key paths of the parameters.
       shapes: their shapes.
+      layer_axes: the positions of each parameter's layer axes.
       rule: the rule that joins them; None for a parameter by itself.
-      layer_shape: the lengths of the layer axes, which lead: each index along them is an independent layer.
+      layer_shape: the lengths of the layer axes: each index along them is an independent layer.
       tensor_shape: the shape of a layer of the joined tensor.
       lengths: the same once squeezed and merged; the product is a layer's size.
       cuts: how these lengths are cut, one per axis.
@@ -63,6 +85,7 @@ class Unit:
     name: str
     paths: tuple[str, ...]
     shapes: tuple[Shape, ...]
+    layer_axes: tuple[tuple[int, ...], ...]
     rule: Group | None
     layer_shape: Shape
     tensor_shape: Shape
@@ -82,6 +105,7 @@ class Unit:
           arrays: the parameters' arrays, of `shapes`.
           relayout: moves the tensor [*layers, *lengths], and blocks cut from it, between devices; see `split.split`.
         """
+        arrays = [axes_to_front(array, axes) for array, axes in zip(arrays, self.layer_axes, strict=True)]
         tensor = arrays[0]
         if self.rule is not None:
             dtype = widest([array.dtype for array in arrays])
@@ -103,9 +127,11 @@ class Unit:
         else:
             tensor = blocks[0].reshape(*self.layer_shape, *self.lengths)
         tensor = relayout(tensor, self.cuts, len(self.layer_shape)).reshape(*self.layer_shape, *self.tensor_shape)
-        if self.rule is None:
-            return (tensor,)
-        return split_members(tensor, self.rule, self.shapes, len(self.layer_shape))
+        arrays: tuple[jax.Array, ...] = (tensor,)
+        if self.rule is not None:
+            shapes = [without_axes(shape, axes) for shape, axes in zip(self.shapes, self.layer_axes, strict=True)]
+            arrays = split_members(tensor, self.rule, shapes, len(self.layer_shape))
+        return tuple([axes_from_front(array, axes) for array, axes in zip(arrays, self.layer_axes, strict=True)])
 
     def block_indices(self) -> Iterator[list[tuple[Shape, Shape]]]:
         """Yields each stack's blocks, in order: the index along the layer axes, and the one along the axes."""
