@@ -64,8 +64,8 @@ def run_balance(options: argparse.Namespace) -> None:
         for chips in (16, 256, 512):
             block_size, uneven = decoder.block_size, True
             while uneven:
-                layout = rf.Layout(block_size=block_size, layer_axes={"^layers/": 0})
-                told = pods.balance(layout.plan(trees.abstract(decoder.shapes)), chips, jnp.bfloat16)
+                layout = rf.Layout(block_size=block_size, layer_axes={"^layers/": 0}, factor_dtype=jnp.bfloat16)
+                told = pods.balance(layout.plan(trees.abstract(decoder.shapes)), chips)
                 records.append({"tree": tree, "chips": chips, "block_size": block_size, **told})
                 block_size, uneven = block_size // 2, told["busiest"] > pods.EVEN
     description = machine.describe()

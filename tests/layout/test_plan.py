@@ -230,7 +230,8 @@ def test_parameters_that_cannot_be_planned(params: object, error: type, message:
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16, {2: (jnp.bfloat16, None)}])
 def test_bytes_are_those_of_the_real_state(momentum: float, dtype: object) -> None:
-    layout = Layout({1: "triltoeplitz", 2: ("hierarchical2_3", "dense"), 3: "block2diagonal"}, block_size=7)
+    structure = {1: "triltoeplitz", 2: ("hierarchical2_3", "dense"), 3: "block2diagonal"}
+    layout = Layout(structure, block_size=7, factor_dtype=dtype)
     params = {"a": struct(9, 12), "b": struct(5), "c": struct(2, 3, 8)}
     transformation = rf.scale_by_sirf_shampoo(
         0.1,
@@ -245,7 +246,7 @@ def test_bytes_are_those_of_the_real_state(momentum: float, dtype: object) -> No
     sums = [sums for sums, _ in state.observed]
     real = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.factors, state.momenta, sums)))
     beside = {"riemannian_momentum": momentum > 0, "observed_curvature": momentum > 0}
-    assert layout.plan(params).state_bytes(dtype, **beside) == real > 0
+    assert layout.plan(params).state_bytes(**beside) == real > 0
 
 
 def transformer(layers: int, width: int = 256) -> dict:

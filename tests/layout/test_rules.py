@@ -125,6 +125,22 @@ def test_layer_axes_that_a_parameter_does_not_have_are_an_error(layer_axes: obje
         layers(layer_axes)
 
 
+def dtypes(factor_dtype: object, params: object = PARAMS) -> dict[str, str]:
+    """Returns the dtypes of each parameter's factors, as one string."""
+    plan = Layout(factor_dtype=factor_dtype).plan(params)
+    return {unit.name: " ".join(str(d and d.name) for d in unit.stacks[0].factor_dtypes) for unit in plan.units}
+
+
+def test_factor_dtypes() -> None:
+    params = {"matrix": PARAMS["matrix"], "vector": PARAMS["vector"]}
+    assert dtypes(None, params) == {"matrix": "None None", "vector": "None"}
+    assert dtypes(jnp.bfloat16, params) == {"matrix": "bfloat16 bfloat16", "vector": "bfloat16"}
+    assert dtypes({2: ["bfloat16", None]}, params) == {"matrix": "bfloat16 None", "vector": "None"}
+    assert dtypes((None, "float32"), {"matrix": PARAMS["matrix"]}) == {"matrix": "None float32"}
+    with pytest.raises(ValueError, match=r"factor_dtype must have one dtype per axis of a block with 1.*of 'vector'"):
+        dtypes(("bfloat16", None), params)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -147,6 +163,9 @@ def test_layer_axes_that_a_parameter_does_not_have_are_an_error(layer_axes: obje
         ),
         ({"layer_axes": "layers"}, TypeError, "layer_axes must be None, an integer, a tuple .* got 'layers'"),
         ({"layer_axes": True}, TypeError, "layer_axes must be None, an integer, a tuple .* got True"),
+        ({"factor_dtype": "int32"}, ValueError, "factor_dtype must be None or a real floating-point dtype.* got int32"),
+        ({"factor_dtype": {2: "int8"}}, ValueError, "factor_dtype must be None or .* got int8"),
+        ({"factor_dtype": {"2": "bfloat16"}}, ValueError, r"factor_dtype must map numbers of axes.* got the keys"),
         ({"group": flatten("x")}, TypeError, "group must be a tuple of Group rules, got Group"),
         ({"group": ("kernel",)}, TypeError, r"group must be a tuple of Group rules, got \('kernel',\)"),
     ],

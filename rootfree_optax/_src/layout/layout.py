@@ -5,6 +5,8 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax.numpy as jnp
+
 from rootfree_optax._src.common import trees
 from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.common.validate import require_at_least
@@ -23,7 +25,7 @@ class Layout:
 
     In this order, axes that index layers are set apart, parameters are joined by the rules of `group`, axes of length
     one are dropped, neighbouring axes are merged, each axis gets a structure, and long axes are cut. All blocks
-    of one shape and structure, over the whole tree, then form one stack.
+    of one shape, structure and dtype, over the whole tree, then form one stack.
 
     Args:
       structure: the structure of the factors. None: `dense` on axes of at most `max_dense_dim` and `diagonal` on longer
@@ -45,6 +47,10 @@ class Layout:
         decides, and other parameters have no layer axes. A callable from the key path and the shape to an integer, a
         tuple or None. A position that a parameter does not have is an error.
       group: rules that join or reshape parameters, such as `weight_and_bias()`; the first that applies wins.
+      factor_dtype: the floating-point dtype of the factors, of at least 16 bits. None: the widest of the stack's
+        parameters. A dtype: for every factor. A tuple: one for each axis, None for the default. A mapping: from the
+        number of axes to a dtype or tuple; blocks with another number of axes get the default. Axes are counted as for
+        `structure`.
 
     Raises:
       ValueError: for a number out of range or an unknown structure.
@@ -66,13 +72,15 @@ class Layout:
     merge_dims: int | None = None
     layer_axes: rules.LayerRule = None
     group: tuple[Group, ...] = ()
+    factor_dtype: rules.DTypeRule = None
 
     def __post_init__(self) -> None:
         """Checks the arguments, and makes mappings and lists immutable."""
-        for name in ("structure", "layer_axes", "group"):
+        for name in ("structure", "layer_axes", "group", "factor_dtype"):
             object.__setattr__(self, name, rules.frozen(getattr(self, name)))
         rules.require_structure_rule(self.structure)
         rules.require_layer_rule(self.layer_axes)
+        rules.require_dtype_rule(self.factor_dtype, "factor_dtype")
         for name in ("max_dense_dim", "block_size", "merge_dims"):
             value = getattr(self, name)
             if value is None and name != "max_dense_dim":
@@ -132,6 +140,7 @@ def _unit(layout: Layout, assignment: Assignment, members: dict[str, tuple[Shape
         if not isinstance(structure := factory(length), Structure) or structure.dim != length:
             raise ValueError(f"structure must make a structure of {length} rows at {name!r}, got {structure!r}.")
     cuts = tuple(_cut(layout, factory, length) for factory, length in zip(factories, lengths, strict=True))
+    factor_dtypes = _factor_dtypes(layout, name, len(lengths))
     return Unit(
         name=name,
         paths=paths,
@@ -142,7 +151,7 @@ def _unit(layout: Layout, assignment: Assignment, members: dict[str, tuple[Shape
         tensor_shape=tensor_shape,
         lengths=lengths,
         cuts=cuts,
-        stacks=stacks_of(factories, cuts, layer_shape),
+        stacks=stacks_of(factories, factor_dtypes, cuts, layer_shape),
     )
 
 
@@ -162,6 +171,13 @@ def _default_structures(layout: Layout, lengths: Shape, *, is_vector: bool) -> t
         return (diagonal,) * len(lengths)
     longest_block = lambda length: min(length, layout.block_size or length)
     return tuple(dense if longest_block(length) <= layout.max_dense_dim else diagonal for length in lengths)
+
+
+def _factor_dtypes(layout: Layout, name: str, axes: int) -> tuple[jnp.dtype | None, ...]:
+    try:
+        return rules.factor_dtypes_of(layout.factor_dtype, axes)
+    except ValueError as error:
+        raise ValueError(f"{error} The block is of {name!r}.") from None
 
 
 def _cut(layout: Layout, factory: StructureFactory, length: int) -> Cut:

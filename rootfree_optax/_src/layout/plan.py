@@ -13,7 +13,6 @@ from rootfree_optax._src.common import trees
 from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.layout import table
 from rootfree_optax._src.layout.factors import dense_factors, find_factors
-from rootfree_optax._src.layout.rules import DTypeRule
 from rootfree_optax._src.layout.split import RelayoutFn
 from rootfree_optax._src.layout.stack import Placement, Stack, opaque, stack, unstack
 from rootfree_optax._src.layout.unit import Unit, no_relayout
@@ -54,10 +53,10 @@ class Plan:
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
       >>> params = {"kernel": jnp.zeros((4, 6))}
-      >>> plan = rf.Layout(block_size=3).plan(params)
+      >>> plan = rf.Layout(block_size=3, factor_dtype=jnp.bfloat16).plan(params)
       >>> [block.name for block in plan.blocks]
       ['kernel[0, 0]', 'kernel[0, 1]', 'kernel[1, 0]', 'kernel[1, 1]']
-      >>> plan.state_bytes(jnp.bfloat16)
+      >>> plan.state_bytes()
       112
       >>> state = rf.scale_by_sirf_shampoo(batch_size=1, layout=rf.Layout(block_size=3)).init(params)
       >>> [factor.shape for factor in plan.factors(state)["kernel[1, 1]"]]
@@ -178,27 +177,24 @@ class Plan:
 
     def state_bytes(
         self,
-        preconditioner_dtype: DTypeRule = None,
         *,
         riemannian_momentum: bool = False,
         cached_products: bool = False,
         observed_curvature: bool = False,
     ) -> int:
-        """Returns the bytes of all factors.
+        """Returns the bytes of all factors; a dtype of None counts as float32.
 
         Args:
-          preconditioner_dtype: of the factors, as `scale_by_sirf_shampoo` takes it; None counts as float32.
           riemannian_momentum: whether each factor has a momentum, of its size and dtype.
           cached_products: whether each factor K has K Kᵀ beside it, of its size and dtype.
           observed_curvature: whether each factor has a sum beside it, as `curvature_every` keeps.
         """
         beside = {"riemannian_momentum": riemannian_momentum, "cached_products": cached_products}
         beside["observed_curvature"] = observed_curvature
-        return sum(target.state_bytes(preconditioner_dtype, **beside) for target in self.stacks)
+        return sum(target.state_bytes(**beside) for target in self.stacks)
 
     def table(
         self,
-        preconditioner_dtype: DTypeRule = None,
         *,
         riemannian_momentum: bool = False,
         cached_products: bool = False,
@@ -210,7 +206,6 @@ class Plan:
         Parameters that differ only by numbers in their key paths share a line, with an asterisk for the number.
 
         Args:
-          preconditioner_dtype: of the factors, as `scale_by_sirf_shampoo` takes it; None counts as float32.
           riemannian_momentum: whether each factor has a momentum.
           cached_products: whether each factor K has K Kᵀ beside it.
           observed_curvature: whether each factor has a sum beside it, as `curvature_every` keeps.
@@ -218,7 +213,6 @@ class Plan:
         """
         state_bytes = functools.partial(
             Stack.state_bytes,
-            dtype=preconditioner_dtype,
             riemannian_momentum=riemannian_momentum,
             cached_products=cached_products,
             observed_curvature=observed_curvature,
@@ -227,7 +221,7 @@ class Plan:
         return table.render(self.units, self.stacks, state_bytes=state_bytes, width=width)
 
     def __str__(self) -> str:
-        """Returns the table for float32 factors with nothing beside them."""
+        """Returns the table for factors with nothing beside them."""
         return self.table()
 
 

@@ -127,14 +127,14 @@ def _factories(names: Sequence[AxisStructure], ndim: int, owner: str) -> tuple[S
         raise type(error)(f"{error} It was given for {owner}.") from None
 
 
-def dtypes_of(rule: DTypeRule, axes: int, default: DTypeLike = jnp.float32) -> tuple[jnp.dtype, ...]:
-    """Returns the dtype of each factor of a block.
+def factor_dtypes_of(rule: DTypeRule, axes: int, name: str = "factor_dtype") -> tuple[jnp.dtype | None, ...]:
+    """Returns the dtype of each factor of a block, None for the default.
 
     Args:
       rule: a dtype for every axis; a tuple with one for each axis; or a mapping from the number of axes to either.
-        None, anywhere, and a number of axes that is not in the mapping stand for the default.
+        None stands for the default, as does a number of axes that is not in the mapping.
       axes: the block's number of axes.
-      default: the dtype where the rule names none.
+      name: what the rule is called in an error.
 
     Raises:
       ValueError: for a tuple of another length, or a dtype that is not real floating point.
@@ -143,16 +143,24 @@ def dtypes_of(rule: DTypeRule, axes: int, default: DTypeLike = jnp.float32) -> t
         rule = rule.get(axes)
     dtypes = tuple(rule) if isinstance(rule, (tuple, list)) else (rule,) * axes
     if len(dtypes) != axes:
-        raise ValueError(f"preconditioner_dtype must have one dtype per axis of a block with {axes}, got {dtypes}.")
-    require_dtype_rule(dtypes)
+        raise ValueError(f"{name} must have one dtype per axis of a block with {axes}, got {dtypes}.")
+    require_dtype_rule(dtypes, name)
+    return tuple(None if dtype is None else jnp.dtype(dtype) for dtype in dtypes)
+
+
+def dtypes_of(rule: DTypeRule, axes: int, default: DTypeLike = jnp.float32) -> tuple[jnp.dtype, ...]:
+    """Returns the dtype of each factor of a block, with `default` where the rule names none."""
+    dtypes = factor_dtypes_of(rule, axes, "preconditioner_dtype")
     return tuple(jnp.dtype(default if dtype is None else dtype) for dtype in dtypes)
 
 
-def require_dtype_rule(rule: DTypeRule) -> None:
-    """Raises a ValueError for a rule that names a dtype that is not real floating point."""
+def require_dtype_rule(rule: DTypeRule, name: str = "preconditioner_dtype") -> None:
+    """Raises a ValueError for a rule that names a dtype that is not real floating point, or no number of axes."""
+    if isinstance(rule, Mapping) and not all(isinstance(ndim, int) and ndim >= 1 for ndim in rule):
+        raise ValueError(f"{name} must map numbers of axes, at least 1, to dtypes; got the keys {list(rule)}.")
     for per_axes in rule.values() if isinstance(rule, Mapping) else [rule]:
         for dtype in per_axes if isinstance(per_axes, (tuple, list)) else [per_axes]:
-            require_floating_dtype("preconditioner_dtype", dtype)
+            require_floating_dtype(name, dtype)
 
 
 def require_layer_rule(rule: LayerRule) -> None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.layout import split
@@ -146,7 +147,10 @@ class Unit:
 
 
 def stacks_of(
-    factories: Sequence[StructureFactory], cuts: Sequence[split.Cut], layer_shape: Shape
+    factories: Sequence[StructureFactory],
+    factor_dtypes: tuple[jnp.dtype | None, ...],
+    cuts: Sequence[split.Cut],
+    layer_shape: Shape,
 ) -> tuple[Stack, ...]:
     """Returns the small stacks of a unit: one for each window of its cuts, over all layers."""
     layers = math.prod(layer_shape)
@@ -154,6 +158,7 @@ def stacks_of(
         Stack(
             split.block_shape(window),
             tuple(factory(run.length) for factory, run in zip(factories, window, strict=True)),
+            factor_dtypes,
             layers * split.block_count(window),
         )
         for window in split.windows(cuts)
