@@ -59,7 +59,8 @@ def test_every_entry_is_in_one_block_and_comes_back(shapes: list, block: int, me
 @hypothesis.settings(derandomize=True, deadline=None, max_examples=12)
 def test_groups_and_layers_come_back(rank: int, block: int, merge: bool, layers: tuple) -> None:
     groups = (weight_and_bias(), flatten("embedding"), as_matrix("query", 1))
-    layout = Layout(group=groups, block_size=block, merge_dims=4 if merge else None, stacked={"^layers": len(layers)})
+    axes = {"^layers": tuple(range(len(layers)))}
+    layout = Layout(group=groups, block_size=block, merge_dims=4 if merge else None, layer_axes=axes)
     layer = {"kernel": (5, 3), "bias": (3,), "query": (2, 3, 2), "scale": (1, 4)[:rank]}
     tree = numbered(
         {"layers": {name: struct(*layers, *shape) for name, shape in layer.items()}, "embedding": struct(3, 2)}
@@ -73,7 +74,7 @@ def test_groups_and_layers_come_back(rank: int, block: int, merge: bool, layers:
 
 def test_a_block_is_where_its_name_says() -> None:
     tree = numbered({"a": {"kernel": struct(7, 1, 4)}, "b": struct(3, 2, 5, 4), "c": struct(2, 5), "d": struct()})
-    plan = Layout(block_size=3, stacked={"b": 2, "c": 1}).plan(tree)
+    plan = Layout(block_size=3, layer_axes={"b": (0, 1), "c": 0}).plan(tree)
     packed = plan.pack(tree)
     blocks = {block.name: packed[block.stack][block.position] for block in plan.blocks}
     assert len(blocks) == len(plan.blocks) == sum(stack.count for stack in plan.stacks)
@@ -87,6 +88,38 @@ def test_a_block_is_where_its_name_says() -> None:
     np.testing.assert_array_equal(blocks.pop("c[0]"), tree["c"][0])
     np.testing.assert_array_equal(blocks.pop("d"), np.reshape(tree["d"], 1))
     assert not blocks
+
+
+def test_layers_along_any_axis_are_separate_layers_exactly() -> None:
+    rng = np.random.default_rng(0)
+    layers = [jnp.asarray(rng.normal(size=(5, 4)), jnp.float32) for _ in range(3)]
+    stacked = jnp.stack(layers, axis=1)
+    step = lambda layout, tree: jax.jit(lambda tree: one_step(layout, tree))(tree)
+    together = step(Layout(layer_axes={"w": 1}, block_size=3), {"w": stacked, "b": jnp.ones(2)})
+    apart = step(Layout(block_size=3), {"b": jnp.ones(2), **{f"w{i}": layer for i, layer in enumerate(layers)}})
+    for i in range(3):
+        np.testing.assert_array_equal(together["w"][:, i], apart[f"w{i}"])
+    np.testing.assert_array_equal(together["b"], apart["b"])
+    np.testing.assert_array_equal(step(Layout(layer_axes={"w": -2}, block_size=3), {"w": stacked})["w"], together["w"])
+
+
+def one_step(layout: Layout, tree: object) -> object:
+    transformation = rf.scale_by_sirf_shampoo(batch_size=2, layout=layout)
+    updates, _ = transformation.update(tree, transformation.init(tree), tree)
+    return updates
+
+
+def test_two_layer_axes_that_do_not_lead() -> None:
+    tree = numbered({"experts": struct(2, 5, 3, 4)})
+    experts = np.asarray(tree["experts"])
+    plan = Layout(layer_axes=(0, 2), block_size=4).plan(tree)
+    packed = plan.pack(tree)
+    assert [(stack.shape, stack.count) for stack in plan.stacks] == [((4, 4), 6), ((1, 4), 6)]
+    blocks = {block.name: packed[block.stack][block.position] for block in plan.blocks}
+    for layer, expert in itertools.product(range(2), range(3)):
+        np.testing.assert_array_equal(blocks[f"experts[{layer}, {expert}; 0, 0]"], experts[layer, :4, expert])
+        np.testing.assert_array_equal(blocks[f"experts[{layer}, {expert}; 1, 0]"], experts[layer, 4:, expert])
+    jax.tree.map(np.testing.assert_array_equal, plan.unpack(packed, tree), tree)
 
 
 def test_long_axes_are_cut_unless_diagonal() -> None:
@@ -197,7 +230,8 @@ def test_parameters_that_cannot_be_planned(params: object, error: type, message:
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16, {2: (jnp.bfloat16, None)}])
 def test_bytes_are_those_of_the_real_state(momentum: float, dtype: object) -> None:
-    layout = Layout({1: "triltoeplitz", 2: ("hierarchical2_3", "dense"), 3: "block2diagonal"}, block_size=7)
+    structure = {1: "triltoeplitz", 2: ("hierarchical2_3", "dense"), 3: "block2diagonal"}
+    layout = Layout(structure, block_size=7, factor_dtype=dtype)
     params = {"a": struct(9, 12), "b": struct(5), "c": struct(2, 3, 8)}
     transformation = rf.scale_by_sirf_shampoo(
         0.1,
@@ -212,7 +246,7 @@ def test_bytes_are_those_of_the_real_state(momentum: float, dtype: object) -> No
     sums = [sums for sums, _ in state.observed]
     real = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.factors, state.momenta, sums)))
     beside = {"riemannian_momentum": momentum > 0, "observed_curvature": momentum > 0}
-    assert layout.plan(params).state_bytes(dtype, **beside) == real > 0
+    assert layout.plan(params).state_bytes(**beside) == real > 0
 
 
 def transformer(layers: int, width: int = 256) -> dict:

@@ -43,9 +43,9 @@ def test_golden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_totals_are_the_plans() -> None:
-    plan = Layout("dense").plan({"a": struct(100, 100), "b": struct(100)})
-    assert plan.state_bytes(jnp.bfloat16) == 3 * 100**2 * 2
-    lines = plan.table(jnp.bfloat16, width=80).splitlines()
+    plan = Layout("dense", factor_dtype="bfloat16").plan({"a": struct(100, 100), "b": struct(100)})
+    assert plan.state_bytes() == 3 * 100**2 * 2
+    lines = plan.table(width=80).splitlines()
     assert lines[-5].split()[:4] == ["total", "10.1k", "2", "60kB"]
     assert lines[-4] == "2 blocks in 2 stacks. State: 0.74 times Adam's 80.8kB (float32)."
 

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from rootfree_optax._src.common import trees
+from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.layout import table
-from rootfree_optax._src.layout.axes import Shape
 from rootfree_optax._src.layout.factors import dense_factors, find_factors
-from rootfree_optax._src.layout.rules import DTypeRule
-from rootfree_optax._src.layout.split import Placed, as_it_is
+from rootfree_optax._src.layout.split import RelayoutFn
 from rootfree_optax._src.layout.stack import Placement, Stack, opaque, stack, unstack
-from rootfree_optax._src.layout.unit import Unit
+from rootfree_optax._src.layout.unit import Unit, no_relayout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +53,10 @@ class Plan:
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
       >>> params = {"kernel": jnp.zeros((4, 6))}
-      >>> plan = rf.Layout(block_size=3).plan(params)
+      >>> plan = rf.Layout(block_size=3, factor_dtype=jnp.bfloat16).plan(params)
       >>> [block.name for block in plan.blocks]
       ['kernel[0, 0]', 'kernel[0, 1]', 'kernel[1, 0]', 'kernel[1, 1]']
-      >>> plan.state_bytes(jnp.bfloat16)
+      >>> plan.state_bytes()
       112
       >>> state = rf.scale_by_sirf_shampoo(batch_size=1, layout=rf.Layout(block_size=3)).init(params)
       >>> [factor.shape for factor in plan.factors(state)["kernel[1, 1]"]]
@@ -69,7 +68,7 @@ class Plan:
     placements: tuple[tuple[Placement, ...], ...]
     empty: tuple[tuple[str, Shape], ...] = ()
 
-    def pack(self, tree: Any, name: str = "gradients", placed: Placed = as_it_is) -> tuple[jax.Array, ...]:
+    def pack(self, tree: Any, name: str = "gradients", relayout: RelayoutFn = no_relayout) -> tuple[jax.Array, ...]:
         """Returns the blocks of a tree like the parameters, one array [count, *shape] for each stack.
 
         The dtype of a stack is the widest among its members'. A parameter without a gradient (None) becomes NaN.
@@ -77,14 +76,13 @@ class Plan:
         Args:
           tree: arrays of the parameters' shapes.
           name: what the tree is called in an error.
-          placed: what is done to arrays on their way to blocks, see `split`.
+          relayout: moves arrays between devices on their way to blocks, see `Unit.to_blocks`.
 
         Raises:
           ValueError: for a tree unlike the parameters, or a group of which some parameters have a gradient and others
             have none. It names the key path.
         """
-        leaves = trees.named_leaves(tree)
-        self._require_like_parameters(leaves, name)
+        leaves = self._named_leaves(tree, name)
         pieces: list[jax.Array | None] = []
         for unit in self.units:
             arrays = [leaves[path] for path in unit.paths]
@@ -96,18 +94,18 @@ class Plan:
                     )
                 pieces += [None] * len(unit.stacks)
             else:
-                pieces += unit.to_blocks(arrays, placed)
-        return stack(pieces, [place for places in self.placements for place in places], self.stacks)
+                pieces += unit.to_blocks(arrays, relayout)
+        return stack(pieces, self._flat_placements, self.stacks)
 
     def unpack(
-        self, stacks: Sequence[jax.Array], like: Any, placed: Placed = as_it_is, *, equal_kernels: bool = False
+        self, stacks: Sequence[jax.Array], like: Any, relayout: RelayoutFn = no_relayout, *, equal_kernels: bool = False
     ) -> Any:
         """Returns the tree whose blocks are given: the inverse of `pack`.
 
         Args:
           stacks: [count, *shape] for each stack.
           like: the tree that was packed. Each array gets the dtype of its leaf; None stays None.
-          placed: what is done to arrays on their way from blocks, see `split`.
+          relayout: moves arrays between devices on their way from blocks, see `Unit.to_blocks`.
           equal_kernels: whether the program hides where in a stack each parameter's blocks begin, so that parameters of
             one shape get one kernel, compiled once; for stacks that every device has whole.
 
@@ -118,28 +116,34 @@ class Plan:
         expected = [(target.count, *target.shape) for target in self.stacks]
         if shapes != expected:
             raise ValueError(f"stacks must have the shapes {expected}, got {shapes}.")
-        leaves = trees.named_leaves(like)
-        self._require_like_parameters(leaves, "the tree to unpack like")
+        leaves = self._named_leaves(like, "the tree to unpack like")
         arrays = {path: jnp.zeros(shape) for path, shape in self.empty}
-        starts = (place.start for places in self.placements for place in places)
-        numbers = opaque((0, *starts), stacks[0]) if equal_kernels and stacks else None
+        starts = {place.start for place in self._flat_placements if place.count < self.stacks[place.stack].count}
+        numbers = opaque({0, *starts}, stacks[0]) if equal_kernels and starts else None
         for unit, places in zip(self.units, self.placements, strict=True):
             if any(leaves[path] is not None for path in unit.paths):
-                arrays |= zip(unit.paths, unit.from_blocks(unstack(stacks, places, numbers), placed), strict=True)
+                arrays |= zip(unit.paths, unit.from_blocks(unstack(stacks, places, numbers), relayout), strict=True)
         results = [None if leaf is None else arrays[path].astype(leaf.dtype) for path, leaf in leaves.items()]
-        return jax.tree.unflatten(jax.tree.structure(like, is_leaf=lambda leaf: leaf is None), results)
+        return jax.tree.unflatten(jax.tree.structure(like, is_leaf=trees.is_none), results)
 
-    def _require_like_parameters(self, leaves: dict[str, Any], name: str) -> None:
-        parameters = self._parameters
-        relevant = {path: leaf for path, leaf in leaves.items() if leaf is not None or path in parameters}
-        trees.require_like(relevant, parameters, name=name)
+    def _named_leaves(self, tree: Any, name: str) -> dict[str, Any]:
+        """Returns the leaves by key path, after checking that they are those of the parameters."""
+        leaves = trees.named_leaves(tree)
+        # The parameters may have None as well, where there is no parameter.
+        relevant = {path: leaf for path, leaf in leaves.items() if leaf is not None or path in self._shapes}
+        trees.require_shapes(relevant, self._shapes, name=name)
+        return leaves
 
     @functools.cached_property
-    def _parameters(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def _shapes(self) -> dict[str, Shape]:
         shapes = dict(self.empty)
         for unit in self.units:
             shapes |= zip(unit.paths, unit.shapes, strict=True)
-        return {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+        return shapes
+
+    @functools.cached_property
+    def _flat_placements(self) -> list[Placement]:
+        return [place for places in self.placements for place in places]
 
     @functools.cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -173,27 +177,24 @@ class Plan:
 
     def state_bytes(
         self,
-        preconditioner_dtype: DTypeRule = None,
         *,
         riemannian_momentum: bool = False,
         cached_products: bool = False,
         observed_curvature: bool = False,
     ) -> int:
-        """Returns the bytes of all factors.
+        """Returns the bytes of all factors; a dtype of None counts as float32.
 
         Args:
-          preconditioner_dtype: of the factors, as `scale_by_sirf_shampoo` takes it; None counts as float32.
           riemannian_momentum: whether each factor has a momentum, of its size and dtype.
           cached_products: whether each factor K has K Kᵀ beside it, of its size and dtype.
           observed_curvature: whether each factor has a sum beside it, as `curvature_every` keeps.
         """
         beside = {"riemannian_momentum": riemannian_momentum, "cached_products": cached_products}
         beside["observed_curvature"] = observed_curvature
-        return sum(target.state_bytes(preconditioner_dtype, **beside) for target in self.stacks)
+        return sum(target.state_bytes(**beside) for target in self.stacks)
 
     def table(
         self,
-        preconditioner_dtype: DTypeRule = None,
         *,
         riemannian_momentum: bool = False,
         cached_products: bool = False,
@@ -205,7 +206,6 @@ class Plan:
         Parameters that differ only by numbers in their key paths share a line, with an asterisk for the number.
 
         Args:
-          preconditioner_dtype: of the factors, as `scale_by_sirf_shampoo` takes it; None counts as float32.
           riemannian_momentum: whether each factor has a momentum.
           cached_products: whether each factor K has K Kᵀ beside it.
           observed_curvature: whether each factor has a sum beside it, as `curvature_every` keeps.
@@ -213,7 +213,6 @@ class Plan:
         """
         state_bytes = functools.partial(
             Stack.state_bytes,
-            dtype=preconditioner_dtype,
             riemannian_momentum=riemannian_momentum,
             cached_products=cached_products,
             observed_curvature=observed_curvature,
@@ -222,12 +221,11 @@ class Plan:
         return table.render(self.units, self.stacks, state_bytes=state_bytes, width=width)
 
     def __str__(self) -> str:
-        """Returns the table for float32 factors with nothing beside them."""
+        """Returns the table for factors with nothing beside them."""
         return self.table()
 
 
 def _suffix(unit: Unit, layer: Shape, index: Shape) -> str:
     """Returns a block's index as its name shows it, nothing for the only block of a parameter."""
-    cut = any(cut.piece < cut.length for cut in unit.cuts)
-    indices = [", ".join(map(str, part)) for part, shown in ((layer, bool(layer)), (index, cut)) if shown]
+    indices = [", ".join(map(str, part)) for part, shown in ((layer, bool(layer)), (index, unit.is_cut)) if shown]
     return f"[{'; '.join(indices)}]" if indices else ""

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from rootfree_optax._src.layout.axes import Shape
+from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.layout.stack import Stack
 from rootfree_optax._src.layout.unit import Unit
 

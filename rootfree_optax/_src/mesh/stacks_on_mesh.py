@@ -214,8 +214,8 @@ def _pack_divided(divided: DividedStacks, tree: Any, name: str, sample_axis: boo
     mesh, axes = divided.mesh, divided.axes
 
     def to_stacks(tree: Any) -> Stacks:
-        placed = functools.partial(split_within_blocks, mesh, axes)
-        stacks = divided._pack_padded(tree, name, sample_axis, placed=placed)
+        relayout = functools.partial(split_within_blocks, mesh, axes)
+        stacks = divided._pack_padded(tree, name, sample_axis, relayout=relayout)
         return tuple(move(mesh, stack, route(mesh, axes, stack.shape)) for stack in stacks)
 
     return partition(mesh, to_stacks, [PartitionSpec(axes)] * len(divided.stacks), tree)

@@ -113,7 +113,7 @@ def scale_by_kronecker(
         placed = place_stacks(plan, mesh_axes, params)
         widest = _widest_dtypes(plan, params)
         factor_dtypes = [
-            dtypes_of(getattr(stack, "factor_dtypes", None), len(stack.shape), dtype)
+            dtypes_of(stack.factor_dtypes, len(stack.shape), dtype)
             for stack, dtype in zip(plan.stacks, widest, strict=True)
         ]
         momentum_dtypes = None if momentum is None else [mu_dtype or dtype for dtype in widest]
