@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jax.typing import ArrayLike
 
 from rootfree_optax._src.blocks.apply import apply_factors
 from rootfree_optax._src.blocks.rule import BlockRule, Step
+from rootfree_optax._src.common.schedules import StepSize
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
 from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.numerics.orthogonalize import orthogonalize
@@ -35,7 +36,6 @@ from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, rou
 from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
 
 Factors: TypeAlias = tuple[Parts, ...]
-StepSize: TypeAlias = Literal["adamw", "newton"]
 
 # A gradient that is this many times larger or smaller than the average, as a power of two, changes the scale.
 _LARGEST_SURPRISE = 2
@@ -96,9 +96,7 @@ def scale_by_exponent(array: jax.Array, exponent: jax.Array) -> jax.Array:
     return array * power_of_two(jnp.clip(exponent, -126, 126)).astype(array.dtype)
 
 
-def scale_gradient(
-    gradient: jax.Array, exponent: jax.Array, power: jax.Array, *, largest_surprise: float
-) -> Scaled:
+def scale_gradient(gradient: jax.Array, exponent: jax.Array, power: jax.Array, *, largest_surprise: float) -> Scaled:
     """Returns a gradient divided by 2ᵉ, where e follows gradients that are far from the average.
 
     Without that, a moving average would remember gradients of another size for many times its memory: a gradient a
@@ -197,9 +195,7 @@ class CurvatureRule(BlockRule):
     ) -> jax.Array:
         """Returns D, of any length, in the accumulation dtype."""
 
-    def derive_factors(
-        self, factors: Factors, structures: Sequence[Structure]
-    ) -> tuple[Factors, Factors | None]:
+    def derive_factors(self, factors: Factors, structures: Sequence[Structure]) -> tuple[Factors, Factors | None]:
         """Returns the factors to keep, of equal K Kᵀ, and the preconditioners that are made of them; None for none."""
         del structures
         return factors, None
@@ -284,18 +280,11 @@ class CurvatureRule(BlockRule):
             )
             factors = []
             for n, (structure, s, k) in enumerate(zip(structures, state.statistics, state.factors, strict=True)):
-                dtype = s[0].dtype
-                others = math.prod([t.astype(dtype) for j, t in enumerate(mean_inverse) if j != n])
-                damping = jnp.asarray(step.damping, dtype) * structure.trace(s) / structure.dim
-                damping = damping + absolute.astype(dtype) * others
-                if is_low_precision(k[0].dtype):
-                    damping = jnp.maximum(damping, _LOW_PRECISION_FLOOR * jnp.sqrt(structure.squared_norm(s)))
-                identity = structure.identity(dtype)
-                damped = jax.tree.map(lambda a, i: a + damping * i, s, identity)
-                excess = structure.congruence(k, damped, precision=self.precision)
-                excess = jax.tree.map(lambda m, i: m.astype(dtype) - shift.astype(dtype) * i, excess, identity)
-                root = structure.times_inverse_root(k, excess, shift=shift.astype(dtype), precision=self.precision)
-                factors.append(root)
+                others = [t for j, t in enumerate(mean_inverse) if j != n]
+                damping = self._damping(structure, s, k, step.damping) + math.prod(others, start=absolute)
+                damped = structure.add_identity(s, damping)
+                excess = structure.add_identity(structure.congruence(k, damped, precision=self.precision), -shift)
+                factors.append(structure.times_inverse_root(k, excess, shift=shift, precision=self.precision))
             kept, derived = self.derive_factors(tuple(factors), structures)
             sizes = [max_abs(parts) for parts in (*kept, *(derived or ()))]
             is_finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, sizes))
@@ -309,6 +298,14 @@ class CurvatureRule(BlockRule):
                 refreshes=state.refreshes + keep.astype(jnp.int32),
                 refused=state.refused + (~is_finite).astype(jnp.int32),
             )
+
+    @staticmethod
+    def _damping(structure: Structure, s: Parts, k: Parts, damping: ArrayLike) -> jax.Array:
+        """Returns ρ·tr(S)/d, a scalar, or the least that a K in half precision needs."""
+        relative = jnp.asarray(damping, s[0].dtype) * structure.trace(s) / structure.dim
+        if not is_low_precision(k[0].dtype):
+            return relative
+        return jnp.maximum(relative, _LOW_PRECISION_FLOOR * jnp.sqrt(structure.squared_norm(s)))
 
     def precondition(
         self,
@@ -377,7 +374,7 @@ _register = functools.partial(
 )
 
 
-@functools.partial(_register, meta_fields=["step_size", "rms", "cache_preconditioner", "precision"])
+@functools.partial(_register, meta_fields=["step_size", "rms", "precision"])
 @dataclasses.dataclass(frozen=True)
 class RootFree(CurvatureRule):
     """The root-free step, D = M ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ (Lin et al. 2024).
@@ -386,14 +383,12 @@ class RootFree(CurvatureRule):
       step_size: "adamw" or "newton", see `CurvatureRule`.
       rms: the root mean square of a step of AdamW's length.
       trust_radius: r > 0, for Newton's step.
-      cache_preconditioner: whether K Kᵀ is kept, as large as K, which halves the products of a step without refresh.
       precision: of every matrix product, see `jax.lax.Precision`.
     """
 
     step_size: StepSize = "adamw"
     rms: float = 0.2
     trust_radius: ArrayLike | None = None
-    cache_preconditioner: bool = False
     precision: jax.lax.PrecisionLike = None
 
     @property
@@ -405,24 +400,12 @@ class RootFree(CurvatureRule):
         """Returns mean⟨M, D⟩."""
         return jnp.mean(momentum * direction)
 
-    def derive_factors(
-        self, factors: Factors, structures: Sequence[Structure]
-    ) -> tuple[Factors, Factors | None]:
-        """Returns the factors, and K Kᵀ where it is to be kept."""
-        if not self.cache_preconditioner:
-            return factors, None
-        return factors, tuple([s.square(k, precision=self.precision) for s, k in zip(structures, factors, strict=True)])
-
     def precondition_momentum(
         self, state: CurvatureState, momentum: jax.Array, structures: Sequence[Structure]
     ) -> jax.Array:
         """Returns M ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ."""
         return apply_factors(
-            momentum,
-            state.factors if state.preconditioners is None else state.preconditioners,
-            structures=structures,
-            transposed_first=state.preconditioners is None,
-            precision=self.precision,
+            momentum, state.factors, structures=structures, transposed_first=True, precision=self.precision
         )
 
 
@@ -454,11 +437,11 @@ class Whitening(CurvatureRule):
         """Returns mean(D²)."""
         return jnp.mean(jnp.square(direction))
 
-    def derive_factors(
-        self, factors: Factors, structures: Sequence[Structure]
-    ) -> tuple[Factors, Factors | None]:
+    def derive_factors(self, factors: Factors, structures: Sequence[Structure]) -> tuple[Factors, Factors | None]:
         """Returns the symmetric factors of equal K Kᵀ."""
-        return tuple([s.symmetric_root(k, precision=self.precision) for s, k in zip(structures, factors, strict=True)]), None
+        return tuple(
+            [s.symmetric_root(k, precision=self.precision) for s, k in zip(structures, factors, strict=True)]
+        ), None
 
     def precondition_momentum(
         self, state: CurvatureState, momentum: jax.Array, structures: Sequence[Structure]
@@ -496,9 +479,7 @@ class Spectral(CurvatureRule):
         """The powers of the momentum and of the inverse curvature that D is made of."""
         return 0.0, self.power
 
-    def derive_factors(
-        self, factors: Factors, structures: Sequence[Structure]
-    ) -> tuple[Factors, Factors | None]:
+    def derive_factors(self, factors: Factors, structures: Sequence[Structure]) -> tuple[Factors, Factors | None]:
         """Returns the factors, and S̃^(−q) for q < 1/2: roots of the symmetric root."""
         if self.power == 0.5:
             return factors, None

@@ -121,7 +121,7 @@ def average_square(
 
 
 def damp_relatively(s: jax.Array, *, damping: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """Returns s / mean(s) + ρ, in at least single precision, and mean(s), a scalar; one and zero where s is all zero."""
+    """Returns s / mean(s) + ρ, in at least single precision, and mean(s); one and zero where s is all zero."""
     wide = upcast(s)
     mean = jnp.mean(wide)
     is_zero = mean == 0
