@@ -5,7 +5,7 @@ Square-Root in Adaptive Gradient Methods? A Second-Order Perspective (ICML 2024,
 """
 
 from rootfree_optax._src.common.schedules import averaging_schedule, growing_interval
-from rootfree_optax._src.layout import Group, Layout, Plan, as_matrix, flatten, weight_and_bias
+from rootfree_optax._src.layout import EMBEDDINGS, Group, Layout, Plan, as_matrix, flatten, weight_and_bias
 from rootfree_optax._src.mesh.state_shardings import state_shardings
 from rootfree_optax._src.optimizers.diagonal import rf_adamw, rf_rmsprop
 from rootfree_optax._src.optimizers.kronecker import rf_shampoo, sirf_shampoo
@@ -21,6 +21,7 @@ from rootfree_optax._src.transforms.kronecker_inverse import ScaleByRfShampooSta
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMBEDDINGS",
     "Group",
     "Layout",
     "Plan",
