@@ -7,7 +7,7 @@ Square-Root in Adaptive Gradient Methods? A Second-Order Perspective (ICML 2024,
 from rootfree_optax import published
 from rootfree_optax._src.blocks.rule import BlockRule, Step
 from rootfree_optax._src.common.schedules import growing, staggered
-from rootfree_optax._src.layout import Group, Layout, Plan, as_matrix, flatten, weight_and_bias
+from rootfree_optax._src.layout import EMBEDDINGS, Group, Layout, Plan, as_matrix, flatten, weight_and_bias
 from rootfree_optax._src.mesh.state_shardings import state_shardings
 from rootfree_optax._src.optimizers.diagonal import rf_adamw, rf_rmsprop
 from rootfree_optax._src.optimizers.kronecker import kl_shampoo, sirf_muon, sirf_shampoo
@@ -24,6 +24,7 @@ from rootfree_optax._src.transforms.kronecker import ScaleByKroneckerState, scal
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMBEDDINGS",
     "BlockRule",
     "Group",
     "Layout",

@@ -227,6 +227,95 @@ def test_parameters_that_cannot_be_planned(params: object, error: type, message:
         Layout().plan(params)
 
 
+REST = {
+    "embed": struct(12, 4),
+    "layers": {"kernel": struct(3, 4, 5), "bias": struct(3, 5), "scale": struct(3, 1, 4)},
+    "lm_head": {"kernel": struct(4, 6), "bias": struct(6)},
+    "dense": {"kernel": struct(4, 4), "bias": struct(4)},
+    "temperature": struct(),
+    "long_row": struct(1, 32_769),
+    "wide": struct(2, 32_769),
+    "as_wide_as_may_be": struct(2, 32_768),
+}
+
+
+def rest_of(diagonal: object, **arguments: object) -> dict[str, str]:
+    """Returns the reasons of the parameters without factors, after checking that all others are in a unit."""
+    plan = Layout(layer_axes={"^layers": 0}, diagonal=diagonal, **arguments).plan(REST)
+    shapes = {"/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(REST)}
+    assert {rest.path: rest.shape for rest in plan.rest} == {rest.path: shapes[rest.path] for rest in plan.rest}
+    assert {rest.path for rest in plan.rest if rest.layer_axes == (0,)} == {"layers/bias", "layers/scale"} & {
+        rest.path for rest in plan.rest
+    }
+    planned = [path for unit in plan.units for path in unit.paths]
+    assert sorted([*planned, *(rest.path for rest in plan.rest)]) == sorted(shapes)
+    return {rest.path: rest.reason for rest in plan.rest}
+
+
+def test_by_default_every_parameter_has_factors() -> None:
+    assert rest_of(None) == {}
+
+
+def test_embeddings_vectors_and_very_long_axes_have_no_factors() -> None:
+    vectors = dict.fromkeys(
+        ("layers/bias", "layers/scale", "lm_head/bias", "dense/bias", "temperature", "long_row"), "a vector or scalar"
+    )
+    always = vectors | {"wide": "an axis longer than 32,768"}
+    by_name = {path: f"{word!r} in its key path" for path, word in [("embed", "embed"), ("lm_head/kernel", "head")]}
+    by_name["lm_head/bias"] = by_name["lm_head/kernel"]
+    assert rest_of(rf.EMBEDDINGS) == always | by_name
+    assert rest_of("^dense/k") == always | {"dense/kernel": "'dense/k' in its key path"}
+    chosen = lambda path, shape: path == "dense/kernel" and shape == (4, 4)
+    assert rest_of(chosen) == always | {"dense/kernel": "chosen by the callable"}
+    # A rule that applies to a vector gives it factors, but none that `diagonal` has excluded by name.
+    grouped = rest_of(rf.EMBEDDINGS, group=(weight_and_bias(), flatten("temperature")))
+    assert grouped == {
+        path: reason
+        for path, reason in (always | by_name).items()
+        if path not in ("layers/bias", "dense/bias", "temperature")
+    }
+
+
+def test_parameters_without_factors_are_in_no_stack_and_come_back_as_they_are_given() -> None:
+    tree = numbered({"embed": struct(6, 4, dtype="bfloat16"), "kernel": struct(4, 5), "bias": struct(5)})
+    plan = Layout(diagonal=rf.EMBEDDINGS).plan(tree)
+    assert [(stack.shape, stack.count) for stack in plan.stacks] == [((4, 5), 1)]
+    packed = plan.pack(tree)
+    rest = {"embed": jnp.ones((6, 4)), "bias": jnp.zeros(5)}
+    back = plan.unpack(packed, tree, rest=rest)
+    np.testing.assert_array_equal(back["kernel"], tree["kernel"])
+    np.testing.assert_array_equal(back["embed"], rest["embed"])
+    np.testing.assert_array_equal(back["bias"], rest["bias"])
+    assert back["embed"].dtype == jnp.bfloat16
+    without = plan.unpack(packed, {**tree, "embed": None}, rest={"bias": rest["bias"]})
+    assert without["embed"] is None
+    np.testing.assert_array_equal(without["bias"], rest["bias"])
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ({}, "rest must have an array for each parameter without factors, but 'bias' is missing"),
+        ({"bias": (5,)}, "but 'embed' is missing"),
+        ({"bias": (5,), "embed": (4, 6)}, r"rest must .* got \(4, 6\) at 'embed' instead of \(6, 4\)"),
+        ({"bias": (5,), "embed": (6, 4), "kernel": (4, 5)}, "'kernel' is not one"),
+    ],
+    ids=["none", "missing", "shape", "more"],
+)
+def test_unpack_needs_the_rest(rest: dict, message: str) -> None:
+    tree = {"embed": jnp.ones((6, 4)), "kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)}
+    plan = Layout(diagonal=rf.EMBEDDINGS).plan(tree)
+    with pytest.raises(ValueError, match=message):
+        plan.unpack(plan.pack(tree), tree, rest={path: jnp.zeros(shape) for path, shape in rest.items()} or None)
+
+
+def test_a_diagonal_pattern_without_a_match_is_an_error() -> None:
+    tree = {"kernel": struct(4, 4)}
+    assert Layout(diagonal=rf.EMBEDDINGS).plan(tree).rest == ()
+    with pytest.raises(ValueError, match=r"diagonal must match .* got 'embedding'. The nearest key paths are 'kernel'"):
+        Layout(diagonal="embedding").plan(tree)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16, {2: (jnp.bfloat16, None)}])
 def test_bytes_are_those_of_the_real_state(momentum: float, dtype: object) -> None:

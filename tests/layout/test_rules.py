@@ -155,7 +155,7 @@ def test_factor_dtypes() -> None:
         ({"structure": {2: ("dense",)}}, ValueError, r"name 2 structures for parameters of 2 axes, got \('dense',\)"),
         ({"structure": {"matrix": "dense"}}, ValueError, "got the key 'matrix'"),
         ({"structure": 3}, TypeError, "structure must be None, a name, a tuple, a mapping or a callable, got 3"),
-        ({"layer_axes": {"(": 1}}, ValueError, r"got the key '\('"),
+        ({"layer_axes": {"(": 1}}, ValueError, r"a key of layer_axes must be a regular expression, got '\('"),
         (
             {"layer_axes": {"a": "b"}},
             TypeError,
@@ -163,6 +163,8 @@ def test_factor_dtypes() -> None:
         ),
         ({"layer_axes": "layers"}, TypeError, "layer_axes must be None, an integer, a tuple .* got 'layers'"),
         ({"layer_axes": True}, TypeError, "layer_axes must be None, an integer, a tuple .* got True"),
+        ({"diagonal": "("}, ValueError, r"diagonal must be a regular expression, got '\('"),
+        ({"diagonal": True}, TypeError, "diagonal must be None, a regular expression or a callable, got True"),
         ({"factor_dtype": "int32"}, ValueError, "factor_dtype must be None or a real floating-point dtype.* got int32"),
         ({"factor_dtype": {2: "int8"}}, ValueError, "factor_dtype must be None or .* got int8"),
         ({"factor_dtype": {"2": "bfloat16"}}, ValueError, r"factor_dtype must map numbers of axes.* got the keys"),

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rootfree_optax._src.common.trees import Shape
+from rootfree_optax._src.layout.paths import require_expression
 
 # The key that Flax's `nnx.Variable` and `nn.Partitioned` put around an array: no part of its name.
 _BOX = "/value"
@@ -65,14 +66,6 @@ class Group:
             raise ValueError(f"members of a group must differ, got {self.members}.")
         if self.pattern is not None:
             require_expression("pattern", self.pattern)
-
-
-def require_expression(name: str, pattern: str) -> None:
-    """Raises a ValueError if `pattern` is no regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name} must be a regular expression, got {pattern!r}: {error}.") from None
 
 
 class Assignment(NamedTuple):

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,11 +13,14 @@ from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.common.validate import require_at_least
 from rootfree_optax._src.layout import rules
 from rootfree_optax._src.layout.group import Assignment, Group, assign, joined_shape
-from rootfree_optax._src.layout.plan import Plan
+from rootfree_optax._src.layout.paths import EMBEDDINGS, require_match
+from rootfree_optax._src.layout.plan import Plan, Rest
 from rootfree_optax._src.layout.split import Cut
 from rootfree_optax._src.layout.stack import place
 from rootfree_optax._src.layout.unit import Unit, merged, squeezed, stacks_of, without_axes
 from rootfree_optax._src.structures import Structure, StructureFactory, dense, diagonal
+
+_LONGEST_AXIS = 32_768
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,12 @@ class Layout:
         mapping from regular expressions to integers or tuples: the first expression that is found in the key path
         decides, and other parameters have no layer axes. A callable from the key path and the shape to an integer, a
         tuple or None. A position that a parameter does not have is an error.
+      diagonal: which parameters have no factors, so that each of their entries is treated alone. None: no parameter. A
+        regular expression that is found in their key paths, such as `EMBEDDINGS`, or a callable from the key path and
+        the shape to a bool. Either excludes two more kinds, layer axes not counted: vectors and scalars, which are
+        parameters with at most one axis longer than one, unless a rule of `group` applies to them; and parameters of
+        more axes with one longer than 32,768. `diagonal` is decided before `group`. `Plan.rest` lists the parameters
+        without factors, and why they have none.
       group: rules that join or reshape parameters, such as `weight_and_bias()`; the first that applies wins.
       factor_dtype: the floating-point dtype of the factors, of at least 16 bits. None: the widest of the stack's
         parameters. A dtype: for every factor. A tuple: one for each axis, None for the default. A mapping: from the
@@ -71,6 +81,7 @@ class Layout:
     block_size: int | None = None
     merge_dims: int | None = None
     layer_axes: rules.LayerRule = None
+    diagonal: rules.DiagonalRule = None
     group: tuple[Group, ...] = ()
     factor_dtype: rules.DTypeRule = None
 
@@ -80,6 +91,7 @@ class Layout:
             object.__setattr__(self, name, rules.frozen(getattr(self, name)))
         rules.require_structure_rule(self.structure)
         rules.require_layer_rule(self.layer_axes)
+        rules.require_diagonal_rule(self.diagonal)
         rules.require_dtype_rule(self.factor_dtype, "factor_dtype")
         for name in ("max_dense_dim", "block_size", "merge_dims"):
             value = getattr(self, name)
@@ -110,13 +122,29 @@ def _plan(layout: Layout, shapes: tuple[tuple[str, Shape], ...]) -> Plan:
     parameters = {path: shape for path, shape in shapes if 0 not in shape}
     layer_axes = {path: rules.layer_axes_of(layout.layer_axes, path, shape) for path, shape in parameters.items()}
     of_a_layer = {path: without_axes(shape, layer_axes[path]) for path, shape in parameters.items()}
+    if isinstance(layout.diagonal, str) and layout.diagonal != EMBEDDINGS:
+        require_match("diagonal", layout.diagonal, dict(shapes))
+    reasons = _reasons_before_groups(layout, parameters, of_a_layer)
+    assignments = assign(layout.group, {path: shape for path, shape in of_a_layer.items() if path not in reasons})
+    if layout.diagonal is not None:
+        alone = [path for _, (path, *_), rule in assignments if rule is None]
+        reasons |= {path: "a vector or scalar" for path in alone if _is_vector(of_a_layer[path])}
     units = tuple(
         _unit(layout, assignment, {path: (parameters[path], layer_axes[path]) for path in assignment.paths})
-        for assignment in assign(layout.group, of_a_layer)
+        for assignment in assignments
+        if assignment.paths[0] not in reasons
     )
     stacks, flat = place([part for unit in units for part in unit.stacks])
     placements = iter(flat)
-    plan = Plan(units, stacks, tuple(tuple(next(placements) for _ in unit.stacks) for unit in units), empty)
+    plan = Plan(
+        units=units,
+        stacks=stacks,
+        placements=tuple(tuple(next(placements) for _ in unit.stacks) for unit in units),
+        rest=tuple(
+            Rest(path, shape, reasons[path], layer_axes[path]) for path, shape in parameters.items() if path in reasons
+        ),
+        empty=empty,
+    )
     names = collections.Counter(block.name for block in plan.blocks)
     if twice := [name for name, number in names.items() if number > 1]:
         raise ValueError(
@@ -124,6 +152,25 @@ def _plan(layout: Layout, shapes: tuple[tuple[str, Shape], ...]) -> Plan:
             "name of a block or group of another."
         )
     return plan
+
+
+def _is_vector(shape: Shape) -> bool:
+    return len(squeezed(shape)) == 1
+
+
+def _reasons_before_groups(
+    layout: Layout, parameters: Mapping[str, Shape], of_a_layer: Mapping[str, Shape]
+) -> dict[str, str]:
+    """Returns why parameters have no factors, by key path, as far as that does not depend on groups."""
+    reasons = {}
+    for path, shape in parameters.items():
+        reason = rules.reason_without_factors(layout.diagonal, path, shape)
+        layer = of_a_layer[path]
+        if reason is None and layout.diagonal is not None and not _is_vector(layer) and max(layer) > _LONGEST_AXIS:
+            reason = f"an axis longer than {_LONGEST_AXIS:,}"
+        if reason is not None:
+            reasons[path] = reason
+    return reasons
 
 
 def _unit(layout: Layout, assignment: Assignment, members: dict[str, tuple[Shape, tuple[int, ...]]]) -> Unit:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,23 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rest:
+    """A parameter without factors, see `Layout.diagonal`.
+
+    Args:
+      path: the key path.
+      shape: the parameter's shape.
+      reason: why it has no factors, as in "'embed' in its key path".
+      layer_axes: the positions of its layer axes.
+    """
+
+    path: str
+    shape: Shape
+    reason: str
+    layer_axes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """How a tree of parameters becomes stacks of blocks. `Layout.plan` makes it; it is static, hashable, and small.
 
@@ -48,6 +65,7 @@ class Plan:
       units: the parameters and groups.
       stacks: the stacks.
       placements: for each unit, where in the stacks its blocks stand.
+      rest: the parameters without factors, which are in no stack.
       empty: key paths and shapes of the parameters without entries, which have no blocks.
 
     Example:
@@ -66,12 +84,14 @@ class Plan:
     units: tuple[Unit, ...]
     stacks: tuple[Stack, ...]
     placements: tuple[tuple[Placement, ...], ...]
+    rest: tuple[Rest, ...] = ()
     empty: tuple[tuple[str, Shape], ...] = ()
 
     def pack(self, tree: Any, name: str = "gradients", relayout: RelayoutFn = no_relayout) -> tuple[jax.Array, ...]:
         """Returns the blocks of a tree like the parameters, one array [count, *shape] for each stack.
 
         The dtype of a stack is the widest among its members'. A parameter without a gradient (None) becomes NaN.
+        Parameters without factors, those of `rest`, are in no stack.
 
         Args:
           tree: arrays of the parameters' shapes.
@@ -98,7 +118,13 @@ class Plan:
         return stack(pieces, self._flat_placements, self.stacks)
 
     def unpack(
-        self, stacks: Sequence[jax.Array], like: Any, relayout: RelayoutFn = no_relayout, *, equal_kernels: bool = False
+        self,
+        stacks: Sequence[jax.Array],
+        like: Any,
+        relayout: RelayoutFn = no_relayout,
+        *,
+        rest: Mapping[str, jax.Array] | None = None,
+        equal_kernels: bool = False,
     ) -> Any:
         """Returns the tree whose blocks are given: the inverse of `pack`.
 
@@ -106,11 +132,12 @@ class Plan:
           stacks: [count, *shape] for each stack.
           like: the tree that was packed. Each array gets the dtype of its leaf; None stays None.
           relayout: moves arrays between devices on their way from blocks, see `Unit.to_blocks`.
+          rest: the arrays of the parameters without factors, by key path; may leave out those that are None in `like`.
           equal_kernels: whether the program hides where in a stack each parameter's blocks begin, so that parameters of
             one shape get one kernel, compiled once; for stacks that every device has whole.
 
         Raises:
-          ValueError: for stacks or a tree unlike the plan's.
+          ValueError: for stacks or a tree unlike the plan's, or for a `rest` without one of its parameters.
         """
         shapes = [array.shape for array in stacks]
         expected = [(target.count, *target.shape) for target in self.stacks]
@@ -118,6 +145,8 @@ class Plan:
             raise ValueError(f"stacks must have the shapes {expected}, got {shapes}.")
         leaves = self._named_leaves(like, "the tree to unpack like")
         arrays = {path: jnp.zeros(shape) for path, shape in self.empty}
+        if self.rest or rest:
+            arrays |= self._require_rest(rest or {}, leaves)
         starts = {place.start for place in self._flat_placements if place.count < self.stacks[place.stack].count}
         numbers = opaque({0, *starts}, stacks[0]) if equal_kernels and starts else None
         for unit, places in zip(self.units, self.placements, strict=True):
@@ -134,9 +163,23 @@ class Plan:
         trees.require_shapes(relevant, self._shapes, name=name)
         return leaves
 
+    def _require_rest(self, arrays: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the arrays of the parameters without factors that have a gradient, after checking them."""
+        expected = {entry.path: entry.shape for entry in self.rest if leaves[entry.path] is not None}
+        if missing := expected.keys() - arrays.keys():
+            raise ValueError(
+                f"rest must have an array for each parameter without factors, but {min(missing)!r} is missing. "
+                "Pass its update, or plan with Layout(diagonal=None)."
+            )
+        if unknown := arrays.keys() - {entry.path for entry in self.rest}:
+            raise ValueError(f"rest must have parameters without factors only, but {min(unknown)!r} is not one.")
+        found = {path: arrays[path] for path in expected}
+        trees.require_shapes(found, expected, name="rest")
+        return found
+
     @functools.cached_property
     def _shapes(self) -> dict[str, Shape]:
-        shapes = dict(self.empty)
+        shapes = dict(self.empty) | {entry.path: entry.shape for entry in self.rest}
         for unit in self.units:
             shapes |= zip(unit.paths, unit.shapes, strict=True)
         return shapes

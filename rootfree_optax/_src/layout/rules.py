@@ -1,4 +1,4 @@
-"""The user's rules: the structure and dtype of each factor, and which axes index layers."""
+"""The user's rules: which parameters have factors, of which structure and dtype, and which axes index layers."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.common.validate import require_floating_dtype
+from rootfree_optax._src.layout.paths import require_expression
 from rootfree_optax._src.structures import StructureFactory, structure_factory
 
 Key = TypeVar("Key")
@@ -21,6 +22,7 @@ StructureRule: TypeAlias = (
 )
 AxesDType: TypeAlias = DTypeLike | tuple[DTypeLike | None, ...] | None
 DTypeRule: TypeAlias = AxesDType | Mapping[int, AxesDType]
+DiagonalRule: TypeAlias = str | Callable[[str, Shape], bool] | None
 LayerAxes: TypeAlias = int | tuple[int, ...] | None
 LayerRule: TypeAlias = LayerAxes | Mapping[str, LayerAxes] | Callable[[str, Shape], LayerAxes]
 
@@ -167,12 +169,7 @@ def require_layer_rule(rule: LayerRule) -> None:
     """Raises a ValueError or TypeError for an invalid rule."""
     if isinstance(rule, Mapping):
         for pattern, positions in rule.items():
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise ValueError(
-                    f"layer_axes must map regular expressions, got the key {pattern!r}: {error}."
-                ) from None
+            require_expression("a key of layer_axes", pattern)
             if positions is not None and not _are_positions(positions):
                 raise TypeError(
                     "layer_axes must map to the position of an axis, a tuple of positions, or None, got "
@@ -217,3 +214,19 @@ def layer_axes_of(rule: LayerRule, path: str, shape: Shape) -> tuple[int, ...]:
     if len(set(axes)) < len(axes):
         raise ValueError(f"layer_axes must be distinct axes of {path!r}, of shape {shape}, got {found!r}.")
     return axes
+
+
+def require_diagonal_rule(rule: DiagonalRule) -> None:
+    """Raises a ValueError or TypeError for an invalid rule."""
+    if isinstance(rule, str):
+        require_expression("diagonal", rule)
+    elif rule is not None and not callable(rule):
+        raise TypeError(f"diagonal must be None, a regular expression or a callable, got {rule!r}.")
+
+
+def reason_without_factors(rule: DiagonalRule, path: str, shape: Shape) -> str | None:
+    """Returns why a rule gives a parameter no factors, None if the rule does not."""
+    if isinstance(rule, str):
+        found = re.search(rule, path)
+        return None if found is None else f"{found[0]!r} in its key path"
+    return "chosen by the callable" if rule is not None and rule(path, shape) else None
