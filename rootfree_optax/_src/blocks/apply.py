@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from rootfree_optax._src.blocks.factor_step import times_scalar
 from rootfree_optax._src.blocks.folding import fold, fold_axes
-from rootfree_optax._src.numerics.dtypes import is_narrower, upcast
+from rootfree_optax._src.numerics.dtypes import has_smaller_range, upcast
 from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two
 from rootfree_optax._src.structures.base import Parts, Structure
@@ -65,7 +65,7 @@ def _multiplied(
     rescale = jnp.ones((), direction.dtype)
     for axis, (structure, parts) in enumerate(zip(folded_structures, folded_matrices, strict=True)):
         multiplications = products(structure)
-        if is_narrower(parts[0].dtype, direction.dtype):
+        if has_smaller_range(parts[0].dtype, direction.dtype):
             scale = power_of_two(exponent_of(max_abs(parts))).astype(rescale.dtype)
             unit = power_of_two(exponent_of(jnp.max(jnp.abs(direction)))).astype(rescale.dtype)
             direction, parts = direction / unit, times_scalar(parts, 1 / scale)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rootfree_optax._src.blocks.folding import fold, fold_axes, unfold_means
-from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_half, upcast
+from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
 from rootfree_optax._src.numerics.rounding import round_dithered
 from rootfree_optax._src.structures.base import Parts, Structure
 
@@ -108,7 +108,9 @@ def _scaled(structures: Sequence[Structure], factors: Sequence[Parts]) -> tuple[
     would be one more pass over the factor.
     """
     pairs = [
-        (times_scalar(parts, 1 / math.sqrt(structure.dim)), 1) if is_half(parts[0].dtype) else (parts, structure.dim)
+        (times_scalar(parts, 1 / math.sqrt(structure.dim)), 1)
+        if is_low_precision(parts[0].dtype)
+        else (parts, structure.dim)
         for structure, parts in zip(structures, factors, strict=True)
     ]
     return [parts for parts, _ in pairs], [divisor for _, divisor in pairs]

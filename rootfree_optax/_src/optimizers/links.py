@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.blocks.momentum import add_scaled
 from rootfree_optax._src.common import schedules, trees, validate
-from rootfree_optax._src.numerics.dtypes import dtype_like, is_narrower
+from rootfree_optax._src.numerics.dtypes import dtype_like, has_smaller_range
 from rootfree_optax._src.numerics.rounding import saturate
 
 MaskOrFn = Any | Callable[[optax.Params], Any] | None
@@ -132,7 +132,7 @@ def heavy_ball(
 
 def _stored(velocity: jax.Array, average: jax.Array) -> jax.Array:
     """Returns the average in the velocity's dtype; beyond a narrower range at its end, not infinite for good."""
-    narrower = is_narrower(velocity.dtype, average.dtype)
+    narrower = has_smaller_range(velocity.dtype, average.dtype)
     return saturate(average, velocity.dtype) if narrower else average.astype(velocity.dtype)
 
 
