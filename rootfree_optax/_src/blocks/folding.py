@@ -83,7 +83,7 @@ def _groups(structures: Sequence[Structure], dtypes: Sequence[jnp.dtype]) -> Gro
         length = math.prod(structures[n].dim for n in group)
         one_dtype = len({dtypes[n] for n in group}) == 1
         wide = jnp.finfo(dtypes[group[0]]).maxexp >= jnp.finfo(accumulation_dtype(dtypes[group[0]])).maxexp
-        are_dense = all(structures[n] == dense(structures[n].dim) for n in group)
+        are_dense = all(structures[n].is_dense for n in group)
         return are_dense and one_dtype and wide and length <= _LONGEST and length**3 <= size
 
     groups: list[tuple[int, ...]] = []

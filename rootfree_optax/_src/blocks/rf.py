@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from rootfree_optax._src.blocks.rule import BlockRule, Step
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, upcast
 from rootfree_optax._src.numerics.finite import all_finite
-from rootfree_optax._src.structures import Parts, Structure, dense, diagonal
+from rootfree_optax._src.structures import Parts, Structure
 
 
 def _one_at_a_time(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -164,6 +164,6 @@ class CholeskyInverse(BlockRule):
 
     def supports(self, structure: Structure) -> str | None:
         """Returns why a structure has no inverse within it, unless it is dense or diagonal."""
-        if structure in (dense(structure.dim), diagonal(structure.dim)):
+        if structure.is_dense or structure.is_diagonal:
             return None
         return "rf_shampoo needs structures that hold their inverses, dense or diagonal. Use sirf_shampoo for others."

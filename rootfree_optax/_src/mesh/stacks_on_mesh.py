@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import jax
@@ -95,7 +94,7 @@ class WholeStacks:
         """
         return _pack_whole(self.plan, tree, name, sample_axis)
 
-    def unpack(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    def unpack(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] | None = None) -> Any:
         """Returns the tree whose blocks are given, with the dtypes and shardings of `like`: the inverse of `pack`.
 
         Args:
@@ -154,15 +153,15 @@ class DividedStacks(WholeStacks):
         """Returns the stacks of a tree like the parameters, divided over the axes."""
         return _pack_divided(self, tree, name, sample_axis)
 
-    def unpack(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    def unpack(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] | None = None) -> Any:
         """Returns the tree whose blocks are given: the inverse of `pack`."""
-        return _unpack_divided(self, tuple(stacks), like, dict(rest))
+        return _unpack_divided(self, tuple(stacks), like, rest)
 
     def _pack_padded(self, tree: Any, name: str, sample_axis: bool, **relayout: Any) -> Stacks:
         stacks = _pack(self.plan, tree, name, sample_axis, **relayout)
         return tuple(_pad(stack, length) for stack, length in zip(stacks, self.lengths, strict=True))
 
-    def _unpack_padded(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any]) -> Any:
+    def _unpack_padded(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] | None) -> Any:
         own = [array[: stack.count] for array, stack in zip(stacks, self.stacks, strict=True)]
         return self.plan.unpack(own, like, rest=rest)
 
@@ -195,7 +194,7 @@ class LocalStacks(DividedStacks):
             for stack, length in zip(whole, lengths, strict=True)
         )
 
-    def unpack(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    def unpack(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] | None = None) -> Any:
         """Returns the whole tree, on every device."""
         return shard_like(self._unpack_padded([self._sum_parts(part) for part in stacks], like, rest), like)
 
@@ -239,11 +238,11 @@ def _pack_divided(divided: DividedStacks, tree: Any, name: str, sample_axis: boo
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _unpack_divided(divided: DividedStacks, stacks: Stacks, like: Any, rest: dict[str, Any]) -> Any:
+def _unpack_divided(divided: DividedStacks, stacks: Stacks, like: Any, rest: Mapping[str, Any] | None) -> Any:
     mesh = divided.mesh
     leaves, structure = jax.tree.flatten(like)
 
-    def to_leaves(stacks: Stacks, like: Any, rest: dict[str, Any]) -> tuple[jax.Array, ...]:
+    def to_leaves(stacks: Stacks, like: Any, rest: Mapping[str, Any] | None) -> tuple[jax.Array, ...]:
         # The stops of `_pack_divided` backwards, without the last, where the stacks are.
         stops = [route(mesh, divided.axes, stack.shape)[-2::-1] for stack in stacks]
         whole = [move(mesh, stack, back) for stack, back in zip(stacks, stops, strict=True)]

@@ -103,6 +103,14 @@ class Structure(abc.ABC):
         """
         raise ValueError(f"K Kᵀ needs a structure that is closed under transposition, got {self.name!r}.")
 
+    def congruence(self, parts: Parts, symmetric: Parts, *, precision: PrecisionLike = None) -> Parts:
+        """Returns the parts of Kᵀ S K, in the accumulation dtype, for a symmetric S, if the set is symmetric.
+
+        Raises:
+          ValueError: if the set is not symmetric.
+        """
+        raise ValueError(f"Kᵀ S K needs a structure that is closed under transposition, got {self.name!r}.")
+
     def times_inverse_root(
         self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: PrecisionLike = None
     ) -> Parts:
@@ -142,9 +150,44 @@ class Structure(abc.ABC):
     def project_inner(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
         """Returns the parts of Π̂(Kᵀ K)."""
 
+    def add_identity(self, parts: Parts, scale: ArrayLike) -> Parts:
+        """Returns the parts of K + c·I."""
+        identity = self.identity(parts[0].dtype)
+        return tuple([k + jnp.asarray(scale, k.dtype) * i for k, i in zip(parts, identity, strict=True)])
+
     @abc.abstractmethod
     def squared_norm(self, parts: Parts) -> jax.Array:
         """Returns ‖K‖²_F = Tr(KᵀK), a scalar."""
+
+    def trace(self, parts: Parts) -> jax.Array:
+        """Returns Tr(K), a scalar, if the set is symmetric.
+
+        Raises:
+          ValueError: if the set is not symmetric.
+        """
+        raise ValueError(f"a trace needs a structure that is closed under transposition, got {self.name!r}.")
+
+    def symmetric_root(self, parts, *, precision=None):
+        """Temporary."""
+
+        def root(k):
+            if k.ndim == 1:
+                return jnp.abs(k)
+            w, q = jnp.linalg.eigh(jnp.einsum("...ij,...kj->...ik", k, k))
+            return jnp.einsum("...ij,...j,...kj->...ik", q, jnp.sqrt(jnp.maximum(w, 0)), q)
+
+        return tuple(root(k.astype(jnp.promote_types(k.dtype, jnp.float32))) for k in parts)
+
+    def positive_root(self, parts, *, precision=None):
+        """Temporary."""
+
+        def root(k):
+            if k.ndim == 1:
+                return jnp.sqrt(jnp.abs(k))
+            w, q = jnp.linalg.eigh(k)
+            return jnp.einsum("...ij,...j,...kj->...ik", q, jnp.sqrt(jnp.maximum(w, 0)), q)
+
+        return tuple(root(k.astype(jnp.promote_types(k.dtype, jnp.float32))) for k in parts)
 
     @abc.abstractmethod
     def flops(self, columns: int) -> Flops:

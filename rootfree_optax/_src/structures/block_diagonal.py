@@ -113,6 +113,18 @@ class BlockDiagonal(Structure):
         # The subscripts say which block is transposed: XLA for CPUs copies a block that is transposed first.
         return (einsum(subscripts, left[0], right[0], precision=precision),)
 
+    def congruence(self, parts: Parts, symmetric: Parts, *, precision: PrecisionLike = None) -> Parts:
+        """Returns the parts of Kᵀ S K, in the accumulation dtype of K."""
+        right = self._product(
+            "...ij,...jk->...ik", tuple([s.astype(parts[0].dtype) for s in symmetric]), parts, precision
+        )
+        narrow = tuple([r.astype(parts[0].dtype) for r in right])
+        return self._product("...ji,...jk->...ik", parts, narrow, precision)
+
+    def trace(self, parts: Parts) -> jax.Array:
+        """Returns Tr(K)."""
+        return jnp.sum(parts[0]) if self.size == 1 else jnp.sum(jnp.trace(parts[0], axis1=-2, axis2=-1))
+
     def times_inverse_root(
         self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: PrecisionLike = None
     ) -> Parts:

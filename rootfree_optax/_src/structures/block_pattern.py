@@ -118,6 +118,19 @@ class BlockPattern(Structure):
         segments = [s.square((part,), precision=precision) for s, part in zip(self.segments, parts, strict=True)]
         return (*itertools.chain(*segments),)
 
+    def congruence(self, parts: Parts, symmetric: Parts, *, precision: PrecisionLike = None) -> Parts:
+        """Returns the parts of Kᵀ S K, if there is no coupling."""
+        if self.couplings:
+            return super().congruence(parts, symmetric, precision=precision)
+        each = zip(self.segments, parts, symmetric, strict=True)
+        return tuple([segment.congruence((k,), (s,), precision=precision)[0] for segment, k, s in each])
+
+    def trace(self, parts: Parts) -> jax.Array:
+        """Returns Tr(K), if there is no coupling."""
+        if self.couplings:
+            return super().trace(parts)
+        return _add([segment.trace((part,)) for segment, part in zip(self.segments, parts, strict=True)])
+
     def times_inverse_root(
         self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: PrecisionLike = None
     ) -> Parts:

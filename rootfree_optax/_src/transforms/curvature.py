@@ -15,7 +15,7 @@ from rootfree_optax._src.mesh.stacks_on_mesh import MeshAxes
 from rootfree_optax._src.transforms.kronecker import scale_by_kronecker
 
 # The root mean square of a step beside the learning rate: with it AdamW's best learning rate is the best one here.
-_RMS = 0.2
+_RMS = 0.4
 
 
 def scale_by_sirf_muon(
@@ -24,8 +24,8 @@ def scale_by_sirf_muon(
     *,
     nesterov: bool = True,
     mu_dtype: DTypeLike | None = None,
-    power: float = 0.125,
-    damping: optax.ScalarOrSchedule = 1e-3,
+    power: float = 0.25,
+    damping: optax.ScalarOrSchedule = 0.1,
     absolute_damping: optax.ScalarOrSchedule = 0.0,
     refresh_every: RefreshEvery = 10,
     statistics_every: Interval = 1,
@@ -77,7 +77,7 @@ def scale_by_sirf_muon(
       >>> params = jnp.zeros((4, 3))
       >>> direction, state = tx.update(jax.random.normal(jax.random.key(0), (4, 3)), tx.init(params))
       >>> print(f"{jnp.sqrt(jnp.mean(direction**2)):.3f}")
-      0.200
+      0.400
 
     References:
       Jordan et al., Muon, https://kellerjordan.github.io/posts/muon; FISMO (q = 1/2), https://arxiv.org/abs/2601.21750;
@@ -163,7 +163,7 @@ def scale_by_sirf_shampoo(
       >>> params = jnp.zeros((4, 3))
       >>> direction, state = tx.update(jax.random.normal(jax.random.key(0), (4, 3)), tx.init(params))
       >>> print(f"{jnp.sqrt(jnp.mean(direction**2)):.3f}")
-      0.200
+      0.400
 
     References:
       Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
@@ -189,7 +189,7 @@ def scale_by_sirf_shampoo(
 
 
 def scale_by_kl_shampoo(
-    momentum: ArrayLike | None = 0.95,
+    momentum: ArrayLike | None = 0.9,
     statistics_decay: optax.ScalarOrSchedule = 0.95,
     *,
     nesterov: bool = True,
@@ -246,7 +246,7 @@ def scale_by_kl_shampoo(
       >>> params = jnp.zeros((4, 3))
       >>> direction, state = tx.update(jax.random.normal(jax.random.key(0), (4, 3)), tx.init(params))
       >>> print(f"{jnp.sqrt(jnp.mean(direction**2)):.3f}")
-      0.200
+      0.400
 
     References:
       Lin et al., KL-Shampoo, https://arxiv.org/abs/2509.03378
