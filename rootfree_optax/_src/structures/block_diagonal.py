@@ -115,11 +115,9 @@ class BlockDiagonal(Structure):
 
     def congruence(self, parts: Parts, symmetric: Parts, *, precision: PrecisionLike = None) -> Parts:
         """Returns the parts of Kᵀ S K, in the accumulation dtype of K."""
-        right = self._product(
-            "...ij,...jk->...ik", tuple([s.astype(parts[0].dtype) for s in symmetric]), parts, precision
-        )
-        narrow = tuple([r.astype(parts[0].dtype) for r in right])
-        return self._product("...ji,...jk->...ik", parts, narrow, precision)
+        cast = lambda matrices: tuple([matrix.astype(parts[0].dtype) for matrix in matrices])
+        right = self.matmul(cast(symmetric), parts, precision=precision)
+        return self._product("...ji,...jk->...ik", parts, cast(right), precision)
 
     def trace(self, parts: Parts) -> jax.Array:
         """Returns Tr(K)."""
