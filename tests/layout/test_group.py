@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 from hypothesis import strategies as st
 
@@ -103,6 +104,39 @@ def test_variables_of_nnx_are_named_without_their_box() -> None:
     assert [(unit.name, (*unit.layer_shape, *unit.tensor_shape)) for unit in plan.units] == [("kernel+bias", (3, 3))]
 
 
+def test_a_box_may_hold_one_member_of_a_group_and_not_the_other() -> None:
+    dense = nn.Dense(3, kernel_init=nn.with_partitioning(nn.initializers.ones, ("data", None)))
+    variables = jax.eval_shape(dense.init, jax.random.key(0), jnp.ones((1, 2)))
+    (unit,) = Layout(group=(weight_and_bias(),)).plan(variables).units
+    assert (unit.name, unit.paths) == ("params/kernel+bias", ("params/kernel/value", "params/bias"))
+
+
+def test_a_group_that_finds_no_members_is_an_error() -> None:
+    haiku = {"linear": {"w": struct(3, 4), "b": struct(4)}}
+    with pytest.raises(
+        ValueError, match=r"named 'kernel' and 'bias' .* last keys .* 'b', 'w'.*weight_and_bias\('w', 'b'\)"
+    ):
+        names(haiku, weight_and_bias())
+    assert names(haiku, weight_and_bias("w", "b")) == ["linear/w+b"]
+    with pytest.raises(ValueError, match=r"under a common parent, but the last keys of the parameters are 'kernel'\.$"):
+        names({"kernel": struct(3, 4)}, weight_and_bias())
+    flax = {"a": {"kernel": struct(3, 4)}, "b": {"kernel": struct(3, 4), "bias": struct(4)}}
+    with pytest.raises(ValueError, match="common parent where the first matches '\\^a'"):
+        names(flax, weight_and_bias(pattern="^a"))
+    with pytest.raises(ValueError, match=r"the pattern of a group must match .* got 'embed'. The nearest key paths are"):
+        names(flax, flatten("embed"))
+    assert names({}, flatten("embed"), weight_and_bias()) == []
+
+
+def test_members_of_a_group_may_lie_deeper() -> None:
+    rule = Group(("in/kernel", "out/kernel"), lambda a, b: jnp.stack([a, b]), lambda t, *_: (t[0], t[1]))
+    mlp = {"in": {"kernel": struct(3, 3)}, "out": {"kernel": struct(3, 3)}}
+    assert names({"params": {"mlp": mlp, "kernel": struct(2, 2)}}, rule) == [
+        "params/kernel",
+        "params/mlp/in/kernel+out/kernel",
+    ]
+
+
 def test_layers_are_joined_one_by_one() -> None:
     params = {"layers": {"kernel": struct(5, 3, 4), "bias": struct(5, 4)}, "head": {"kernel": struct(4, 2)}}
     plan = Layout(group=(weight_and_bias(),), layer_axes={"^layers/": 0}).plan(params)
@@ -160,6 +194,6 @@ def test_ready_made_rules_are_equal_when_their_arguments_are() -> None:
 def test_assignments_partition_the_parameters() -> None:
     shapes = dict.fromkeys(("a/kernel", "b/kernel", "b/other", "c"), (2, 2))
     rules = (Group(("kernel", "other"), jnp.add, jnp.split), flatten("kernel|c"))
-    found = assign(rules, shapes)
+    found = assign(rules, shapes, {path: path for path in shapes})
     assert [assignment.paths for assignment in found] == [("a/kernel",), ("b/kernel", "b/other"), ("c",)]
     assert [assignment.rule for assignment in found] == [rules[1], rules[0], rules[1]]

@@ -6,17 +6,17 @@ Three rules come ready-made: a weight with its bias, a parameter as a vector, a 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rootfree_optax._src.common.trees import Shape
-from rootfree_optax._src.layout.paths import require_expression
+from rootfree_optax._src.layout.paths import require_expression, require_match
 
-# The key that Flax's `nnx.Variable` and `nn.Partitioned` put around an array: no part of its name.
-_BOX = "/value"
+# What layers call a weight and its bias: in Flax, Haiku, Equinox.
+_WEIGHTS_AND_BIASES = (("kernel", "bias"), ("w", "b"), ("weight", "bias"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,47 +69,83 @@ class Group:
 
 
 class Assignment(NamedTuple):
-    """Parameters that are preconditioned as one tensor, by key path; a rule of None leaves one as it is."""
+    """Parameters that are preconditioned as one tensor.
+
+    Args:
+      name: the key path, of a group as in 'params/dense/kernel+bias'.
+      plain: the same as patterns and callables see it, as in 'dense/kernel+bias'; see `plain_paths`.
+      paths: the key paths of the parameters.
+      rule: the rule that joins them; None for a parameter by itself.
+    """
 
     name: str
+    plain: str
     paths: tuple[str, ...]
     rule: Group | None
 
 
-def assign(rules: Sequence[Group], shapes: Mapping[str, Shape]) -> tuple[Assignment, ...]:
-    """Returns which parameters are joined, and by which rule: the first of the rules that applies to a parameter.
+def assign(rules: Sequence[Group], shapes: Mapping[str, Shape], plain: Mapping[str, str]) -> tuple[Assignment, ...]:
+    """Returns which parameters are joined, and by which rule: the first that applies to a parameter wins.
 
     Args:
       rules: the rules, in order.
       shapes: the shape of a layer of each parameter, by key path.
+      plain: their paths as patterns see them, by key path.
 
     Returns:
       A partition of the key paths, in the order of the groups' first members.
     """
     taken: dict[str, Assignment] = {}
+    paths = {plain[path]: path for path in shapes}
     for rule in rules:
-        for path in shapes:
-            found = _find(rule, path, shapes)
-            if found and not any(member in taken for member in found.paths):
+        for found in _groups(rule, paths):
+            if not any(member in taken for member in found.paths) and _applies(rule, found.paths, shapes):
                 taken |= dict.fromkeys(found.paths, found)
-    return tuple(dict.fromkeys(taken.get(path, Assignment(path, (path,), None)) for path in shapes))
+    alone = {path: Assignment(path, plain[path], (path,), None) for path in shapes}
+    return tuple(dict.fromkeys(taken.get(path, alone[path]) for path in shapes))
 
 
-def _find(rule: Group, path: str, shapes: Mapping[str, Shape]) -> Assignment | None:
-    """Returns the group whose first member is `path`, None if the rule does not apply."""
-    if rule.pattern is not None and not re.search(rule.pattern, path):
-        return None
-    found = Assignment(path, (path,), rule)
-    if rule.members:
-        match = re.fullmatch(f"(|.*/){re.escape(rule.members[0])}({_BOX})?", path)
-        if match is None:
-            return None
-        parent, box = match[1], match[2] or ""
-        found = Assignment(parent + "+".join(rule.members), tuple(parent + name + box for name in rule.members), rule)
-        if not shapes.keys() >= set(found.paths):
-            return None
-    applies = rule.condition is None or rule.condition(*(shapes[member] for member in found.paths))
-    return found if applies else None
+def _groups(rule: Group, paths: Mapping[str, str]) -> Iterator[Assignment]:
+    """Yields the groups of a rule by names and pattern alone; `paths` are key paths by plain path."""
+    for plain, path in paths.items():
+        if rule.pattern is not None and not re.search(rule.pattern, plain):
+            continue
+        if not rule.members:
+            yield Assignment(path, plain, (path,), rule)
+            continue
+        if not f"/{plain}".endswith(f"/{rule.members[0]}"):
+            continue
+        parent = plain.removesuffix(rule.members[0])
+        members = [parent + member for member in rule.members]
+        if paths.keys() >= set(members):
+            joined = parent + "+".join(rule.members)
+            prefix = "params/" if path.startswith(f"params/{plain}") else ""
+            yield Assignment(prefix + joined, joined, tuple(paths[member] for member in members), rule)
+
+
+def _applies(rule: Group, paths: Sequence[str], shapes: Mapping[str, Shape]) -> bool:
+    return rule.condition is None or rule.condition(*(shapes[path] for path in paths))
+
+
+def require_groups(rules: Sequence[Group], plain: Sequence[str]) -> None:
+    """Raises a ValueError for a rule that finds no parameters, by names and pattern, in a tree that is not empty.
+
+    Args:
+      rules: the rules.
+      plain: all key paths as patterns see them.
+    """
+    for rule in rules:
+        if rule.pattern is not None:
+            require_match("the pattern of a group", rule.pattern, plain)
+        if plain and not any(_groups(rule, dict(zip(plain, plain, strict=True)))):
+            last_keys = sorted({path.rpartition("/")[2] for path in plain})
+            known = [pair for pair in _WEIGHTS_AND_BIASES if set(pair) <= set(last_keys) and pair != rule.members]
+            hint = "".join(f" Did you mean weight_and_bias{pair}?" for pair in known)
+            where = "" if rule.pattern is None else f" where the first matches {rule.pattern!r}"
+            raise ValueError(
+                f"a group must find parameters named {' and '.join(map(repr, rule.members))} under a common parent"
+                f"{where}, but the last keys of the parameters are {', '.join(map(repr, last_keys))}.{hint}"
+            )
 
 
 def join_members(arrays: Sequence[jax.Array], rule: Group, layers: int) -> jax.Array:
