@@ -6,17 +6,21 @@ Three rules come ready-made: a weight with its bias, a parameter as a vector, a 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rootfree_optax._src.common.trees import Shape
-from rootfree_optax._src.layout.paths import require_expression
+from rootfree_optax._src.layout.paths import require_expression, require_match
 
-# The key that Flax's `nnx.Variable` and `nn.Partitioned` put around an array: no part of its name.
-_BOX = "/value"
+# What layers call a weight and its bias: in Flax, Haiku, Equinox.
+_WEIGHTS_AND_BIASES = {
+    ("kernel", "bias"): "weight_and_bias()",
+    ("w", "b"): "weight_and_bias('w', 'b')",
+    ("weight", "bias"): "weight_and_bias('weight', 'bias', output_axis=0)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,47 +73,86 @@ class Group:
 
 
 class Assignment(NamedTuple):
-    """Parameters that are preconditioned as one tensor, by key path; a rule of None leaves one as it is."""
+    """Parameters that are preconditioned as one tensor.
+
+    Args:
+      name: the key path, of a group as in 'params/dense/kernel+bias'.
+      plain: the same as patterns and callables see it, as in 'dense/kernel+bias'; see `plain_paths`.
+      paths: the key paths of the parameters.
+      rule: the rule that joins them; None for a parameter by itself.
+    """
 
     name: str
+    plain: str
     paths: tuple[str, ...]
     rule: Group | None
 
 
-def assign(rules: Sequence[Group], shapes: Mapping[str, Shape]) -> tuple[Assignment, ...]:
-    """Returns which parameters are joined, and by which rule: the first of the rules that applies to a parameter.
+def assign(rules: Sequence[Group], shapes: Mapping[str, Shape], plain: Mapping[str, str]) -> tuple[Assignment, ...]:
+    """Returns which parameters are joined, and by which rule: the first that applies to a parameter wins.
 
     Args:
       rules: the rules, in order.
       shapes: the shape of a layer of each parameter, by key path.
+      plain: their paths as patterns see them, by key path.
 
     Returns:
       A partition of the key paths, in the order of the groups' first members.
     """
     taken: dict[str, Assignment] = {}
+    paths = {plain[path]: path for path in shapes}
     for rule in rules:
-        for path in shapes:
-            found = _find(rule, path, shapes)
-            if found and not any(member in taken for member in found.paths):
+        for found in _groups(rule, paths):
+            if not any(member in taken for member in found.paths) and _applies(rule, found.paths, shapes):
                 taken |= dict.fromkeys(found.paths, found)
-    return tuple(dict.fromkeys(taken.get(path, Assignment(path, (path,), None)) for path in shapes))
+    alone = {path: Assignment(path, plain[path], (path,), None) for path in shapes}
+    return tuple(dict.fromkeys(taken.get(path, alone[path]) for path in shapes))
 
 
-def _find(rule: Group, path: str, shapes: Mapping[str, Shape]) -> Assignment | None:
-    """Returns the group whose first member is `path`, None if the rule does not apply."""
-    if rule.pattern is not None and not re.search(rule.pattern, path):
-        return None
-    found = Assignment(path, (path,), rule)
-    if rule.members:
-        match = re.fullmatch(f"(|.*/){re.escape(rule.members[0])}({_BOX})?", path)
-        if match is None:
-            return None
-        parent, box = match[1], match[2] or ""
-        found = Assignment(parent + "+".join(rule.members), tuple(parent + name + box for name in rule.members), rule)
-        if not shapes.keys() >= set(found.paths):
-            return None
-    applies = rule.condition is None or rule.condition(*(shapes[member] for member in found.paths))
-    return found if applies else None
+def _groups(rule: Group, paths: Mapping[str, str]) -> Iterator[Assignment]:
+    """Yields the groups of a rule by names and pattern alone; `paths` are key paths by plain path."""
+    for plain, path in paths.items():
+        if rule.pattern is not None and not re.search(rule.pattern, plain):
+            continue
+        if not rule.members:
+            yield Assignment(path, plain, (path,), rule)
+            continue
+        if not f"/{plain}".endswith(f"/{rule.members[0]}"):
+            continue
+        parent = plain.removesuffix(rule.members[0])
+        members = [parent + member for member in rule.members]
+        if paths.keys() >= set(members):
+            joined = parent + "+".join(rule.members)
+            prefix = "params/" if path.startswith(f"params/{plain}") else ""
+            yield Assignment(prefix + joined, joined, tuple(paths[member] for member in members), rule)
+
+
+def _applies(rule: Group, paths: Sequence[str], shapes: Mapping[str, Shape]) -> bool:
+    try:
+        return rule.condition is None or rule.condition(*(shapes[path] for path in paths))
+    except ValueError as error:
+        raise ValueError(f"{error} The parameters are {', '.join(map(repr, paths))}.") from None
+
+
+def require_groups(rules: Sequence[Group], plain: Sequence[str]) -> None:
+    """Raises a ValueError for a rule that finds no parameters, by names and pattern, in a tree that is not empty.
+
+    Args:
+      rules: the rules.
+      plain: all key paths as patterns see them.
+    """
+    for rule in rules:
+        if rule.pattern is not None:
+            require_match("the pattern of a group", rule.pattern, plain)
+        if plain and not any(_groups(rule, dict(zip(plain, plain, strict=True)))):
+            last_keys = sorted({path.rpartition("/")[2] for path in plain})
+            known = [call for pair, call in _WEIGHTS_AND_BIASES.items() if set(pair) <= set(last_keys)]
+            hint = f" Did you mean {' or '.join(known)}?" if known else ""
+            where = "" if rule.pattern is None else f" where the first matches {rule.pattern!r}"
+            raise ValueError(
+                f"a group must find parameters named {' and '.join(map(repr, rule.members))} under a common parent"
+                f"{where}, but the last keys of the parameters are {', '.join(map(repr, last_keys))}.{hint}"
+            )
 
 
 def join_members(arrays: Sequence[jax.Array], rule: Group, layers: int) -> jax.Array:
@@ -158,34 +201,82 @@ def joined_shape(rule: Group, shapes: Mapping[str, Shape]) -> Shape:
     return tensor.shape
 
 
-def _join_weight_and_bias(weight: jax.Array, bias: jax.Array) -> jax.Array:
+def _join_bias_as_row(weight: jax.Array, bias: jax.Array) -> jax.Array:
     return jnp.concatenate([weight.reshape(-1, bias.size), bias.reshape(1, bias.size)])
 
 
-def _split_weight_and_bias(tensor: jax.Array, weight_shape: Shape, bias_shape: Shape) -> tuple[jax.Array, ...]:
+def _split_bias_as_row(tensor: jax.Array, weight_shape: Shape, bias_shape: Shape) -> tuple[jax.Array, ...]:
     return tensor[:-1].reshape(weight_shape), tensor[-1:].reshape(bias_shape)
 
 
-def _bias_is_last_of_weight(weight_shape: Shape, bias_shape: Shape) -> bool:
+def _join_bias_as_column(weight: jax.Array, bias: jax.Array) -> jax.Array:
+    return jnp.concatenate([weight.reshape(bias.size, -1), bias.reshape(bias.size, 1)], axis=1)
+
+
+def _split_bias_as_column(tensor: jax.Array, weight_shape: Shape, bias_shape: Shape) -> tuple[jax.Array, ...]:
+    return tensor[:, :-1].reshape(weight_shape), tensor[:, -1:].reshape(bias_shape)
+
+
+def _output_is_last(weight_shape: Shape, bias_shape: Shape) -> bool:
     return 0 < len(bias_shape) < len(weight_shape) and weight_shape[-len(bias_shape) :] == bias_shape
 
 
-def weight_and_bias(weight: str = "kernel", bias: str = "bias", pattern: str | None = None) -> Group:
-    """Joins a layer's weight [*inputs, *outputs] and its bias [*outputs] into a matrix with the bias as its last row.
+def _output_is_first(weight_shape: Shape, bias_shape: Shape) -> bool:
+    # The bias of a convolution in Equinox is [out, 1, 1].
+    while len(bias_shape) > 1 and bias_shape[-1] == 1:
+        bias_shape = bias_shape[:-1]
+    return 0 < len(bias_shape) < len(weight_shape) and weight_shape[: len(bias_shape)] == bias_shape
 
-    The matrix is [prod(inputs) + 1, prod(outputs)]. Where the weight's last axes are not the bias's, as in a
-    normalization layer, the two stay apart.
+
+@dataclasses.dataclass(frozen=True)
+class _WeightFitsBias:
+    """The condition of `weight_and_bias`: false for a normalization layer, an error where the shapes do not fit."""
+
+    output_axis: int
+
+    def __call__(self, weight_shape: Shape, bias_shape: Shape) -> bool:
+        # A normalization layer scales and shifts each entry.
+        if len(weight_shape) < 2 or weight_shape == bias_shape:
+            return False
+        fits = {-1: _output_is_last(weight_shape, bias_shape), 0: _output_is_first(weight_shape, bias_shape)}
+        if not fits[self.output_axis]:
+            other = -1 - self.output_axis
+            hint = (
+                f"which fit output_axis={other} only."
+                if fits[other]
+                else "which fit neither 0 nor -1. Name axes that index layers in layer_axes, or leave the layer out by "
+                "the pattern."
+            )
+            raise ValueError(
+                f"weight_and_bias(output_axis={self.output_axis}) must be given the output axis of the weight, got the "
+                f"shapes {weight_shape} and {bias_shape}, {hint}"
+            )
+        return True
+
+
+def weight_and_bias(
+    weight: str = "kernel", bias: str = "bias", pattern: str | None = None, *, output_axis: int = -1
+) -> Group:
+    """Joins a layer's weight and its bias into one matrix.
+
+    With the output axes last, [*inputs, *outputs], the bias [*outputs] is the last row of the matrix
+    [prod(inputs) + 1, prod(outputs)]. With the output axes first, it is the last column of
+    [prod(outputs), prod(inputs) + 1].
+
+    A weight with a single axis, or of its bias's shape, stays apart from the bias, as in a normalization layer.
 
     Args:
       weight: the weight's last key.
       bias: the bias's last key.
       pattern: a regular expression to be found in the weight's key path; None takes all.
+      output_axis: which axes of the weight are the outputs: the last (-1, as in Flax and Haiku) or the first (0, as in
+        Equinox and PyTorch). For square weights nothing else can tell.
 
     Returns:
       A rule for `Layout(group=(…,))`.
 
     Raises:
-      ValueError: for a pattern that is no regular expression.
+      ValueError: for an invalid regular expression or another axis; when a plan is made, for shapes that do not fit.
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
@@ -193,8 +284,17 @@ def weight_and_bias(weight: str = "kernel", bias: str = "bias", pattern: str | N
       >>> plan = rf.Layout(group=(rf.weight_and_bias(),)).plan(params)
       >>> [stack.shape for stack in plan.stacks]
       [(4, 4)]
+      >>> params = {"linear": {"weight": jnp.zeros((4, 3)), "bias": jnp.zeros(4)}}
+      >>> plan = rf.Layout(group=(rf.weight_and_bias("weight", output_axis=0),)).plan(params)
+      >>> [stack.shape for stack in plan.stacks]
+      [(4, 4)]
     """
-    return Group((weight, bias), _join_weight_and_bias, _split_weight_and_bias, pattern, _bias_is_last_of_weight)
+    members = (weight, bias)
+    if output_axis == -1:
+        return Group(members, _join_bias_as_row, _split_bias_as_row, pattern, _WeightFitsBias(-1))
+    if output_axis == 0:
+        return Group(members, _join_bias_as_column, _split_bias_as_column, pattern, _WeightFitsBias(0))
+    raise ValueError(f"output_axis must be -1 (the last axes) or 0 (the first axes), got {output_axis!r}.")
 
 
 def _flattened(array: jax.Array) -> jax.Array:

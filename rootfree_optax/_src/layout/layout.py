@@ -12,8 +12,8 @@ from rootfree_optax._src.common import trees
 from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.common.validate import require_at_least
 from rootfree_optax._src.layout import rules
-from rootfree_optax._src.layout.group import Assignment, Group, assign, joined_shape
-from rootfree_optax._src.layout.paths import EMBEDDINGS, require_match
+from rootfree_optax._src.layout.group import Assignment, Group, assign, joined_shape, require_groups
+from rootfree_optax._src.layout.paths import EMBEDDINGS, plain_paths, require_match
 from rootfree_optax._src.layout.plan import Plan, Rest
 from rootfree_optax._src.layout.split import Cut
 from rootfree_optax._src.layout.stack import place
@@ -30,6 +30,11 @@ class Layout:
     In this order, axes that index layers are set apart, parameters are joined by the rules of `group`, axes of length
     one are dropped, neighbouring axes are merged, each axis gets a structure, and long axes are cut. All blocks
     of one shape, structure and dtype, over the whole tree, then form one stack.
+
+    Regular expressions and callables see one key path in every framework: without a leading 'params/', and without
+    the '/value' or '/array' of a box around a single array. An expression that is found in no parameter's path is an
+    error. Under `optax.masked` and `optax.partition` the parameters are those that remain, so that each inner optimizer
+    needs a layout whose expressions speak of its own parameters alone; a tree without any passes.
 
     Args:
       structure: the structure of the factors. None: `dense` on axes of at most `max_dense_dim` and `diagonal` on longer
@@ -111,7 +116,8 @@ class Layout:
 
         Raises:
           TypeError: for a parameter that is not real floating point.
-          ValueError: where a rule cannot be applied to a parameter, or two have one key path. It names the key path.
+          ValueError: for a rule that cannot be applied to a parameter, two parameters with one key path, or a regular
+            expression that is found in no key path. It names the path, or the nearest ones.
         """
         return _plan(self, trees.real_shapes(params))
 
@@ -120,14 +126,17 @@ class Layout:
 def _plan(layout: Layout, shapes: tuple[tuple[str, Shape], ...]) -> Plan:
     empty = tuple((path, shape) for path, shape in shapes if 0 in shape)
     parameters = {path: shape for path, shape in shapes if 0 not in shape}
-    layer_axes = {path: rules.layer_axes_of(layout.layer_axes, path, shape) for path, shape in parameters.items()}
+    plain = plain_paths(path for path, _ in shapes)
+    _require_matches(layout, list(plain.values()))
+    layer_axes = {
+        path: rules.layer_axes_of(layout.layer_axes, plain[path], shape) for path, shape in parameters.items()
+    }
     of_a_layer = {path: without_axes(shape, layer_axes[path]) for path, shape in parameters.items()}
-    if isinstance(layout.diagonal, str) and layout.diagonal != EMBEDDINGS:
-        require_match("diagonal", layout.diagonal, dict(shapes))
-    reasons = _reasons_before_groups(layout, parameters, of_a_layer)
-    assignments = assign(layout.group, {path: shape for path, shape in of_a_layer.items() if path not in reasons})
+    reasons = _reasons_before_groups(layout, parameters, of_a_layer, plain)
+    with_factors = {path: shape for path, shape in of_a_layer.items() if path not in reasons}
+    assignments = assign(layout.group, with_factors, plain)
     if layout.diagonal is not None:
-        alone = [path for _, (path, *_), rule in assignments if rule is None]
+        alone = [assignment.name for assignment in assignments if assignment.rule is None]
         reasons |= {path: "a vector or scalar" for path in alone if _is_vector(of_a_layer[path])}
     units = tuple(
         _unit(layout, assignment, {path: (parameters[path], layer_axes[path]) for path in assignment.paths})
@@ -154,17 +163,26 @@ def _plan(layout: Layout, shapes: tuple[tuple[str, Shape], ...]) -> Plan:
     return plan
 
 
+def _require_matches(layout: Layout, plain: list[str]) -> None:
+    """Raises a ValueError for a pattern of the layout that is found in none of the plain paths."""
+    for pattern in layout.layer_axes if isinstance(layout.layer_axes, Mapping) else ():
+        require_match("a key of layer_axes", pattern, plain)
+    if isinstance(layout.diagonal, str) and layout.diagonal != EMBEDDINGS:
+        require_match("diagonal", layout.diagonal, plain)
+    require_groups(layout.group, plain)
+
+
 def _is_vector(shape: Shape) -> bool:
     return len(squeezed(shape)) == 1
 
 
 def _reasons_before_groups(
-    layout: Layout, parameters: Mapping[str, Shape], of_a_layer: Mapping[str, Shape]
+    layout: Layout, parameters: Mapping[str, Shape], of_a_layer: Mapping[str, Shape], plain: Mapping[str, str]
 ) -> dict[str, str]:
     """Returns why parameters have no factors, by key path, as far as that does not depend on groups."""
     reasons = {}
     for path, shape in parameters.items():
-        reason = rules.reason_without_factors(layout.diagonal, path, shape)
+        reason = rules.reason_without_factors(layout.diagonal, plain[path], shape)
         layer = of_a_layer[path]
         if reason is None and layout.diagonal is not None and not _is_vector(layer) and max(layer) > _LONGEST_AXIS:
             reason = f"an axis longer than {_LONGEST_AXIS:,}"
@@ -174,13 +192,13 @@ def _reasons_before_groups(
 
 
 def _unit(layout: Layout, assignment: Assignment, members: dict[str, tuple[Shape, tuple[int, ...]]]) -> Unit:
-    name, paths, rule = assignment
+    name, plain, paths, rule = assignment
     layer_shape = _layer_shape(members)
     of_a_layer = {path: without_axes(*member) for path, member in members.items()}
     tensor_shape = of_a_layer[paths[0]] if rule is None else joined_shape(rule, of_a_layer)
     axes = squeezed(tensor_shape)
     lengths = axes if layout.merge_dims is None else merged(axes, layout.merge_dims)
-    factories = rules.structures_of(layout.structure, name, lengths)
+    factories = rules.structures_of(layout.structure, plain, lengths)
     if factories is None:
         factories = _default_structures(layout, lengths, is_vector=len(axes) == 1)
     for factory, length in zip(factories, lengths, strict=True):

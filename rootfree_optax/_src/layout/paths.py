@@ -1,5 +1,6 @@
 """Regular expressions that select parameters by their key paths."""
 
+import collections
 import difflib
 import re
 from collections.abc import Iterable
@@ -30,6 +31,25 @@ only as the last word of a path's component, as in `lm_head` and `classifier_hea
 `attention_head_proj`, `MultiHeadAttention` and `multi_head` are hidden layers, as are `token_mixing` and
 `position_wise`. Extend it with `|`, as in `rf.EMBEDDINGS + "|^router/"`.
 """
+
+
+def plain_paths(paths: Iterable[str]) -> dict[str, str]:
+    """Returns each key path as patterns and callables see it, the same in every framework.
+
+    A leading 'params/' is dropped, and a trailing '/value' or '/array' that only boxes one array, as `nnx.Variable`,
+    `nn.Partitioned` and Haliax's `NamedArray` do. If two paths would become one, all stay as they are.
+    """
+    names = {path: path.removeprefix("params/") for path in paths}
+    below = collections.Counter(parent for name in names.values() for parent in _parents(name))
+    for path, name in names.items():
+        while name.endswith(("/value", "/array")) and below[name[: name.rindex("/")]] == 1:
+            name = name[: name.rindex("/")]
+        names[path] = name
+    return names if len(set(names.values())) == len(names) else {path: path for path in names}
+
+
+def _parents(path: str) -> list[str]:
+    return [path[: slash.start()] for slash in re.finditer("/", path)]
 
 
 def require_expression(name: str, pattern: str) -> None:
