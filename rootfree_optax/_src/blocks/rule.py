@@ -29,6 +29,20 @@ class Step(NamedTuple):
     batch_size: ArrayLike
 
 
+class BlockFlops(NamedTuple):
+    """Floating-point operations of a rule's products for one block, a multiply-add counting as two.
+
+    Attributes:
+      observe: of taking one gradient into the statistics.
+      refresh: of renewing the preconditioner.
+      precondition: of one direction.
+    """
+
+    observe: int
+    refresh: int
+    precondition: int
+
+
 class BlockRule(abc.ABC):
     """How ONE block is preconditioned: what it keeps, how that starts and is renewed, and how it applies.
 
@@ -123,6 +137,11 @@ class BlockRule(abc.ABC):
     def supports(self, structure: Structure) -> str | None:
         """Returns why an axis may not have a structure, as the end of a sentence, or None if it may."""
         del structure
+
+    def flops(self, structures: Sequence[Structure]) -> BlockFlops | None:
+        """Returns what the products for one block cost, which `rf.describe` shows; None for unknown."""
+        del structures
+        return None
 
     def factors(self, state: BlockState) -> Any:
         """Returns the parts of each axis's factor, for those who read them out of a state; None without factors."""
