@@ -17,8 +17,8 @@ from rootfree_optax._src.common.schedules import RefreshEvery
 from rootfree_optax._src.layout import Layout
 from rootfree_optax._src.mesh.stacks_on_mesh import MeshAxes
 from rootfree_optax._src.optimizers.links import MaskOrFn, descend, heavy_ball
-from rootfree_optax._src.transforms.diagonal import scale_by_rf_adam, scale_by_rf_rms
 from rootfree_optax._src.transforms.kronecker import scale_by_kronecker
+from rootfree_optax._src.transforms.published import scale_by_rf_adam, scale_by_rf_rms
 
 __all__ = [
     "rf_adamw",

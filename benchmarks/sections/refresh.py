@@ -87,7 +87,7 @@ def _refresh(
 ) -> tuple[Callable[[Any], Any], Any]:
     """Returns the refresh of a stack as a step, and its first carry."""
     blocks, dim, _ = gradient.shape
-    plan = sharded_plan.for_parameters(rf.Layout("dense", stacked=1).plan(gradient), None, gradient)
+    plan = sharded_plan.for_parameters(rf.Layout("dense", layer_axes=0).plan(gradient), None, gradient)
     refresh_block = functools.partial(
         refresh,
         preconditioner_lr=0.1,
@@ -122,7 +122,7 @@ def _step(
         initial_scale=1.0,
         batch_size=1,
         update_every=always_or_never(refreshes),
-        layout=rf.Layout(stacked=1),
+        layout=rf.Layout(layer_axes=0),
         preconditioner_dtype=dtype,
         refresh="published" if name == "published" else "exact",
         cache_products=True,

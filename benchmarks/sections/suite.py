@@ -1,6 +1,7 @@
 """Every method on one tree: time, compilation, memory, and how far from the least time possible."""
 
 import contextlib
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Collection
@@ -166,9 +167,9 @@ def _official(
 
 
 def _add_floor(record: dict[str, Any], method: methods.Method, shapes: trees.Shapes) -> None:
-    plan = method.layout.plan(trees.abstract(shapes))
+    plan = dataclasses.replace(method.layout, factor_dtype=method.dtype).plan(trees.abstract(shapes))
     # Parameters and momentum are read and written, gradients and what is applied read.
-    moved = 4 * trees.size(shapes) * 5 + plan.state_bytes(method.dtype, riemannian_momentum=False)
+    moved = 4 * trees.size(shapes) * 5 + plan.state_bytes(riemannian_momentum=False)
     record |= roofline.floors(plan, dtype=method.dtype, cached=method.cached, step_bytes=moved)
     if method.options.get("refresh") == "exact" or method.options.get("staggered"):
         # The plan counts the published refresh, of all blocks at once.

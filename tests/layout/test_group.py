@@ -23,8 +23,8 @@ def arrays_like(shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-def names(params: object, *rules: Group, stacked: object = None) -> list[str]:
-    return [unit.name for unit in Layout(group=rules, stacked=stacked).plan(params).units]
+def names(params: object, *rules: Group, layer_axes: object = None) -> list[str]:
+    return [unit.name for unit in Layout(group=rules, layer_axes=layer_axes).plan(params).units]
 
 
 LENGTHS = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
@@ -40,13 +40,12 @@ CASES = st.one_of(
 def test_split_undoes_join_in_every_layer(case: tuple, layers: tuple[int, ...]) -> None:
     rule, shapes = case
     assert rule.condition is None or rule.condition(*shapes)
-    stacked = tuple((*layers, *shape) for shape in shapes)
-    arrays = arrays_like(stacked)
+    arrays = arrays_like(tuple((*layers, *shape) for shape in shapes))
     tensor = join_members(arrays, rule, len(layers))
-    paths = map(str, range(len(shapes)))
-    assert tensor.shape == joined_shape(rule, dict(zip(paths, stacked, strict=True)), [len(layers)] * len(shapes))
-    assert tensor.size == sum(map(math.prod, stacked))
-    for array, back in zip(arrays, split_members(tensor, rule, stacked, len(layers)), strict=True):
+    joined = joined_shape(rule, {str(i): shape for i, shape in enumerate(shapes)})
+    assert tensor.shape == (*layers, *joined)
+    assert math.prod(joined) == sum(map(math.prod, shapes))
+    for array, back in zip(arrays, split_members(tensor, rule, shapes, len(layers)), strict=True):
         np.testing.assert_array_equal(array, back)
 
 
@@ -91,7 +90,7 @@ def test_members_share_a_parent_and_each_is_taken_once() -> None:
 def test_the_first_rule_that_applies_wins_and_patterns_select() -> None:
     params = {"a": {"kernel": struct(3, 4), "bias": struct(4)}, "b": {"kernel": struct(3, 4), "bias": struct(4)}}
     plan = Layout(group=(flatten("a/kernel"), weight_and_bias(pattern="^[ab]/"))).plan(params)
-    assert [(unit.name, unit.axes.lengths) for unit in plan.units] == [
+    assert [(unit.name, unit.lengths) for unit in plan.units] == [
         ("a/bias", (4,)),
         ("a/kernel", (12,)),
         ("b/kernel+bias", (4, 4)),
@@ -101,13 +100,13 @@ def test_the_first_rule_that_applies_wins_and_patterns_select() -> None:
 def test_variables_of_nnx_are_named_without_their_box() -> None:
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     plan = Layout(group=(weight_and_bias(),)).plan(nnx.state(model, nnx.Param))
-    assert [(unit.name, unit.axes.shape) for unit in plan.units] == [("kernel+bias", (3, 3))]
+    assert [(unit.name, (*unit.layer_shape, *unit.tensor_shape)) for unit in plan.units] == [("kernel+bias", (3, 3))]
 
 
 def test_layers_are_joined_one_by_one() -> None:
     params = {"layers": {"kernel": struct(5, 3, 4), "bias": struct(5, 4)}, "head": {"kernel": struct(4, 2)}}
-    plan = Layout(group=(weight_and_bias(),), stacked={"^layers/": 1}).plan(params)
-    assert [(unit.name, unit.axes.shape) for unit in plan.units] == [
+    plan = Layout(group=(weight_and_bias(),), layer_axes={"^layers/": 0}).plan(params)
+    assert [(unit.name, (*unit.layer_shape, *unit.tensor_shape)) for unit in plan.units] == [
         ("head/kernel", (4, 2)),
         ("layers/kernel+bias", (5, 4, 4)),
     ]
@@ -116,10 +115,20 @@ def test_layers_are_joined_one_by_one() -> None:
     np.testing.assert_array_equal(packed[1], np.concatenate([kernel, np.expand_dims(bias, 1)], axis=1))
 
 
+def test_members_may_have_their_layer_axes_at_different_positions() -> None:
+    kernel, bias = arrays_like(((3, 5, 4), (5, 4)))
+    tree = {"kernel": kernel, "bias": bias}
+    plan = Layout(group=(weight_and_bias(),), layer_axes={"kernel": 1, "bias": 0}).plan(tree)
+    (packed,) = plan.pack(tree)
+    layers = [np.concatenate([kernel[:, i], bias[None, i]]) for i in range(5)]
+    np.testing.assert_array_equal(packed, layers)
+    jax.tree.map(np.testing.assert_array_equal, plan.unpack((packed,), tree), tree)
+
+
 def test_members_with_different_layer_axes_are_an_error() -> None:
     params = {"kernel": struct(5, 3, 4), "bias": struct(4)}
-    with pytest.raises(ValueError, match=r"one group must have the same layer axes.*'kernel': \(5, 3, 4\)"):
-        names(params, Group(("kernel", "bias"), jnp.add, lambda x, *_: (x, x)), stacked={"kernel": 1})
+    with pytest.raises(ValueError, match=r"same layer axes.*'kernel': \(5,\), 'bias': \(\)} in .*\(5, 3, 4\)"):
+        names(params, Group(("kernel", "bias"), jnp.add, lambda x, *_: (x, x)), layer_axes={"kernel": 0})
 
 
 def test_a_rule_that_cannot_be_undone_is_an_error() -> None:

@@ -59,7 +59,8 @@ def test_every_entry_is_in_one_block_and_comes_back(shapes: list, block: int, me
 @hypothesis.settings(derandomize=True, deadline=None, max_examples=12)
 def test_groups_and_layers_come_back(rank: int, block: int, merge: bool, layers: tuple) -> None:
     groups = (weight_and_bias(), flatten("embedding"), as_matrix("query", 1))
-    layout = Layout(group=groups, block_size=block, merge_dims=4 if merge else None, stacked={"^layers": len(layers)})
+    axes = {"^layers": tuple(range(len(layers)))}
+    layout = Layout(group=groups, block_size=block, merge_dims=4 if merge else None, layer_axes=axes)
     layer = {"kernel": (5, 3), "bias": (3,), "query": (2, 3, 2), "scale": (1, 4)[:rank]}
     tree = numbered(
         {"layers": {name: struct(*layers, *shape) for name, shape in layer.items()}, "embedding": struct(3, 2)}
@@ -73,7 +74,7 @@ def test_groups_and_layers_come_back(rank: int, block: int, merge: bool, layers:
 
 def test_a_block_is_where_its_name_says() -> None:
     tree = numbered({"a": {"kernel": struct(7, 1, 4)}, "b": struct(3, 2, 5, 4), "c": struct(2, 5), "d": struct()})
-    plan = Layout(block_size=3, stacked={"b": 2, "c": 1}).plan(tree)
+    plan = Layout(block_size=3, layer_axes={"b": (0, 1), "c": 0}).plan(tree)
     packed = plan.pack(tree)
     blocks = {block.name: packed[block.stack][block.position] for block in plan.blocks}
     assert len(blocks) == len(plan.blocks) == sum(stack.count for stack in plan.stacks)
@@ -87,6 +88,38 @@ def test_a_block_is_where_its_name_says() -> None:
     np.testing.assert_array_equal(blocks.pop("c[0]"), tree["c"][0])
     np.testing.assert_array_equal(blocks.pop("d"), np.reshape(tree["d"], 1))
     assert not blocks
+
+
+def test_layers_along_any_axis_are_separate_layers_exactly() -> None:
+    rng = np.random.default_rng(0)
+    layers = [jnp.asarray(rng.normal(size=(5, 4)), jnp.float32) for _ in range(3)]
+    stacked = jnp.stack(layers, axis=1)
+    step = lambda layout, tree: jax.jit(lambda tree: one_step(layout, tree))(tree)
+    together = step(Layout(layer_axes={"w": 1}, block_size=3), {"w": stacked, "b": jnp.ones(2)})
+    apart = step(Layout(block_size=3), {"b": jnp.ones(2), **{f"w{i}": layer for i, layer in enumerate(layers)}})
+    for i in range(3):
+        np.testing.assert_array_equal(together["w"][:, i], apart[f"w{i}"])
+    np.testing.assert_array_equal(together["b"], apart["b"])
+    np.testing.assert_array_equal(step(Layout(layer_axes={"w": -2}, block_size=3), {"w": stacked})["w"], together["w"])
+
+
+def one_step(layout: Layout, tree: object) -> object:
+    transformation = rf.scale_by_sirf_shampoo(batch_size=2, layout=layout)
+    updates, _ = transformation.update(tree, transformation.init(tree), tree)
+    return updates
+
+
+def test_two_layer_axes_that_do_not_lead() -> None:
+    tree = numbered({"experts": struct(2, 5, 3, 4)})
+    experts = np.asarray(tree["experts"])
+    plan = Layout(layer_axes=(0, 2), block_size=4).plan(tree)
+    packed = plan.pack(tree)
+    assert [(stack.shape, stack.count) for stack in plan.stacks] == [((4, 4), 6), ((1, 4), 6)]
+    blocks = {block.name: packed[block.stack][block.position] for block in plan.blocks}
+    for layer, expert in itertools.product(range(2), range(3)):
+        np.testing.assert_array_equal(blocks[f"experts[{layer}, {expert}; 0, 0]"], experts[layer, :4, expert])
+        np.testing.assert_array_equal(blocks[f"experts[{layer}, {expert}; 1, 0]"], experts[layer, 4:, expert])
+    jax.tree.map(np.testing.assert_array_equal, plan.unpack(packed, tree), tree)
 
 
 def test_long_axes_are_cut_unless_diagonal() -> None:
@@ -191,6 +224,95 @@ def test_stacks_unlike_the_plan_are_an_error() -> None:
 def test_parameters_that_cannot_be_planned(params: object, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         Layout().plan(params)
+
+
+REST = {
+    "embed": struct(12, 4),
+    "layers": {"kernel": struct(3, 4, 5), "bias": struct(3, 5), "scale": struct(3, 1, 4)},
+    "lm_head": {"kernel": struct(4, 6), "bias": struct(6)},
+    "dense": {"kernel": struct(4, 4), "bias": struct(4)},
+    "temperature": struct(),
+    "long_row": struct(1, 32_769),
+    "wide": struct(2, 32_769),
+    "as_wide_as_may_be": struct(2, 32_768),
+}
+
+
+def rest_of(diagonal: object, **arguments: object) -> dict[str, str]:
+    """Returns the reasons of the parameters without factors, after checking that all others are in a unit."""
+    plan = Layout(layer_axes={"^layers": 0}, diagonal=diagonal, **arguments).plan(REST)
+    shapes = {"/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(REST)}
+    assert {rest.path: rest.shape for rest in plan.rest} == {rest.path: shapes[rest.path] for rest in plan.rest}
+    assert {rest.path for rest in plan.rest if rest.layer_axes == (0,)} == {"layers/bias", "layers/scale"} & {
+        rest.path for rest in plan.rest
+    }
+    planned = [path for unit in plan.units for path in unit.paths]
+    assert sorted([*planned, *(rest.path for rest in plan.rest)]) == sorted(shapes)
+    return {rest.path: rest.reason for rest in plan.rest}
+
+
+def test_by_default_every_parameter_has_factors() -> None:
+    assert rest_of(None) == {}
+
+
+def test_embeddings_vectors_and_very_long_axes_have_no_factors() -> None:
+    vectors = dict.fromkeys(
+        ("layers/bias", "layers/scale", "lm_head/bias", "dense/bias", "temperature", "long_row"), "a vector or scalar"
+    )
+    always = vectors | {"wide": "an axis longer than 32,768"}
+    by_name = {path: f"{word!r} in its key path" for path, word in [("embed", "embed"), ("lm_head/kernel", "head")]}
+    by_name["lm_head/bias"] = by_name["lm_head/kernel"]
+    assert rest_of(rf.EMBEDDINGS) == always | by_name
+    assert rest_of("^dense/k") == always | {"dense/kernel": "'dense/k' in its key path"}
+    chosen = lambda path, shape: path == "dense/kernel" and shape == (4, 4)
+    assert rest_of(chosen) == always | {"dense/kernel": "chosen by the callable"}
+    # A rule that applies to a vector gives it factors, but none that `diagonal` has excluded by name.
+    grouped = rest_of(rf.EMBEDDINGS, group=(weight_and_bias(), flatten("temperature")))
+    assert grouped == {
+        path: reason
+        for path, reason in (always | by_name).items()
+        if path not in ("layers/bias", "dense/bias", "temperature")
+    }
+
+
+def test_parameters_without_factors_are_in_no_stack_and_come_back_as_they_are_given() -> None:
+    tree = numbered({"embed": struct(6, 4, dtype="bfloat16"), "kernel": struct(4, 5), "bias": struct(5)})
+    plan = Layout(diagonal=rf.EMBEDDINGS).plan(tree)
+    assert [(stack.shape, stack.count) for stack in plan.stacks] == [((4, 5), 1)]
+    packed = plan.pack(tree)
+    rest = {"embed": jnp.ones((6, 4)), "bias": jnp.zeros(5)}
+    back = plan.unpack(packed, tree, rest=rest)
+    np.testing.assert_array_equal(back["kernel"], tree["kernel"])
+    np.testing.assert_array_equal(back["embed"], rest["embed"])
+    np.testing.assert_array_equal(back["bias"], rest["bias"])
+    assert back["embed"].dtype == jnp.bfloat16
+    without = plan.unpack(packed, {**tree, "embed": None}, rest={"bias": rest["bias"]})
+    assert without["embed"] is None
+    np.testing.assert_array_equal(without["bias"], rest["bias"])
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ({}, "rest must have an array for each parameter without factors, but 'bias' is missing"),
+        ({"bias": (5,)}, "but 'embed' is missing"),
+        ({"bias": (5,), "embed": (4, 6)}, r"rest must .* got \(4, 6\) at 'embed' instead of \(6, 4\)"),
+        ({"bias": (5,), "embed": (6, 4), "kernel": (4, 5)}, "'kernel' is not one"),
+    ],
+    ids=["none", "missing", "shape", "more"],
+)
+def test_unpack_needs_the_rest(rest: dict, message: str) -> None:
+    tree = {"embed": jnp.ones((6, 4)), "kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)}
+    plan = Layout(diagonal=rf.EMBEDDINGS).plan(tree)
+    with pytest.raises(ValueError, match=message):
+        plan.unpack(plan.pack(tree), tree, rest={path: jnp.zeros(shape) for path, shape in rest.items()} or None)
+
+
+def test_a_diagonal_pattern_without_a_match_is_an_error() -> None:
+    tree = {"kernel": struct(4, 4)}
+    assert Layout(diagonal=rf.EMBEDDINGS).plan(tree).rest == ()
+    with pytest.raises(ValueError, match=r"diagonal must match .* got 'embedding'. The nearest key paths are 'kernel'"):
+        Layout(diagonal="embedding").plan(tree)
 
 
 def transformer(layers: int, width: int = 256) -> dict:

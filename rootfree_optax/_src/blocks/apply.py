@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rootfree_optax._src.blocks.folding import fold, fold_axes
-from rootfree_optax._src.numerics.dtypes import is_narrower, upcast
+from rootfree_optax._src.numerics.dtypes import has_smaller_range, upcast
 from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two
 from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
@@ -42,7 +42,7 @@ def apply_factors(
     result = fold_axes(upcast(tensor), len(structures), folded.structures)
     rescale = jnp.ones((), result.dtype)
     for axis, (structure, parts) in enumerate(zip(folded.structures, folded.matrices, strict=True)):
-        if is_narrower(parts[0].dtype, result.dtype):
+        if has_smaller_range(parts[0].dtype, result.dtype):
             scale = power_of_two(exponent_of(max_abs(parts))).astype(rescale.dtype)
             unit = power_of_two(exponent_of(jnp.max(jnp.abs(result)))).astype(rescale.dtype)
             result, parts = result / unit, times_scalar(parts, 1 / scale)

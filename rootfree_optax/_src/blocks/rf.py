@@ -165,7 +165,7 @@ class CholeskyInverse(BlockRule):
     def flops(self, structures: Sequence[Structure]) -> BlockFlops:
         """Returns the operations of products, triangular solves, and the Cholesky factors of d³/3 each."""
         size = math.prod([s.dim for s in structures])
-        rows = [1 if s == diagonal(s.dim) else s.dim for s in structures]  # that one row is multiplied by
+        rows = [1 if s.is_diagonal else s.dim for s in structures]  # that one row is multiplied by
         solves = [size * r for r in rows]
         choleskys = sum([s.dim * r * r // 3 for s, r in zip(structures, rows, strict=True)])
         # For each axis: the other axes' solves, the outer product, Tr(S⁻¹), and S's Cholesky factor before and after.

@@ -19,14 +19,18 @@ class Step(NamedTuple):
     Attributes:
       count: how many updates there have been before this one, a scalar integer.
       weight: β₂, the weight of the newest curvature, or the step size of the factors. A scalar.
-      damping: λ ≥ 0, a scalar.
+      damping: ρ ≥ 0, or λ ≥ 0 for rules whose damping is absolute. A scalar.
+      absolute_damping: λ ≥ 0, a scalar, for rules whose damping is relative.
       batch_size: B > 0, how many terms the loss averages. A scalar.
+      largest_scale: the base-2 logarithm of the largest `BlockRule.scale` of all blocks, a scalar; −∞ without any.
     """
 
     count: jax.Array
     weight: ArrayLike
     damping: ArrayLike
-    batch_size: ArrayLike
+    absolute_damping: ArrayLike = 0.0
+    batch_size: ArrayLike = 1.0
+    largest_scale: ArrayLike = -jnp.inf
 
 
 class BlockFlops(NamedTuple):
@@ -142,6 +146,13 @@ class BlockRule(abc.ABC):
         """Returns what the products for one block cost, which `rf.describe` shows; None for unknown."""
         del structures
         return None
+
+    def scale(self, state: BlockState) -> jax.Array | None:
+        """Returns the base-2 logarithm of the usual size of the block's gradients, a scalar; None if it is not kept.
+
+        Rules find the largest of all blocks as `step.largest_scale`: a block far below it is rounding noise.
+        """
+        del state
 
     def factors(self, state: BlockState) -> Any:
         """Returns the parts of each axis's factor, for those who read them out of a state; None without factors."""

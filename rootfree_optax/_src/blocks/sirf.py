@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from rootfree_optax._src.blocks.apply import apply_factors, clip_to_trust_radius
 from rootfree_optax._src.blocks.folding import fold, fold_axes, unfold_means
 from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Step
-from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_half, upcast
+from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
 from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered, saturate, within_range
 from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
@@ -165,7 +165,7 @@ def _scale_low_precision(structures: Sequence[Structure], factors: Factors) -> t
     A K in half precision enters divided by √d, so that neither X nor KᵀK leaves its range on long axes. Elsewhere that
     would be one more pass over the factor.
     """
-    low = [is_half(parts[0].dtype) for parts in factors]
+    low = [is_low_precision(parts[0].dtype) for parts in factors]
     scaled = [
         times_scalar(k, 1 / math.sqrt(s.dim)) if is_low else k
         for s, k, is_low in zip(structures, factors, low, strict=True)

@@ -1,6 +1,10 @@
-"""Groups: parameters that are preconditioned as one tensor, and single ones that are given another shape first."""
+"""Groups: parameters that are preconditioned as one tensor, and single ones that are given another shape first.
+
+Three rules come ready-made: a weight with its bias, a parameter as a vector, a parameter as a matrix.
+"""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -8,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rootfree_optax._src.layout.axes import Shape
+from rootfree_optax._src.common.trees import Shape
+from rootfree_optax._src.layout.paths import require_expression
 
 # The key that Flax's `nnx.Variable` and `nn.Partitioned` put around an array: no part of its name.
 _BOX = "/value"
@@ -63,14 +68,6 @@ class Group:
             require_expression("pattern", self.pattern)
 
 
-def require_expression(name: str, pattern: str) -> None:
-    """Raises a ValueError if `pattern` is no regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name} must be a regular expression, got {pattern!r}: {error}.") from None
-
-
 class Assignment(NamedTuple):
     """Parameters that are preconditioned as one tensor, by key path; a rule of None leaves one as it is."""
 
@@ -115,54 +112,42 @@ def _find(rule: Group, path: str, shapes: Mapping[str, Shape]) -> Assignment | N
     return found if applies else None
 
 
-def join_members(arrays: Sequence[jax.Array], rule: Group | None, layers: int) -> jax.Array:
+def join_members(arrays: Sequence[jax.Array], rule: Group, layers: int) -> jax.Array:
     """Joins a group's arrays of one dtype, each with `layers` leading layer axes, layer by layer."""
-    if rule is None:
-        (array,) = arrays
-        return array
     join = rule.join
     for _ in range(layers):
         join = jax.vmap(join)
     return join(*arrays)
 
 
-def split_members(tensor: jax.Array, rule: Group | None, shapes: Sequence[Shape], layers: int) -> tuple[jax.Array, ...]:
+def split_members(tensor: jax.Array, rule: Group, shapes: Sequence[Shape], layers: int) -> tuple[jax.Array, ...]:
     """Splits a group's tensor into its members, layer by layer: the inverse of `join_members`.
 
     Args:
       tensor: [*layers, *joined].
-      rule: the group's rule; None for a parameter by itself.
-      shapes: the members' shapes, layer axes included.
+      rule: the group's rule.
+      shapes: the shapes of a layer of each member.
       layers: the number of layer axes.
     """
-    if rule is None:
-        return (tensor,)
-    split = lambda layer: tuple(rule.split(layer, *(shape[layers:] for shape in shapes)))
+    split = lambda layer: tuple(rule.split(layer, *shapes))
     for _ in range(layers):
         split = jax.vmap(split)
     return split(tensor)
 
 
-def joined_shape(rule: Group | None, shapes: Mapping[str, Shape], layers: Sequence[int]) -> Shape:
-    """Returns the shape of a group's tensor, layer axes included, after checking that the rule can be undone.
+def joined_shape(rule: Group, shapes: Mapping[str, Shape]) -> Shape:
+    """Returns the shape of a layer of a group's tensor, after checking that the rule can be undone.
 
     Args:
-      rule: the group's rule; None for a parameter by itself.
-      shapes: the members' shapes, by key path.
-      layers: the members' numbers of layer axes.
+      rule: the group's rule.
+      shapes: the shapes of a layer of each member, by key path.
 
     Raises:
-      ValueError: if the members' layer axes differ, or if splitting the tensor does not give the members' shapes.
+      ValueError: if splitting the tensor does not give the members' shapes, or if the tensor has no entries.
     """
-    if rule is None:
-        (shape,) = shapes.values()
-        return shape
-    layer_shapes = {shape[:count] for shape, count in zip(shapes.values(), layers, strict=True)}
-    if len(layer_shapes) > 1:
-        raise ValueError(f"parameters of one group must have the same layer axes, got {layer_shapes} in {shapes}.")
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes.values()]
-    tensor = jax.eval_shape(lambda *arrays: join_members(arrays, rule, layers[0]), *arrays)
-    parts = jax.eval_shape(lambda tensor: split_members(tensor, rule, tuple(shapes.values()), layers[0]), tensor)
+    tensor = jax.eval_shape(rule.join, *arrays)
+    parts = jax.eval_shape(lambda tensor: split_members(tensor, rule, tuple(shapes.values()), layers=0), tensor)
     if [part.shape for part in parts] != list(shapes.values()):
         raise ValueError(
             f"split must undo join, but join makes {tensor.shape} of {dict(shapes)} and split makes "
@@ -171,3 +156,112 @@ def joined_shape(rule: Group | None, shapes: Mapping[str, Shape], layers: Sequen
     if 0 in tensor.shape:
         raise ValueError(f"join must make a tensor with entries, got {tensor.shape} of {dict(shapes)}.")
     return tensor.shape
+
+
+def _join_weight_and_bias(weight: jax.Array, bias: jax.Array) -> jax.Array:
+    return jnp.concatenate([weight.reshape(-1, bias.size), bias.reshape(1, bias.size)])
+
+
+def _split_weight_and_bias(tensor: jax.Array, weight_shape: Shape, bias_shape: Shape) -> tuple[jax.Array, ...]:
+    return tensor[:-1].reshape(weight_shape), tensor[-1:].reshape(bias_shape)
+
+
+def _bias_is_last_of_weight(weight_shape: Shape, bias_shape: Shape) -> bool:
+    return 0 < len(bias_shape) < len(weight_shape) and weight_shape[-len(bias_shape) :] == bias_shape
+
+
+def weight_and_bias(weight: str = "kernel", bias: str = "bias", pattern: str | None = None) -> Group:
+    """Joins a layer's weight [*inputs, *outputs] and its bias [*outputs] into a matrix with the bias as its last row.
+
+    The matrix is [prod(inputs) + 1, prod(outputs)]. Where the weight's last axes are not the bias's, as in a
+    normalization layer, the two stay apart.
+
+    Args:
+      weight: the weight's last key.
+      bias: the bias's last key.
+      pattern: a regular expression to be found in the weight's key path; None takes all.
+
+    Returns:
+      A rule for `Layout(group=(…,))`.
+
+    Raises:
+      ValueError: for a pattern that is no regular expression.
+
+    Example:
+      >>> import jax.numpy as jnp, rootfree_optax as rf
+      >>> params = {"dense": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}}
+      >>> plan = rf.Layout(group=(rf.weight_and_bias(),)).plan(params)
+      >>> [stack.shape for stack in plan.stacks]
+      [(4, 4)]
+    """
+    return Group((weight, bias), _join_weight_and_bias, _split_weight_and_bias, pattern, _bias_is_last_of_weight)
+
+
+def _flattened(array: jax.Array) -> jax.Array:
+    return array.reshape(-1)
+
+
+def _reshaped(tensor: jax.Array, shape: Shape) -> tuple[jax.Array, ...]:
+    return (tensor.reshape(shape),)
+
+
+def flatten(pattern: str) -> Group:
+    """Flattens each parameter whose key path has `pattern` in it to one axis; by default, that has a diagonal factor.
+
+    Args:
+      pattern: a regular expression.
+
+    Returns:
+      A rule for `Layout(group=(…,))`.
+
+    Raises:
+      ValueError: for a pattern that is no regular expression.
+
+    Example:
+      >>> import jax.numpy as jnp, rootfree_optax as rf
+      >>> plan = rf.Layout(group=(rf.flatten("embedding"),)).plan({"embedding": jnp.zeros((100, 8))})
+      >>> [stack.shape for stack in plan.stacks]
+      [(800,)]
+    """
+    return Group((), _flattened, _reshaped, pattern)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ToMatrix:
+    rows: int
+
+    def __call__(self, array: jax.Array) -> jax.Array:
+        return array.reshape(math.prod(array.shape[: self.rows]), -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _HasMoreAxes:
+    rows: int
+
+    def __call__(self, shape: Shape) -> bool:
+        return len(shape) > self.rows
+
+
+def as_matrix(pattern: str, rows: int) -> Group:
+    """Makes a matrix of each parameter whose key path has `pattern` in it and that has more than `rows` axes.
+
+    Args:
+      pattern: a regular expression.
+      rows: how many leading axes make the matrix's rows, at least one; the others make its columns. The query kernel
+        [features, heads, head features] of an attention layer takes one, its output kernel two.
+
+    Returns:
+      A rule for `Layout(group=(…,))`.
+
+    Raises:
+      ValueError: for less than one axis, or a pattern that is no regular expression.
+
+    Example:
+      >>> import jax.numpy as jnp, rootfree_optax as rf
+      >>> plan = rf.Layout(group=(rf.as_matrix("query", 1),)).plan({"query": jnp.zeros((16, 2, 8))})
+      >>> [stack.shape for stack in plan.stacks]
+      [(16, 16)]
+    """
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, got {rows}.")
+    return Group((), _ToMatrix(rows), _reshaped, pattern, _HasMoreAxes(rows))

@@ -3,27 +3,33 @@
 import collections
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from rootfree_optax._src.common import trees
+from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.common.validate import require_at_least
 from rootfree_optax._src.layout import rules
-from rootfree_optax._src.layout.axes import Axes, Shape, merged, squeezed
 from rootfree_optax._src.layout.group import Assignment, Group, assign, joined_shape
-from rootfree_optax._src.layout.plan import Plan
+from rootfree_optax._src.layout.paths import EMBEDDINGS, require_match
+from rootfree_optax._src.layout.plan import Plan, Rest
 from rootfree_optax._src.layout.split import Cut
 from rootfree_optax._src.layout.stack import place
-from rootfree_optax._src.layout.unit import Unit, stacks_of
+from rootfree_optax._src.layout.unit import Unit, merged, squeezed, stacks_of, without_axes
 from rootfree_optax._src.structures import Structure, StructureFactory, dense, diagonal
+
+_LONGEST_AXIS = 32_768
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How parameters become blocks with one factor per axis: decided once, from key paths and shapes alone.
 
-    In this order, parameters are joined by the rules of `group`, leading axes that index layers are set apart, axes of
-    length one are dropped, neighbouring axes are merged, each axis gets a structure, and long axes are cut. All blocks
-    of one shape and structure, over the whole tree, then form one stack.
+    In this order, axes that index layers are set apart, parameters are joined by the rules of `group`, axes of length
+    one are dropped, neighbouring axes are merged, each axis gets a structure, and long axes are cut. All blocks
+    of one shape, structure and dtype, over the whole tree, then form one stack.
 
     Args:
       structure: the structure of the factors. None: `dense` on axes of at most `max_dense_dim` and `diagonal` on longer
@@ -38,10 +44,23 @@ class Layout:
         one, unless its structure is diagonal. A block keeps its parameter's axes, even one of length one. None: no axis
         is cut.
       merge_dims: neighbouring axes are merged, from the left, while their product is at most this. None: none are.
-      stacked: how many leading axes index independent layers (`nn.scan`, `nnx.scan`, vmapped layers, experts). An
-        integer, for every parameter; a mapping from regular expressions to integers, of which the first that is found
-        in the key path decides, and zero if none is; or a callable from the key path and the shape to an integer.
+      layer_axes: which axes index independent layers (`nn.scan`, `nnx.scan`, vmapped layers, experts), at any position.
+        None: no axis does. An integer, for every parameter: 0 is the leading axis, 1 the second (`param_scan_axis=1` of
+        MaxText), -1 the last. A tuple, for every parameter: the positions of several, such as layers and experts. A
+        mapping from regular expressions to integers or tuples: the first expression that is found in the key path
+        decides, and other parameters have no layer axes. A callable from the key path and the shape to an integer, a
+        tuple or None. A position that a parameter does not have is an error.
+      diagonal: which parameters have no factors, so that each of their entries is treated alone. None: no parameter. A
+        regular expression that is found in their key paths, such as `EMBEDDINGS`, or a callable from the key path and
+        the shape to a bool. Either excludes two more kinds, layer axes not counted: vectors and scalars, which are
+        parameters with at most one axis longer than one, unless a rule of `group` applies to them; and parameters of
+        more axes with one longer than 32,768. `diagonal` is decided before `group`. `Plan.rest` lists the parameters
+        without factors, and why they have none.
       group: rules that join or reshape parameters, such as `weight_and_bias()`; the first that applies wins.
+      factor_dtype: the floating-point dtype of the factors, of at least 16 bits. None: the widest of the stack's
+        parameters. A dtype: for every factor. A tuple: one for each axis, None for the default. A mapping: from the
+        number of axes to a dtype or tuple; blocks with another number of axes get the default. Axes are counted as for
+        `structure`.
 
     Raises:
       ValueError: for a number out of range or an unknown structure.
@@ -61,15 +80,19 @@ class Layout:
     max_dense_dim: int = 2048
     block_size: int | None = None
     merge_dims: int | None = None
-    stacked: rules.LayerRule = None
+    layer_axes: rules.LayerRule = None
+    diagonal: rules.DiagonalRule = None
     group: tuple[Group, ...] = ()
+    factor_dtype: rules.DTypeRule = None
 
     def __post_init__(self) -> None:
         """Checks the arguments, and makes mappings and lists immutable."""
-        for name in ("structure", "stacked", "group"):
+        for name in ("structure", "layer_axes", "group", "factor_dtype"):
             object.__setattr__(self, name, rules.frozen(getattr(self, name)))
         rules.require_structure_rule(self.structure)
-        rules.require_layer_rule(self.stacked)
+        rules.require_layer_rule(self.layer_axes)
+        rules.require_diagonal_rule(self.diagonal)
+        rules.require_dtype_rule(self.factor_dtype, "factor_dtype")
         for name in ("max_dense_dim", "block_size", "merge_dims"):
             value = getattr(self, name)
             if value is None and name != "max_dense_dim":
@@ -97,15 +120,31 @@ class Layout:
 def _plan(layout: Layout, shapes: tuple[tuple[str, Shape], ...]) -> Plan:
     empty = tuple((path, shape) for path, shape in shapes if 0 in shape)
     parameters = {path: shape for path, shape in shapes if 0 not in shape}
-    layers = {path: rules.layers_of(layout.stacked, path, shape) for path, shape in parameters.items()}
-    layer_shapes = {path: shape[layers[path] :] for path, shape in parameters.items()}
+    layer_axes = {path: rules.layer_axes_of(layout.layer_axes, path, shape) for path, shape in parameters.items()}
+    of_a_layer = {path: without_axes(shape, layer_axes[path]) for path, shape in parameters.items()}
+    if isinstance(layout.diagonal, str) and layout.diagonal != EMBEDDINGS:
+        require_match("diagonal", layout.diagonal, dict(shapes))
+    reasons = _reasons_before_groups(layout, parameters, of_a_layer)
+    assignments = assign(layout.group, {path: shape for path, shape in of_a_layer.items() if path not in reasons})
+    if layout.diagonal is not None:
+        alone = [path for _, (path, *_), rule in assignments if rule is None]
+        reasons |= {path: "a vector or scalar" for path in alone if _is_vector(of_a_layer[path])}
     units = tuple(
-        _unit(layout, assignment, tuple(parameters[path] for path in assignment.paths), layers)
-        for assignment in assign(layout.group, layer_shapes)
+        _unit(layout, assignment, {path: (parameters[path], layer_axes[path]) for path in assignment.paths})
+        for assignment in assignments
+        if assignment.paths[0] not in reasons
     )
     stacks, flat = place([part for unit in units for part in unit.stacks])
     placements = iter(flat)
-    plan = Plan(units, stacks, tuple(tuple(next(placements) for _ in unit.stacks) for unit in units), empty)
+    plan = Plan(
+        units=units,
+        stacks=stacks,
+        placements=tuple(tuple(next(placements) for _ in unit.stacks) for unit in units),
+        rest=tuple(
+            Rest(path, shape, reasons[path], layer_axes[path]) for path, shape in parameters.items() if path in reasons
+        ),
+        empty=empty,
+    )
     names = collections.Counter(block.name for block in plan.blocks)
     if twice := [name for name, number in names.items() if number > 1]:
         raise ValueError(
@@ -115,21 +154,63 @@ def _plan(layout: Layout, shapes: tuple[tuple[str, Shape], ...]) -> Plan:
     return plan
 
 
-def _unit(layout: Layout, assignment: Assignment, shapes: tuple[Shape, ...], layers: dict[str, int]) -> Unit:
+def _is_vector(shape: Shape) -> bool:
+    return len(squeezed(shape)) == 1
+
+
+def _reasons_before_groups(
+    layout: Layout, parameters: Mapping[str, Shape], of_a_layer: Mapping[str, Shape]
+) -> dict[str, str]:
+    """Returns why parameters have no factors, by key path, as far as that does not depend on groups."""
+    reasons = {}
+    for path, shape in parameters.items():
+        reason = rules.reason_without_factors(layout.diagonal, path, shape)
+        layer = of_a_layer[path]
+        if reason is None and layout.diagonal is not None and not _is_vector(layer) and max(layer) > _LONGEST_AXIS:
+            reason = f"an axis longer than {_LONGEST_AXIS:,}"
+        if reason is not None:
+            reasons[path] = reason
+    return reasons
+
+
+def _unit(layout: Layout, assignment: Assignment, members: dict[str, tuple[Shape, tuple[int, ...]]]) -> Unit:
     name, paths, rule = assignment
-    n_layers = layers[paths[0]]
-    shape = joined_shape(rule, dict(zip(paths, shapes, strict=True)), [layers[path] for path in paths])
-    layer_shape = squeezed(shape[n_layers:])
-    lengths = layer_shape if layout.merge_dims is None else merged(layer_shape, layout.merge_dims)
+    layer_shape = _layer_shape(members)
+    of_a_layer = {path: without_axes(*member) for path, member in members.items()}
+    tensor_shape = of_a_layer[paths[0]] if rule is None else joined_shape(rule, of_a_layer)
+    axes = squeezed(tensor_shape)
+    lengths = axes if layout.merge_dims is None else merged(axes, layout.merge_dims)
     factories = rules.structures_of(layout.structure, name, lengths)
     if factories is None:
-        factories = _default_structures(layout, lengths, is_vector=len(layer_shape) == 1)
+        factories = _default_structures(layout, lengths, is_vector=len(axes) == 1)
     for factory, length in zip(factories, lengths, strict=True):
         if not isinstance(structure := factory(length), Structure) or structure.dim != length:
             raise ValueError(f"structure must make a structure of {length} rows at {name!r}, got {structure!r}.")
     cuts = tuple(_cut(layout, factory, length) for factory, length in zip(factories, lengths, strict=True))
-    axes = Axes(shape, n_layers, lengths)
-    return Unit(name, paths, shapes, rule, axes, cuts, stacks_of(factories, cuts, axes.layer_shape))
+    factor_dtypes = _factor_dtypes(layout, name, len(lengths))
+    return Unit(
+        name=name,
+        paths=paths,
+        shapes=tuple(shape for shape, _ in members.values()),
+        layer_axes=tuple(axes for _, axes in members.values()),
+        rule=rule,
+        layer_shape=layer_shape,
+        tensor_shape=tensor_shape,
+        lengths=lengths,
+        cuts=cuts,
+        stacks=stacks_of(factories, factor_dtypes, cuts, layer_shape),
+    )
+
+
+def _layer_shape(members: dict[str, tuple[Shape, tuple[int, ...]]]) -> Shape:
+    """Returns the lengths of the layer axes, after checking that all members of a group have the same."""
+    layer_shapes = {path: tuple(shape[axis] for axis in axes) for path, (shape, axes) in members.items()}
+    if len(set(layer_shapes.values())) > 1:
+        shapes = {path: shape for path, (shape, _) in members.items()}
+        raise ValueError(
+            f"parameters of one group must have the same layer axes, but layer_axes gives {layer_shapes} in {shapes}."
+        )
+    return next(iter(layer_shapes.values()))
 
 
 def _default_structures(layout: Layout, lengths: Shape, *, is_vector: bool) -> tuple[StructureFactory, ...]:
@@ -137,6 +218,13 @@ def _default_structures(layout: Layout, lengths: Shape, *, is_vector: bool) -> t
         return (diagonal,) * len(lengths)
     longest_block = lambda length: min(length, layout.block_size or length)
     return tuple(dense if longest_block(length) <= layout.max_dense_dim else diagonal for length in lengths)
+
+
+def _factor_dtypes(layout: Layout, name: str, axes: int) -> tuple[jnp.dtype | None, ...]:
+    try:
+        return rules.factor_dtypes_of(layout.factor_dtype, axes)
+    except ValueError as error:
+        raise ValueError(f"{error} The block is of {name!r}.") from None
 
 
 def _cut(layout: Layout, factory: StructureFactory, length: int) -> Cut:

@@ -2,17 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from rootfree_optax._src.common import trees
-from rootfree_optax._src.layout.axes import Shape
-from rootfree_optax._src.layout.split import Placed, as_it_is
+from rootfree_optax._src.common.trees import Shape
+from rootfree_optax._src.layout.split import RelayoutFn
 from rootfree_optax._src.layout.stack import Placement, Stack, opaque, stack, unstack
-from rootfree_optax._src.layout.unit import Unit
+from rootfree_optax._src.layout.unit import Unit, no_relayout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,23 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rest:
+    """A parameter without factors, see `Layout.diagonal`.
+
+    Args:
+      path: the key path.
+      shape: the parameter's shape.
+      reason: why it has no factors, as in "'embed' in its key path".
+      layer_axes: the positions of its layer axes.
+    """
+
+    path: str
+    shape: Shape
+    reason: str
+    layer_axes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """How a tree of parameters becomes stacks of blocks. `Layout.plan` makes it; it is static, hashable, and small.
 
@@ -45,12 +62,13 @@ class Plan:
       units: the parameters and groups.
       stacks: the stacks.
       placements: for each unit, where in the stacks its blocks stand.
+      rest: the parameters without factors, which are in no stack.
       empty: key paths and shapes of the parameters without entries, which have no blocks.
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
       >>> params = {"kernel": jnp.zeros((4, 6))}
-      >>> plan = rf.Layout(block_size=3).plan(params)
+      >>> plan = rf.Layout(block_size=3, factor_dtype=jnp.bfloat16).plan(params)
       >>> [block.name for block in plan.blocks]
       ['kernel[0, 0]', 'kernel[0, 1]', 'kernel[1, 0]', 'kernel[1, 1]']
       >>> [(stack.count, stack.shape) for stack in plan.stacks]
@@ -60,24 +78,25 @@ class Plan:
     units: tuple[Unit, ...]
     stacks: tuple[Stack, ...]
     placements: tuple[tuple[Placement, ...], ...]
+    rest: tuple[Rest, ...] = ()
     empty: tuple[tuple[str, Shape], ...] = ()
 
-    def pack(self, tree: Any, name: str = "gradients", placed: Placed = as_it_is) -> tuple[jax.Array, ...]:
+    def pack(self, tree: Any, name: str = "gradients", relayout: RelayoutFn = no_relayout) -> tuple[jax.Array, ...]:
         """Returns the blocks of a tree like the parameters, one array [count, *shape] for each stack.
 
         The dtype of a stack is the widest among its members'. A parameter without a gradient (None) becomes NaN.
+        Parameters without factors, those of `rest`, are in no stack.
 
         Args:
           tree: arrays of the parameters' shapes.
           name: what the tree is called in an error.
-          placed: what is done to arrays on their way to blocks, see `split`.
+          relayout: moves arrays between devices on their way to blocks, see `Unit.to_blocks`.
 
         Raises:
           ValueError: for a tree unlike the parameters, or a group of which some parameters have a gradient and others
             have none. It names the key path.
         """
-        leaves = trees.named_leaves(tree)
-        self._require_like_parameters(leaves, name)
+        leaves = self._named_leaves(tree, name)
         pieces: list[jax.Array | None] = []
         for unit in self.units:
             arrays = [leaves[path] for path in unit.paths]
@@ -89,50 +108,79 @@ class Plan:
                     )
                 pieces += [None] * len(unit.stacks)
             else:
-                pieces += unit.to_blocks(arrays, placed)
-        return stack(pieces, [place for places in self.placements for place in places], self.stacks)
+                pieces += unit.to_blocks(arrays, relayout)
+        return stack(pieces, self._flat_placements, self.stacks)
 
     def unpack(
-        self, stacks: Sequence[jax.Array], like: Any, placed: Placed = as_it_is, *, equal_kernels: bool = False
+        self,
+        stacks: Sequence[jax.Array],
+        like: Any,
+        relayout: RelayoutFn = no_relayout,
+        *,
+        rest: Mapping[str, jax.Array] | None = None,
+        equal_kernels: bool = False,
     ) -> Any:
         """Returns the tree whose blocks are given: the inverse of `pack`.
 
         Args:
           stacks: [count, *shape] for each stack.
           like: the tree that was packed. Each array gets the dtype of its leaf; None stays None.
-          placed: what is done to arrays on their way from blocks, see `split`.
+          relayout: moves arrays between devices on their way from blocks, see `Unit.to_blocks`.
+          rest: the arrays of the parameters without factors, by key path; may leave out those that are None in `like`.
           equal_kernels: whether the program hides where in a stack each parameter's blocks begin, so that parameters of
             one shape get one kernel, compiled once; for stacks that every device has whole.
 
         Raises:
-          ValueError: for stacks or a tree unlike the plan's.
+          ValueError: for stacks or a tree unlike the plan's, or for a `rest` without one of its parameters.
         """
         shapes = [array.shape for array in stacks]
         expected = [(target.count, *target.shape) for target in self.stacks]
         if shapes != expected:
             raise ValueError(f"stacks must have the shapes {expected}, got {shapes}.")
-        leaves = trees.named_leaves(like)
-        self._require_like_parameters(leaves, "the tree to unpack like")
+        leaves = self._named_leaves(like, "the tree to unpack like")
         arrays = {path: jnp.zeros(shape) for path, shape in self.empty}
-        starts = (place.start for places in self.placements for place in places)
-        numbers = opaque((0, *starts), stacks[0]) if equal_kernels and stacks else None
+        if self.rest or rest:
+            arrays |= self._require_rest(rest or {}, leaves)
+        starts = {place.start for place in self._flat_placements if place.count < self.stacks[place.stack].count}
+        numbers = opaque({0, *starts}, stacks[0]) if equal_kernels and starts else None
         for unit, places in zip(self.units, self.placements, strict=True):
             if any(leaves[path] is not None for path in unit.paths):
-                arrays |= zip(unit.paths, unit.from_blocks(unstack(stacks, places, numbers), placed), strict=True)
+                arrays |= zip(unit.paths, unit.from_blocks(unstack(stacks, places, numbers), relayout), strict=True)
         results = [None if leaf is None else arrays[path].astype(leaf.dtype) for path, leaf in leaves.items()]
-        return jax.tree.unflatten(jax.tree.structure(like, is_leaf=lambda leaf: leaf is None), results)
+        return jax.tree.unflatten(jax.tree.structure(like, is_leaf=trees.is_none), results)
 
-    def _require_like_parameters(self, leaves: dict[str, Any], name: str) -> None:
-        parameters = self._parameters
-        relevant = {path: leaf for path, leaf in leaves.items() if leaf is not None or path in parameters}
-        trees.require_like(relevant, parameters, name=name)
+    def _named_leaves(self, tree: Any, name: str) -> dict[str, Any]:
+        """Returns the leaves by key path, after checking that they are those of the parameters."""
+        leaves = trees.named_leaves(tree)
+        # The parameters may have None as well, where there is no parameter.
+        relevant = {path: leaf for path, leaf in leaves.items() if leaf is not None or path in self._shapes}
+        trees.require_shapes(relevant, self._shapes, name=name)
+        return leaves
+
+    def _require_rest(self, arrays: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the arrays of the parameters without factors that have a gradient, after checking them."""
+        expected = {entry.path: entry.shape for entry in self.rest if leaves[entry.path] is not None}
+        if missing := expected.keys() - arrays.keys():
+            raise ValueError(
+                f"rest must have an array for each parameter without factors, but {min(missing)!r} is missing. "
+                "Pass its update, or plan with Layout(diagonal=None)."
+            )
+        if unknown := arrays.keys() - {entry.path for entry in self.rest}:
+            raise ValueError(f"rest must have parameters without factors only, but {min(unknown)!r} is not one.")
+        found = {path: arrays[path] for path in expected}
+        trees.require_shapes(found, expected, name="rest")
+        return found
 
     @functools.cached_property
-    def _parameters(self) -> dict[str, jax.ShapeDtypeStruct]:
-        shapes = dict(self.empty)
+    def _shapes(self) -> dict[str, Shape]:
+        shapes = dict(self.empty) | {entry.path: entry.shape for entry in self.rest}
         for unit in self.units:
             shapes |= zip(unit.paths, unit.shapes, strict=True)
-        return {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+        return shapes
+
+    @functools.cached_property
+    def _flat_placements(self) -> list[Placement]:
+        return [place for places in self.placements for place in places]
 
     @functools.cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -147,6 +195,5 @@ class Plan:
 
 def _suffix(unit: Unit, layer: Shape, index: Shape) -> str:
     """Returns a block's index as its name shows it, nothing for the only block of a parameter."""
-    cut = any(cut.piece < cut.length for cut in unit.cuts)
-    indices = [", ".join(map(str, part)) for part, shown in ((layer, bool(layer)), (index, cut)) if shown]
+    indices = [", ".join(map(str, part)) for part, shown in ((layer, bool(layer)), (index, unit.is_cut)) if shown]
     return f"[{'; '.join(indices)}]" if indices else ""

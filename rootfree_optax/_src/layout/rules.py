@@ -1,4 +1,4 @@
-"""The user's rules: the structure and dtype of each factor, and how many axes index layers."""
+"""The user's rules: which parameters have factors, of which structure and dtype, and which axes index layers."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,8 +7,9 @@ from typing import Any, TypeAlias, TypeVar
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from rootfree_optax._src.common.validate import require_at_least, require_floating_dtype
-from rootfree_optax._src.layout.axes import Shape
+from rootfree_optax._src.common.trees import Shape
+from rootfree_optax._src.common.validate import require_floating_dtype
+from rootfree_optax._src.layout.paths import require_expression
 from rootfree_optax._src.structures import StructureFactory, structure_factory
 
 Key = TypeVar("Key")
@@ -21,7 +22,9 @@ StructureRule: TypeAlias = (
 )
 AxesDType: TypeAlias = DTypeLike | tuple[DTypeLike | None, ...] | None
 DTypeRule: TypeAlias = AxesDType | Mapping[int, AxesDType]
-LayerRule: TypeAlias = int | Mapping[str, int] | Callable[[str, Shape], int] | None
+DiagonalRule: TypeAlias = str | Callable[[str, Shape], bool] | None
+LayerAxes: TypeAlias = int | tuple[int, ...] | None
+LayerRule: TypeAlias = LayerAxes | Mapping[str, LayerAxes] | Callable[[str, Shape], LayerAxes]
 
 
 class FrozenMapping(Mapping[Key, Value]):
@@ -126,14 +129,14 @@ def _factories(names: Sequence[AxisStructure], ndim: int, owner: str) -> tuple[S
         raise type(error)(f"{error} It was given for {owner}.") from None
 
 
-def dtypes_of(rule: DTypeRule, axes: int, default: DTypeLike = jnp.float32) -> tuple[jnp.dtype, ...]:
-    """Returns the dtype of each factor of a block.
+def factor_dtypes_of(rule: DTypeRule, axes: int, name: str = "factor_dtype") -> tuple[jnp.dtype | None, ...]:
+    """Returns the dtype of each factor of a block, None for the default.
 
     Args:
       rule: a dtype for every axis; a tuple with one for each axis; or a mapping from the number of axes to either.
-        None, anywhere, and a number of axes that is not in the mapping stand for the default.
+        None stands for the default, as does a number of axes that is not in the mapping.
       axes: the block's number of axes.
-      default: the dtype where the rule names none.
+      name: what the rule is called in an error.
 
     Raises:
       ValueError: for a tuple of another length, or a dtype that is not real floating point.
@@ -142,45 +145,88 @@ def dtypes_of(rule: DTypeRule, axes: int, default: DTypeLike = jnp.float32) -> t
         rule = rule.get(axes)
     dtypes = tuple(rule) if isinstance(rule, (tuple, list)) else (rule,) * axes
     if len(dtypes) != axes:
-        raise ValueError(f"preconditioner_dtype must have one dtype per axis of a block with {axes}, got {dtypes}.")
-    require_dtype_rule(dtypes)
+        raise ValueError(f"{name} must have one dtype per axis of a block with {axes}, got {dtypes}.")
+    require_dtype_rule(dtypes, name)
+    return tuple(None if dtype is None else jnp.dtype(dtype) for dtype in dtypes)
+
+
+def dtypes_of(rule: DTypeRule, axes: int, default: DTypeLike = jnp.float32) -> tuple[jnp.dtype, ...]:
+    """Returns the dtype of each factor of a block, with `default` where the rule names none."""
+    dtypes = factor_dtypes_of(rule, axes, "preconditioner_dtype")
     return tuple(jnp.dtype(default if dtype is None else dtype) for dtype in dtypes)
 
 
-def require_dtype_rule(rule: DTypeRule) -> None:
-    """Raises a ValueError for a rule that names a dtype that is not real floating point."""
+def require_dtype_rule(rule: DTypeRule, name: str = "preconditioner_dtype") -> None:
+    """Raises a ValueError for a rule that names a dtype that is not real floating point, or no number of axes."""
+    if isinstance(rule, Mapping) and not all(isinstance(ndim, int) and ndim >= 1 for ndim in rule):
+        raise ValueError(f"{name} must map numbers of axes, at least 1, to dtypes; got the keys {list(rule)}.")
     for per_axes in rule.values() if isinstance(rule, Mapping) else [rule]:
         for dtype in per_axes if isinstance(per_axes, (tuple, list)) else [per_axes]:
-            require_floating_dtype("preconditioner_dtype", dtype)
+            require_floating_dtype(name, dtype)
 
 
 def require_layer_rule(rule: LayerRule) -> None:
-    """Raises a ValueError or TypeError for a rule that is none."""
+    """Raises a ValueError or TypeError for an invalid rule."""
     if isinstance(rule, Mapping):
-        for pattern in rule:
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise ValueError(f"stacked must map regular expressions, got the key {pattern!r}: {error}.") from None
-    elif rule is not None and not isinstance(rule, int) and not callable(rule):
-        raise TypeError(f"stacked must be None, an integer, a mapping or a callable, got {rule!r}.")
-    require_at_least("stacked", rule, 0)
+        for pattern, positions in rule.items():
+            require_expression("a key of layer_axes", pattern)
+            if positions is not None and not _are_positions(positions):
+                raise TypeError(
+                    "layer_axes must map to the position of an axis, a tuple of positions, or None, got "
+                    f"{positions!r} for {pattern!r}."
+                )
+    elif rule is not None and not callable(rule) and not _are_positions(rule):
+        raise TypeError(
+            f"layer_axes must be None, an integer, a tuple of integers, a mapping or a callable, got {rule!r}."
+        )
 
 
-def layers_of(rule: LayerRule, path: str, shape: Shape) -> int:
-    """Returns how many leading axes of a parameter index layers: by the first expression that its path contains.
+def _are_positions(value: Any) -> bool:
+    positions = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(position, int) and not isinstance(position, bool) for position in positions)
+
+
+def layer_axes_of(rule: LayerRule, path: str, shape: Shape) -> tuple[int, ...]:
+    """Returns the positions of a parameter's layer axes, counted from the first axis.
+
+    Args:
+      rule: the user's rule; of a mapping, the first expression that is found in the path decides.
+      path: the parameter's key path.
+      shape: the parameter's shape.
 
     Raises:
-      ValueError: that names the path, for a number that is negative or more than the parameter's axes.
+      ValueError: that names the path, for a position that is out of range or named twice.
     """
     if isinstance(rule, Mapping):
-        layers = next((layers for pattern, layers in rule.items() if re.search(pattern, path)), 0)
+        found = next((positions for pattern, positions in rule.items() if re.search(pattern, path)), None)
     elif callable(rule):
-        layers = rule(path, shape)
+        found = rule(path, shape)
     else:
-        layers = rule or 0
-    if not isinstance(layers, int) or not 0 <= layers <= len(shape):
+        found = rule
+    positions = () if found is None else tuple(found) if isinstance(found, (tuple, list)) else (found,)
+    ndim = len(shape)
+    if not _are_positions(positions) or not all(-ndim <= position < ndim for position in positions):
+        allowed = f"integers from {-ndim} to {ndim - 1}" if ndim else "none, as it has no axes"
         raise ValueError(
-            f"stacked must give {path!r}, of shape {shape}, between 0 and {len(shape)} layer axes, got {layers!r}."
+            f"layer_axes must be positions of axes of {path!r}, of shape {shape}: {allowed}; got {found!r}."
         )
-    return layers
+    axes = tuple(position % ndim for position in positions)
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"layer_axes must be distinct axes of {path!r}, of shape {shape}, got {found!r}.")
+    return axes
+
+
+def require_diagonal_rule(rule: DiagonalRule) -> None:
+    """Raises a ValueError or TypeError for an invalid rule."""
+    if isinstance(rule, str):
+        require_expression("diagonal", rule)
+    elif rule is not None and not callable(rule):
+        raise TypeError(f"diagonal must be None, a regular expression or a callable, got {rule!r}.")
+
+
+def reason_without_factors(rule: DiagonalRule, path: str, shape: Shape) -> str | None:
+    """Returns why a rule gives a parameter no factors, None if the rule does not."""
+    if isinstance(rule, str):
+        found = re.search(rule, path)
+        return None if found is None else f"{found[0]!r} in its key path"
+    return "chosen by the callable" if rule is not None and rule(path, shape) else None

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import jax
 
-from rootfree_optax._src.layout.axes import Shape
+from rootfree_optax._src.common.trees import Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,46 +64,39 @@ def block_count(window: Sequence[Run]) -> int:
     return math.prod(run.count for run in window)
 
 
-Placed: TypeAlias = Callable[[jax.Array, Sequence[Cut], int], jax.Array]
+RelayoutFn: TypeAlias = Callable[[jax.Array, Sequence[Cut], int], jax.Array]
 
 
-def as_it_is(array: jax.Array, cuts: Sequence[Cut], first: int) -> jax.Array:
-    """Returns the array: what is done on the way to blocks and back where nothing need be moved between devices."""
-    del cuts, first
-    return array
-
-
-def split(array: jax.Array, cuts: Sequence[Cut], placed: Placed = as_it_is) -> tuple[jax.Array, ...]:
+def split(array: jax.Array, cuts: Sequence[Cut], relayout: RelayoutFn) -> tuple[jax.Array, ...]:
     """Cuts each layer's tensor into blocks.
 
     Args:
       array: [*layers, *lengths], the lengths being those of `cuts`.
       cuts: one per axis of a layer.
-      placed: what is done to the tensor, and to the blocks before their axes of counts are merged, [*layers, *counts,
-        *block]; it takes the array, the cuts and the first axis of the tensor or block.
+      relayout: moves the blocks between devices before their axes of counts are merged, [*layers, *counts, *block];
+        called as relayout(blocks, cuts, first axis of the block).
 
     Returns:
       For each window one array [n, *block], in which n counts the layers and, within a layer, the blocks in row-major
       order.
     """
-    array = placed(array, cuts, array.ndim - len(cuts))
-    return tuple(_to_blocks(_slice(array, window), cuts, window, placed) for window in windows(cuts))
+    return tuple(_to_blocks(_slice(array, window), cuts, window, relayout) for window in windows(cuts))
 
 
-def join(blocks: Sequence[jax.Array], cuts: Sequence[Cut], layer_shape: Shape, placed: Placed = as_it_is) -> jax.Array:
+def join(blocks: Sequence[jax.Array], cuts: Sequence[Cut], layer_shape: Shape, relayout: RelayoutFn) -> jax.Array:
     """Puts blocks of one dtype together again: the inverse of `split`.
 
     Args:
       blocks: for each window one array [n, *block].
       cuts: one per axis of a layer.
       layer_shape: the lengths of the layer axes.
-      placed: see `split`.
+      relayout: see `split`.
 
     Returns:
       [*layers, *lengths].
     """
     parts = [
-        _from_blocks(array, cuts, window, layer_shape, placed)
+        _from_blocks(array, cuts, window, layer_shape, relayout)
         for array, window in zip(blocks, windows(cuts), strict=True)
     ]
     for axis in reversed(range(len(cuts))):
@@ -112,7 +105,7 @@ def join(blocks: Sequence[jax.Array], cuts: Sequence[Cut], layer_shape: Shape, p
             neighbours = [parts[i : i + group] for i in range(0, len(parts), group)]
             parts = [jax.lax.concatenate(pair, len(layer_shape) + axis) for pair in neighbours]
     (array,) = parts
-    return placed(array, cuts, len(layer_shape))
+    return array
 
 
 def _slice(array: jax.Array, window: Sequence[Run]) -> jax.Array:
@@ -138,17 +131,17 @@ def _interleaved(window: Sequence[Run], layer_shape: Shape) -> tuple[Shape, tupl
     return tuple(shape), (*counts, *lengths)
 
 
-def _to_blocks(array: jax.Array, cuts: Sequence[Cut], window: Sequence[Run], placed: Placed) -> jax.Array:
+def _to_blocks(array: jax.Array, cuts: Sequence[Cut], window: Sequence[Run], relayout: RelayoutFn) -> jax.Array:
     shape, permutation = _interleaved(window, array.shape[: array.ndim - len(window)])
     blocks = array.reshape(shape).transpose(permutation)
-    return placed(blocks, cuts, blocks.ndim - len(window)).reshape(-1, *block_shape(window))
+    return relayout(blocks, cuts, blocks.ndim - len(window)).reshape(-1, *block_shape(window))
 
 
 def _from_blocks(
-    blocks: jax.Array, cuts: Sequence[Cut], window: Sequence[Run], layer_shape: Shape, placed: Placed
+    blocks: jax.Array, cuts: Sequence[Cut], window: Sequence[Run], layer_shape: Shape, relayout: RelayoutFn
 ) -> jax.Array:
     shape, permutation = _interleaved(window, layer_shape)
     inverse = sorted(range(len(permutation)), key=permutation.__getitem__)
     permuted = blocks.reshape(tuple(shape[axis] for axis in permutation))
-    permuted = placed(permuted, cuts, permuted.ndim - len(window))
+    permuted = relayout(permuted, cuts, permuted.ndim - len(window))
     return permuted.transpose(inverse).reshape(*layer_shape, *(run.stop - run.start for run in window))

@@ -1,4 +1,4 @@
-"""Stacks: all blocks of one shape and one structure, over the whole tree, as one array."""
+"""Stacks: all blocks of one kind, over the whole tree, as one array."""
 
 import dataclasses
 import math
@@ -8,23 +8,24 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from rootfree_optax._src.layout.axes import Shape
-from rootfree_optax._src.layout.rules import DTypeRule, dtypes_of
+from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.structures.base import Flops, Structure
 
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Blocks of one shape and one structure, held in one array [count, *shape].
+    """Blocks of one shape, one structure and one choice of dtypes, held in one array [count, *shape].
 
     Args:
       shape: of a block, (d₁, …, d_N).
       structures: of the factors, one per axis.
+      factor_dtypes: the dtypes of the factors, one per axis; None is the widest dtype of the stack's parameters.
       count: the number of blocks.
     """
 
     shape: Shape
     structures: tuple[Structure, ...]
+    factor_dtypes: tuple[jnp.dtype | None, ...]
     count: int
 
     @property
@@ -34,23 +35,21 @@ class Stack:
 
     def state_bytes(
         self,
-        dtype: DTypeRule = None,
         *,
         riemannian_momentum: bool = False,
         cached_products: bool = False,
         observed_curvature: bool = False,
     ) -> int:
-        """Returns the bytes of the factors of all blocks.
+        """Returns the bytes of the factors of all blocks, in their own dtypes; None counts as float32.
 
         Args:
-          dtype: of the factors: one, or one per axis, or a mapping from the number of axes to either; None is float32.
           riemannian_momentum: whether each factor has a momentum, of its size and dtype.
           cached_products: whether each factor has K Kᵀ beside it, of its size and dtype.
           observed_curvature: whether each factor has a sum beside it, as `curvature_every` keeps.
         """
-        dtypes = dtypes_of(dtype, len(self.shape))
         sizes = [sum(map(math.prod, structure.part_shapes)) for structure in self.structures]
-        bytes_each = [size * dtype.itemsize for size, dtype in zip(sizes, dtypes, strict=True)]
+        itemsizes = [jnp.dtype(jnp.float32 if dtype is None else dtype).itemsize for dtype in self.factor_dtypes]
+        bytes_each = [size * itemsize for size, itemsize in zip(sizes, itemsizes, strict=True)]
         return self.count * sum(bytes_each) * (1 + riemannian_momentum + cached_products + observed_curvature)
 
     @property
@@ -85,23 +84,21 @@ class Placement:
 
 
 def place(parts: Sequence[Stack]) -> tuple[tuple[Stack, ...], tuple[Placement, ...]]:
-    """Concatenates small stacks, in order, into one per shape and structure.
+    """Concatenates small stacks, in order, into one for each kind: each shape, structures and dtypes.
 
     Returns:
       The stacks, in the order in which they first occur, and the place in them of each part.
     """
-    counts: dict[tuple[Shape, tuple[Structure, ...]], int] = {}
-    starts = []
-    for part in parts:
-        kind = (part.shape, part.structures)
+    counts: dict[Stack, int] = {}
+    kinds, starts = [dataclasses.replace(part, count=0) for part in parts], []
+    for kind, part in zip(kinds, parts, strict=True):
         starts.append(counts.get(kind, 0))
         counts[kind] = starts[-1] + part.count
     index = {kind: i for i, kind in enumerate(counts)}
     placements = [
-        Placement(index[part.shape, part.structures], start, part.count)
-        for part, start in zip(parts, starts, strict=True)
+        Placement(index[kind], start, part.count) for kind, part, start in zip(kinds, parts, starts, strict=True)
     ]
-    return tuple(Stack(*kind, count) for kind, count in counts.items()), tuple(placements)
+    return tuple(dataclasses.replace(kind, count=count) for kind, count in counts.items()), tuple(placements)
 
 
 def padded_lengths(stacks: Sequence[Stack], shapes: Sequence[Shape]) -> tuple[int, ...] | None:
@@ -149,7 +146,7 @@ def stack(
         members[placement.stack].append((piece, placement.count))
     arrays = []
     for target, parts in zip(stacks, members, strict=True):
-        dtype = widest(piece.dtype for piece, _ in parts if piece is not None)
+        dtype = widest([piece.dtype for piece, _ in parts if piece is not None])
         filled = [
             jnp.full((count, *target.shape), jnp.nan, dtype) if piece is None else piece.astype(dtype)
             for piece, count in parts
@@ -160,7 +157,7 @@ def stack(
 
 def unstack(
     arrays: Sequence[jax.Array], placements: Iterable[Placement], numbers: Mapping[int, jax.Array] | None = None
-) -> tuple[jax.Array, ...]:
+) -> list[jax.Array]:
     """Returns the blocks at the given places: the inverse of `stack`.
 
     Args:
@@ -168,7 +165,7 @@ def unstack(
       placements: the places.
       numbers: as `opaque` returns them, zero and where the blocks begin; without, the program has the numbers.
     """
-    return tuple(_rows(arrays[place.stack], place, numbers) for place in placements)
+    return [_rows(arrays[place.stack], place, numbers) for place in placements]
 
 
 def _rows(array: jax.Array, place: Placement, numbers: Mapping[int, jax.Array] | None) -> jax.Array:

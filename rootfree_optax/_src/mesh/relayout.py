@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rootfree_optax._src.layout.axes import Shape
+from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.layout.split import Cut
 from rootfree_optax._src.mesh.shard_map import Axes
 from rootfree_optax._src.mesh.state_shardings import AnyMesh

@@ -9,7 +9,8 @@ nothing is sent.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import jax
@@ -64,6 +65,11 @@ class WholeStacks:
         """The lengths of the arrays that `map` gives its function."""
         return self.lengths
 
+    @property
+    def local_axes(self) -> Axes:
+        """The mesh axes over which arrays are one device's own parts already."""
+        return ()
+
     def anchor(self, params: Any) -> jax.Array:
         """Returns an array without entries for a function to depend on when it depends on nothing else."""
         del params
@@ -89,9 +95,15 @@ class WholeStacks:
         """
         return _pack_whole(self.plan, tree, name, sample_axis)
 
-    def unpack(self, stacks: Sequence[jax.Array], like: Any) -> Any:
-        """Returns the tree whose blocks are given, with the dtypes and shardings of `like`: the inverse of `pack`."""
-        return shard_like(self.plan.unpack(stacks, like, equal_kernels=True), like)
+    def unpack(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] = MappingProxyType({})) -> Any:
+        """Returns the tree whose blocks are given, with the dtypes and shardings of `like`: the inverse of `pack`.
+
+        Args:
+          stacks: [length, *shape] for each stack.
+          like: the tree that was packed.
+          rest: the arrays of the parameters without factors, by key path.
+        """
+        return shard_like(self.plan.unpack(stacks, like, rest=rest, equal_kernels=True), like)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,22 +154,27 @@ class DividedStacks(WholeStacks):
         """Returns the stacks of a tree like the parameters, divided over the axes."""
         return _pack_divided(self, tree, name, sample_axis)
 
-    def unpack(self, stacks: Sequence[jax.Array], like: Any) -> Any:
+    def unpack(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] = MappingProxyType({})) -> Any:
         """Returns the tree whose blocks are given: the inverse of `pack`."""
-        return _unpack_divided(self, tuple(stacks), like)
+        return _unpack_divided(self, tuple(stacks), like, dict(rest))
 
     def _pack_padded(self, tree: Any, name: str, sample_axis: bool, **relayout: Any) -> Stacks:
         stacks = _pack(self.plan, tree, name, sample_axis, **relayout)
         return tuple(_pad(stack, length) for stack, length in zip(stacks, self.lengths, strict=True))
 
-    def _unpack_padded(self, stacks: Sequence[jax.Array], like: Any) -> Any:
+    def _unpack_padded(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any]) -> Any:
         own = [array[: stack.count] for array, stack in zip(stacks, self.stacks, strict=True)]
-        return self.plan.unpack(own, like)
+        return self.plan.unpack(own, like, rest=rest)
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalStacks(DividedStacks):
     """One device's own parts of divided stacks: the caller is inside `jax.shard_map` over the axes."""
+
+    @property
+    def local_axes(self) -> Axes:
+        """The mesh axes that the stacks are divided over."""
+        return self.over
 
     def anchor(self, params: Any) -> jax.Array:
         """Returns an array without entries."""
@@ -178,9 +195,9 @@ class LocalStacks(DividedStacks):
             for stack, length in zip(whole, lengths, strict=True)
         )
 
-    def unpack(self, stacks: Sequence[jax.Array], like: Any) -> Any:
+    def unpack(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] = MappingProxyType({})) -> Any:
         """Returns the whole tree, on every device."""
-        return shard_like(self._unpack_padded([self._sum_parts(part) for part in stacks], like), like)
+        return shard_like(self._unpack_padded([self._sum_parts(part) for part in stacks], like, rest), like)
 
     def _sum_parts(self, part: jax.Array) -> jax.Array:
         """Returns the stack of all parts. Uses psum because its result is typed as replicated; all_gather's is not."""
@@ -214,29 +231,29 @@ def _pack_divided(divided: DividedStacks, tree: Any, name: str, sample_axis: boo
     mesh, axes = divided.mesh, divided.axes
 
     def to_stacks(tree: Any) -> Stacks:
-        placed = functools.partial(split_within_blocks, mesh, axes)
-        stacks = divided._pack_padded(tree, name, sample_axis, placed=placed)
+        relayout = functools.partial(split_within_blocks, mesh, axes)
+        stacks = divided._pack_padded(tree, name, sample_axis, relayout=relayout)
         return tuple(move(mesh, stack, route(mesh, axes, stack.shape)) for stack in stacks)
 
     return partition(mesh, to_stacks, [PartitionSpec(axes)] * len(divided.stacks), tree)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _unpack_divided(divided: DividedStacks, stacks: Stacks, like: Any) -> Any:
+def _unpack_divided(divided: DividedStacks, stacks: Stacks, like: Any, rest: dict[str, Any]) -> Any:
     mesh = divided.mesh
     leaves, structure = jax.tree.flatten(like)
 
-    def to_leaves(stacks: Stacks, like: Any) -> tuple[jax.Array, ...]:
+    def to_leaves(stacks: Stacks, like: Any, rest: dict[str, Any]) -> tuple[jax.Array, ...]:
         # The stops of `_pack_divided` backwards, without the last, where the stacks are.
         stops = [route(mesh, divided.axes, stack.shape)[-2::-1] for stack in stacks]
         whole = [move(mesh, stack, back) for stack, back in zip(stacks, stops, strict=True)]
-        pairs = zip(jax.tree.leaves(divided._unpack_padded(whole, like)), jax.tree.leaves(like), strict=True)
+        pairs = zip(jax.tree.leaves(divided._unpack_padded(whole, like, rest)), jax.tree.leaves(like), strict=True)
         # Where a gradient is NaN its direction is. Saying so changes nothing, but is an operation on both, entry by
         # entry: so the compiler lays out the one as the other.
         return tuple(jax.lax.select(jnp.isnan(other), other, leaf) for leaf, other in pairs)
 
     specs = [jax.typeof(leaf).sharding.spec for leaf in leaves]
-    return jax.tree.unflatten(structure, partition(mesh, to_leaves, specs, stacks, like))
+    return jax.tree.unflatten(structure, partition(mesh, to_leaves, specs, stacks, like, rest))
 
 
 def place_stacks(

@@ -17,10 +17,11 @@ from jax.sharding import Mesh, NamedSharding
 from rootfree_optax._src.blocks.rule import BlockFlops
 from rootfree_optax._src.common import trees
 from rootfree_optax._src.common.schedules import RefreshEvery, Staggered
-from rootfree_optax._src.layout.axes import Shape
+from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.mesh.state_shardings import mesh_in_use, state_shardings
+from rootfree_optax._src.stacks.state import StackState
 from rootfree_optax._src.transforms.description import Compiled, Description, Row
-from rootfree_optax._src.transforms.kronecker import ScaleByKroneckerState, find_kronecker_states
+from rootfree_optax._src.transforms.kronecker import find_kronecker_states
 from rootfree_optax._src.transforms.reports import KroneckerReport, collect_reports
 
 
@@ -116,6 +117,7 @@ def _items(
     reasons: dict[str, str] = {}
     for report in reports:
         reasons |= {path: "no factors: no entries" for path, _ in report.plan.empty}
+        reasons |= {parameter.path: f"no factors: {parameter.reason}" for parameter in report.plan.rest}
         for unit, places in zip(report.plan.units, report.plan.placements, strict=True):
             blocks = tuple([_blocks(report, place.stack, place.count) for place in places])
             others = sum(other_bytes.get(path, 0) for path in unit.paths)
@@ -164,17 +166,24 @@ def _rows(items: Sequence[_Item]) -> Iterator[Row]:
 
 
 def _bytes_outside_stacks(state: Any, params: Any) -> Mapping[str, int]:
-    """Returns the bytes that a state has of each parameter outside of stacks, in leaves whose key path ends as its."""
-    parameters = dict(jax.tree_util.tree_leaves_with_path(params))
+    """Returns the bytes that a state has of each parameter outside of stacks.
+
+    These are the leaves whose key path ends as the parameter's. In what a Kronecker transformation keeps for parameters
+    without factors, that is one key.
+    """
+    ends = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        ends |= {(jax.tree_util.DictKey(path),): (path, jnp.shape(leaf)), keys: (path, jnp.shape(leaf))}
     total: collections.Counter[str] = collections.Counter()
-    is_kronecker = lambda node: isinstance(node, ScaleByKroneckerState)
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_kronecker):
-        ends = [keys[start:] for start in range(len(keys) + 1)]
-        end = next((end for end in ends if end in parameters), None)
-        if is_kronecker(leaf) or end is None:
+    is_stack = lambda node: isinstance(node, StackState)
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_stack):
+        found = next((end for start in range(len(keys) + 1) if (end := keys[start:]) in ends), None)
+        if is_stack(leaf) or found is None:
             continue
-        if end or leaf.shape == jnp.shape(parameters[end]):  # all end as the key path of a tree that is one array
-            total[jax.tree_util.keystr(end, simple=True, separator="/")] += _bytes(leaf)
+        path, shape = ends[found]
+        if found or leaf.shape == shape:  # every key path ends as that of a tree that is one array
+            total[path] += _bytes(leaf)
     return total
 
 

@@ -113,27 +113,27 @@ class Description:
         last: tuple[str, ...] = ()
         for row in self.rows:
             labels = ("", "") if row.parameters == last else (row.name, row.shape)
-            yield (*labels, row.blocks, row.structure, row.dtype, _metric(row.state_bytes) + "B")
+            yield (*labels, row.blocks, row.structure, row.dtype, _metric(row.state_bytes, "B"))
             last = row.parameters
 
     def _totals(self) -> tuple[str, ...]:
-        return ("total", _metric(self.parameters), str(self.blocks), "", "", _metric(self.state_bytes) + "B")
+        return ("total", _metric(self.parameters, ""), str(self.blocks), "", "", _metric(self.state_bytes, "B"))
 
     def _notes(self) -> list[str]:
         """Returns the lines below the table."""
-        adam = _metric(self.adam_bytes)
-        notes = [f"State: {self.adam_ratio:.2f} times Adam's {adam}B of two numbers for each entry of the parameters."]
+        adam = _metric(self.adam_bytes, "B")
+        notes = [f"State: {self.adam_ratio:.2f} times Adam's {adam} of two numbers for each entry of the parameters."]
         if self.blocks:
-            observe, refresh, precondition = map(_metric, self.flops or (None, None, None))
-            notes.append(f"Step: {precondition} FLOPs of products, without refresh and statistics.")
-            notes.append(f"Refresh: {refresh} FLOPs, {' or '.join(self.refresh_every)}.")
+            observe, refresh, precondition = [_metric(number, " FLOPs") for number in self.flops or (None, None, None)]
+            notes.append(f"Step: {precondition} of products, without refresh and statistics.")
+            notes.append(f"Refresh: {refresh}, {' or '.join(self.refresh_every)}.")
             if self.statistics_every:
-                notes.append(f"Statistics: {observe} FLOPs, {' or '.join(self.statistics_every)}.")
+                notes.append(f"Statistics: {observe}, {' or '.join(self.statistics_every)}.")
         if self.mesh_axes:
             notes.append(f"Blocks are divided over the mesh axes {', '.join(self.mesh_axes)}.")
         if self.compiled is not None:
-            temporary, flops = _metric(self.compiled.temporary_bytes), _metric(self.compiled.flops)
-            notes.append(f"Compiled update, each device: {temporary}B of temporaries, {flops} FLOPs.")
+            temporaries, flops = _metric(self.compiled.temporary_bytes, "B"), _metric(self.compiled.flops, " FLOPs")
+            notes.append(f"Compiled update, on each device: {temporaries} of temporaries, {flops}.")
         return notes
 
 
@@ -161,12 +161,12 @@ def _align(rows: Sequence[tuple[str, ...]], width: int) -> Iterator[str]:
             yield _GAP.join([*map(str.ljust, texts, widths), number.rjust(widths[-1])]).rstrip()
 
 
-def _metric(number: int | None) -> str:
-    """Returns a number in three digits with a metric prefix, as in '29.9M'."""
+def _metric(number: int | None, unit: str) -> str:
+    """Returns a number in three digits with a metric prefix, as in '29.9MB'."""
     if number is None:
-        return "unknown "
+        return "unknown"
     value, prefixes = float(number), iter(("", "k", "M", "G", "T", "P", "E"))
     prefix = next(prefixes)
     while value >= 999.5:
         value, prefix = value / 1000, next(prefixes)
-    return f"{value:.3g}{prefix}"
+    return f"{value:.3g}{prefix}{unit}"

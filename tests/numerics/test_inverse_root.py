@@ -1,4 +1,4 @@
-"""The inverse root from products, against eigenvalues in float64, and the polynomials that it is made of."""
+"""The inverse root by products, against eigenvalues in float64, and its polynomials."""
 
 import jax
 import jax.numpy as jnp
@@ -7,18 +7,17 @@ import pytest
 from double_precision import double_precision
 
 from rootfree_optax._src.numerics.inverse_root import (
-    DEGREES,
     LARGEST_CONDITION,
+    best_polynomials,
     elementwise,
-    inverse_root_polynomial,
+    factorize,
     inverse_root_table,
-    quadratic_factors,
     times_inverse_root,
 )
 
 SHIFT = 0.9
-# The largest relative error at each condition number. A bound on the spectrum that is too large by some factor costs as
-# much accuracy as a condition number that is.
+# The largest relative error at each condition number. A bound on the spectrum that is too large costs accuracy as a
+# condition number does that is too large by the same factor.
 ERRORS = {
     "float32": {1: 1e-6, 3: 1e-6, 10: 3e-6, 30: 2e-4, 100: 6e-3, 500: 0.15},
     "bfloat16": {1: 1e-6, 3: 4e-3, 10: 1e-2, 30: 2e-2, 100: 5e-2, 500: 0.25},
@@ -58,7 +57,7 @@ def test_error_by_condition_number(spectrum, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_spectrum_beyond_the_bound_is_shrunk_to_it(dtype):
-    """So K shrinks along the large directions by a bounded factor, and does what it should along the others."""
+    """K shrinks along the large directions by a bounded factor, and along the others as without them."""
     d = 32
     for size in (1e4, 1e12, 1e30):
         excess = jnp.zeros((d, d)).at[0, 0].set(size).at[1, 2].set(1e-3 * size).at[2, 1].set(1e-3 * size)
@@ -70,13 +69,13 @@ def test_a_spectrum_beyond_the_bound_is_shrunk_to_it(dtype):
         np.testing.assert_allclose(values[3:], SHIFT**-0.5, rtol=0.1)
 
 
-def test_where_the_excess_vanishes_half_precision_costs_nothing():
+def test_half_precision_costs_no_accuracy_where_the_excess_vanishes():
     excess = jnp.zeros((64, 64)).at[:8, :8].set(2.0)
     result = root(jnp.eye(64, dtype=jnp.bfloat16), excess, shift=SHIFT)
     np.testing.assert_allclose(np.diag(result)[8:], SHIFT**-0.5, rtol=2e-5)
 
 
-def test_what_is_not_finite_shows():
+def test_a_non_finite_excess_gives_a_non_finite_result():
     for excess in (jnp.full((4, 4), jnp.inf), jnp.eye(4).at[0, 1].set(jnp.nan)):
         assert not np.isfinite(root(jnp.eye(4), excess, shift=SHIFT)).all()
     assert np.isnan(elementwise(jnp.ones(2), jnp.array([0.0, jnp.inf]), shift=SHIFT)).tolist() == [False, True]
@@ -95,9 +94,8 @@ def test_the_polynomials_err_as_the_table_says():
     for row, (condition, bound) in enumerate(zip(table.conditions, table.errors, strict=True)):
         start = t = np.geomspace(1 / condition, 1, 2000)
         product = np.ones_like(t)
-        for degree, leads, quadratics in zip(DEGREES, table.leads, table.quadratics, strict=True):
-            assert 2 * quadratics.shape[1] == degree
-            q = leads[row] * np.prod([t**2 + a * t + b for a, b in quadratics[row]], axis=0)
+        for lead, *quadratics in table.polynomials[:, :, row]:
+            q = lead * np.prod([t**2 + a * t + b for a, b in np.reshape(quadratics, (2, 2))], axis=0)
             t, product = t * q**2, product * q
         error = np.abs(1 - np.sqrt(start) * product).max()
         assert 0.9 * bound - 1e-13 <= error <= 1.001 * bound + 1e-13
@@ -107,18 +105,19 @@ def test_the_polynomials_err_as_the_table_says():
     assert by_condition[1024.0] < 6.3e-2
 
 
-def test_a_polynomial_with_real_roots_has_no_quadratic_factors():
-    np.testing.assert_allclose(quadratic_factors(np.array([2.0, -2.0, 1.0])), [[-2.0, 2.0]])
+def test_a_polynomial_with_real_roots_is_not_factorized():
+    np.testing.assert_allclose(factorize(np.array([[2.0, -2.0, 1.0], [15.0, 6.0, 3.0]])), [[1, -2, 2], [3, 2, 5]])
     with pytest.raises(ValueError, match="without real roots"):
-        quadratic_factors(np.array([2.0, -3.0, 1.0]))
+        factorize(np.array([[2.0, -2.0, 1.0], [2.0, -3.0, 1.0]]))
 
 
 @pytest.mark.parametrize("degree", [1, 4])
 def test_a_polynomial_is_the_best_because_its_error_alternates(degree):
-    """By Chebyshev's theorem: no other of that degree has a smaller largest error."""
-    coefficients, least = inverse_root_polynomial(0.01, 1.0, degree)
-    t = np.linspace(0.1, 1, 200_001) ** 2
-    error = 1 - np.sqrt(t) * np.polynomial.polynomial.polyval(t, coefficients)
-    runs = np.split(error, np.flatnonzero(np.diff(np.sign(error))) + 1)
-    assert len(runs) == degree + 2
-    np.testing.assert_allclose([np.abs(run).max() for run in runs], least, rtol=1e-4)
+    """By Chebyshev's theorem: no other polynomial of that degree has a smaller largest error."""
+    low, high = np.array([0.01, 0.25]), np.array([1.0, 2.25])
+    for a, b, coefficients, least in zip(low, high, *best_polynomials(low, high, degree), strict=True):
+        t = np.linspace(np.sqrt(a), np.sqrt(b), 200_001) ** 2
+        error = 1 - np.sqrt(t) * np.polynomial.polynomial.polyval(t, coefficients)
+        runs = np.split(error, np.flatnonzero(np.diff(np.sign(error))) + 1)
+        assert len(runs) == degree + 2
+        np.testing.assert_allclose([np.abs(run).max() for run in runs], least, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Rounding to half precision."""
+"""Rounding: dithered to fewer bits, and saturated to a smaller range."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def test_dithered_rounding_is_right_on_average(value, sign, dtype):
 
 @pytest.mark.parametrize("value", [4.1e-5, -1e-6, 2.3e-8])
 def test_below_the_normal_numbers_dithered_rounding_is_right_on_average(value):
-    """There float16's are 2⁻²⁴ apart, whatever their size: more digits are dropped than of normal ones."""
+    """The subnormal numbers of float16 are multiples of 2⁻²⁴, so that more digits are dropped than of normal ones."""
     counts = jnp.arange(1000, dtype=jnp.int32)
     rounded = jax.vmap(lambda count: round_dithered(jnp.float32(value), jnp.float16, count))(counts)
     np.testing.assert_allclose(np.float64(rounded).mean(), value, atol=2e-3 * 2.0**-24)
@@ -35,7 +35,7 @@ def test_below_the_normal_numbers_dithered_rounding_is_right_on_average(value):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_dithered_rounding_leaves_representable_values_alone(dtype):
-    """Whatever the offset: the counts with the largest and the smallest are among the first hundred thousand."""
+    """For every offset: the largest and the smallest are among those of the first hundred thousand counts."""
     counts = jnp.arange(100_000, dtype=jnp.int32)
     values = jnp.array([0.0, 1.0, -1.0, 1.9921875, 2.0**-12, 3 * 2.0**-24], dtype)
     rounded = jax.vmap(lambda c: round_dithered(values.astype(jnp.float32), dtype, c))(counts)
@@ -44,8 +44,8 @@ def test_dithered_rounding_leaves_representable_values_alone(dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001])
-def test_what_is_not_a_number_stays_so_whatever_its_bits(bits, dtype):
-    """The first is a CPU's, the second an NVIDIA GPU's."""
+def test_nan_stays_nan_for_all_its_bits(bits, dtype):
+    """The first are the bits of NaN on a CPU, the second on an NVIDIA GPU."""
     value = jax.lax.bitcast_convert_type(jnp.uint32(bits), jnp.float32)
     assert all(np.isnan(np.float32(round_dithered(value, dtype, count))) for count in jnp.arange(5))
 
@@ -59,6 +59,6 @@ def test_saturation(value):
         np.testing.assert_array_equal(np.float32(saturate(jnp.float32(value), dtype)), np.float32(expected))
 
 
-def test_no_dither_where_the_dtype_is_not_narrower():
+def test_no_dither_without_fewer_bits():
     value = jnp.float32(1 / 3)
     assert all(round_dithered(value, jnp.float32, c) == value for c in jnp.arange(5))

@@ -3,12 +3,14 @@
 import math
 
 import hypothesis
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from rootfree_optax._src.layout.axes import Axes, from_axes, merged, squeezed, to_axes
+from rootfree_optax._src.layout import Layout
+from rootfree_optax._src.layout.unit import axes_from_front, axes_to_front, merged, squeezed
 
 SHAPES = st.lists(st.integers(1, 9), max_size=5).map(tuple)
 
@@ -49,11 +51,31 @@ def test_merged_axes_are_as_long_as_the_bound_allows(shape: tuple, bound: int) -
 
 @hypothesis.given(SHAPES, st.integers(1, 100), st.data())
 @hypothesis.settings(derandomize=True, deadline=None, max_examples=12)
-def test_axes_round_trip(shape: tuple, bound: int, data: st.DataObject) -> None:
-    layers = data.draw(st.integers(0, len(shape)))
-    axes = Axes(shape, layers, merged(squeezed(shape[layers:]), bound))
+def test_a_unit_reads_its_axes_without_reordering(shape: tuple, bound: int, data: st.DataObject) -> None:
+    layers = tuple(range(data.draw(st.integers(0, len(shape)))))
     array = jnp.arange(math.prod(shape), dtype=jnp.float32).reshape(shape)
-    tensor = to_axes(array, axes)
-    assert tensor.shape == (*shape[:layers], *axes.lengths)
-    np.testing.assert_array_equal(tensor.ravel(), array.ravel())
-    np.testing.assert_array_equal(from_axes(tensor, axes), array)
+    (unit,) = Layout(layer_axes=layers, merge_dims=bound).plan(array).units
+    assert unit.lengths == merged(squeezed(shape[len(layers) :]), bound)
+    (blocks,) = unit.to_blocks([array])
+    assert blocks.shape == (math.prod(shape[: len(layers)]), *unit.lengths)
+    assert unit.layer_shape == shape[: len(layers)]
+    np.testing.assert_array_equal(blocks.ravel(), array.ravel())
+    np.testing.assert_array_equal(unit.from_blocks([blocks])[0], array)
+
+
+@pytest.mark.parametrize("axes", [(), (0,), (1,), (2,), (0, 2), (2, 0), (1, 2), (0, 1, 2)])
+def test_layer_axes_move_to_the_front_and_back(axes: tuple[int, ...]) -> None:
+    array = np.arange(60).reshape(3, 4, 5)
+    moved = axes_to_front(jnp.asarray(array), axes)
+    np.testing.assert_array_equal(moved, np.moveaxis(array, axes, range(len(axes))))
+    np.testing.assert_array_equal(axes_from_front(moved, axes), array)
+
+
+def test_layer_axes_that_lead_are_not_moved() -> None:
+    array = jnp.zeros((3, 4, 5))
+    (leading,) = Layout(layer_axes=(0, 1)).plan(array).units
+    (last,) = Layout(layer_axes=-1).plan(array).units
+    there_and_back = lambda unit: jax.make_jaxpr(lambda a: unit.from_blocks(unit.to_blocks([a])))(array)
+    primitives = lambda unit: [equation.primitive.name for equation in there_and_back(unit).eqns]
+    assert "transpose" not in primitives(leading)
+    assert primitives(last).count("transpose") == 2
