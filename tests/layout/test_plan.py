@@ -155,7 +155,6 @@ def test_a_plan_of_nothing() -> None:
     plan = Layout().plan({"a": None, "b": optax.MaskedNode()})
     assert (plan.stacks, plan.blocks, plan.pack({"a": None, "b": optax.MaskedNode()})) == ((), (), ())
     assert plan.unpack((), {"a": None, "b": optax.MaskedNode()}) == {"a": None, "b": optax.MaskedNode()}
-    assert plan.state_bytes() == 0
 
 
 def test_stacks_are_as_wide_as_their_widest_member_and_leaves_get_their_dtype_back() -> None:
@@ -316,28 +315,6 @@ def test_a_diagonal_pattern_without_a_match_is_an_error() -> None:
         Layout(diagonal="embedding").plan(tree)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.5])
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16, {2: (jnp.bfloat16, None)}])
-def test_bytes_are_those_of_the_real_state(momentum: float, dtype: object) -> None:
-    structure = {1: "triltoeplitz", 2: ("hierarchical2_3", "dense"), 3: "block2diagonal"}
-    layout = Layout(structure, block_size=7, factor_dtype=dtype)
-    params = {"a": struct(9, 12), "b": struct(5), "c": struct(2, 3, 8)}
-    transformation = rf.scale_by_sirf_shampoo(
-        0.1,
-        layout=layout,
-        refresh="published",
-        riemannian_momentum=momentum,
-        curvature_every=1 if momentum else None,
-        preconditioner_dtype=dtype,
-        batch_size=1,
-    )
-    state = jax.eval_shape(transformation.init, params)
-    sums = [sums for sums, _ in state.observed]
-    real = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.factors, state.momenta, sums)))
-    beside = {"riemannian_momentum": momentum > 0, "observed_curvature": momentum > 0}
-    assert layout.plan(params).state_bytes(**beside) == real > 0
-
-
 def transformer(layers: int, width: int = 256) -> dict:
     block = {
         "attention": {"qkv": struct(width, 3 * width), "proj": struct(width, width)},
@@ -376,16 +353,6 @@ def test_with_equal_kernels_the_program_does_not_hold_where_blocks_begin() -> No
         return sum(e.primitive.name == "dynamic_slice" for e in jax.make_jaxpr(back)(tree).jaxpr.eqns)
 
     assert (starts_unseen(True), starts_unseen(False)) == (3, 0)
-
-
-def test_factors_of_several_transformations_are_not_guessed_at() -> None:
-    params = {"a": jnp.ones((3, 3)), "b": jnp.ones((3, 3))}
-    parts = {name: rf.scale_by_sirf_shampoo(batch_size=1) for name in params}
-    state = optax.partition(parts, {name: name for name in params}).init(params)
-    plan = Layout().plan({"b": params["b"]})
-    with pytest.raises(ValueError, match=r"must hold one transformation with factors .* got 2\. Pass the state of one"):
-        plan.factors(state)
-    assert plan.factors(state.inner_states["b"])["b"][0].shape == (3, 3)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,20 @@ class Step(NamedTuple):
     largest_scale: ArrayLike = -jnp.inf
 
 
+class BlockFlops(NamedTuple):
+    """Floating-point operations of a rule's products for one block, a multiply-add counting as two.
+
+    Attributes:
+      observe: of taking one gradient into the statistics.
+      refresh: of renewing the preconditioner.
+      precondition: of one direction.
+    """
+
+    observe: int
+    refresh: int
+    precondition: int
+
+
 class BlockRule(abc.ABC):
     """How ONE block is preconditioned: what it keeps, how that starts and is renewed, and how it applies.
 
@@ -127,6 +141,11 @@ class BlockRule(abc.ABC):
     def supports(self, structure: Structure) -> str | None:
         """Returns why an axis may not have a structure, as the end of a sentence, or None if it may."""
         del structure
+
+    def flops(self, structures: Sequence[Structure]) -> BlockFlops | None:
+        """Returns what the products for one block cost, which `rf.describe` shows; None for unknown."""
+        del structures
+        return None
 
     def scale(self, state: BlockState) -> jax.Array | None:
         """Returns the base-2 logarithm of the usual size of the block's gradients, a scalar; None if it is not kept.

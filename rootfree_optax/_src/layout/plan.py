@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +10,6 @@ import jax.numpy as jnp
 
 from rootfree_optax._src.common import trees
 from rootfree_optax._src.common.trees import Shape
-from rootfree_optax._src.layout import table
-from rootfree_optax._src.layout.factors import dense_factors, find_factors
 from rootfree_optax._src.layout.split import RelayoutFn
 from rootfree_optax._src.layout.stack import Placement, Stack, opaque, stack, unstack
 from rootfree_optax._src.layout.unit import Unit, no_relayout
@@ -74,11 +71,8 @@ class Plan:
       >>> plan = rf.Layout(block_size=3, factor_dtype=jnp.bfloat16).plan(params)
       >>> [block.name for block in plan.blocks]
       ['kernel[0, 0]', 'kernel[0, 1]', 'kernel[1, 0]', 'kernel[1, 1]']
-      >>> plan.state_bytes()
-      112
-      >>> state = rf.scale_by_sirf_shampoo(batch_size=1, layout=rf.Layout(block_size=3)).init(params)
-      >>> [factor.shape for factor in plan.factors(state)["kernel[1, 1]"]]
-      [(1, 1), (3, 3)]
+      >>> [(stack.count, stack.shape) for stack in plan.stacks]
+      [(2, (3, 3)), (2, (1, 3))]
     """
 
     units: tuple[Unit, ...]
@@ -197,75 +191,6 @@ class Plan:
             for place, indices in zip(places, unit.block_indices(), strict=True)
             for offset, (layer, index) in enumerate(indices)
         )
-
-    def factors(self, state: Any) -> dict[str, tuple[jax.Array, ...]]:
-        """Returns the factors of every block as dense matrices, one [dₙ, dₙ] per axis, by the block's name.
-
-        Args:
-          state: the state of a Kronecker transformation that was initialised on the plan's parameters with its layout,
-            or of a whole optimizer that contains it. Blocks beyond the plan's count as padding, so that a state of
-            more parameters than the plan's is taken for one that is split over devices.
-
-        Returns:
-          {name: (K₁, …, K_N)}; a parameter of one block goes by its key path, see `Block` for the others.
-
-        Raises:
-          ValueError: if the state holds no factors of this plan's shapes, or those of several transformations.
-        """
-        found = find_factors(state, self.stacks)
-        return {
-            block.name: dense_factors(found[block.stack], self.stacks[block.stack], block.position)
-            for block in self.blocks
-        }
-
-    def state_bytes(
-        self,
-        *,
-        riemannian_momentum: bool = False,
-        cached_products: bool = False,
-        observed_curvature: bool = False,
-    ) -> int:
-        """Returns the bytes of all factors; a dtype of None counts as float32.
-
-        Args:
-          riemannian_momentum: whether each factor has a momentum, of its size and dtype.
-          cached_products: whether each factor K has K Kᵀ beside it, of its size and dtype.
-          observed_curvature: whether each factor has a sum beside it, as `curvature_every` keeps.
-        """
-        beside = {"riemannian_momentum": riemannian_momentum, "cached_products": cached_products}
-        beside["observed_curvature"] = observed_curvature
-        return sum(target.state_bytes(**beside) for target in self.stacks)
-
-    def table(
-        self,
-        *,
-        riemannian_momentum: bool = False,
-        cached_products: bool = False,
-        observed_curvature: bool = False,
-        width: int | None = None,
-    ) -> str:
-        """Returns a table of each parameter's blocks, structures, bytes of state and floating-point operations.
-
-        Parameters that differ only by numbers in their key paths share a line, with an asterisk for the number.
-
-        Args:
-          riemannian_momentum: whether each factor has a momentum.
-          cached_products: whether each factor K has K Kᵀ beside it.
-          observed_curvature: whether each factor has a sum beside it, as `curvature_every` keeps.
-          width: of the page, in characters; None takes the terminal's. Long key paths are shortened to keep to it.
-        """
-        state_bytes = functools.partial(
-            Stack.state_bytes,
-            riemannian_momentum=riemannian_momentum,
-            cached_products=cached_products,
-            observed_curvature=observed_curvature,
-        )
-        width = shutil.get_terminal_size().columns if width is None else width
-        return table.render(self.units, self.stacks, state_bytes=state_bytes, width=width)
-
-    def __str__(self) -> str:
-        """Returns the table for factors with nothing beside them."""
-        return self.table()
 
 
 def _suffix(unit: Unit, layer: Shape, index: Shape) -> str:

@@ -13,7 +13,7 @@ from rootfree_optax._src.blocks.rule import BlockRule, BlockState
 from rootfree_optax._src.common.schedules import Staggered
 from rootfree_optax._src.layout.stack import Stack
 from rootfree_optax._src.numerics.finite import max_abs
-from rootfree_optax._src.stacks.state import StackStep, map_blocks
+from rootfree_optax._src.stacks.state import StackStep, is_padding, map_blocks
 
 Blocks: TypeAlias = tuple[BlockState, ...]
 LazyStacks: TypeAlias = tuple[jax.Array, ...] | Callable[[], tuple[jax.Array, ...]]
@@ -39,7 +39,7 @@ def start_blocks(step: StackStep, samples: LazyStacks, blocks: Blocks) -> Blocks
         return blocks
     waiting = [jax.vmap(step.rule.waits)(block) for block in blocks]
     # Only as long as a block waits: the search is a pass over all gradients. Padding would wait for ever.
-    own = [w & ~_is_padding(stack, len(w), step.axes) for stack, w in zip(step.stacks, waiting, strict=True)]
+    own = [w & ~is_padding(stack, len(w), step.axes) for stack, w in zip(step.stacks, waiting, strict=True)]
     search = lambda: tuple(map(jax.vmap(_is_first), force(samples), waiting))
     firsts = jax.lax.cond(_any(own), search, lambda: tuple(map(jnp.zeros_like, waiting)))
 
@@ -63,12 +63,6 @@ def _is_first(sample: jax.Array, waits: jax.Array) -> jax.Array:
     """Returns whether a waiting block's gradient tells something: it is finite, and not all zero."""
     largest = max_abs((sample,))
     return waits & (largest > 0) & jnp.isfinite(largest)
-
-
-def _is_padding(stack: Stack, length: int, axes: tuple[str, ...]) -> jax.Array:
-    """Returns which of this device's blocks of a stack, `length` of them, are padding."""
-    first = jax.lax.axis_index(axes) * length if axes else 0
-    return first + jnp.arange(length) >= stack.count
 
 
 def _any(flags: Sequence[jax.Array]) -> jax.Array:

@@ -42,7 +42,7 @@ def _precondition(
     flat = upcast(direction).reshape(len(direction), -1)
     mean_square = jnp.einsum("bi,bi->b", flat, flat).astype(jnp.float32) / flat.shape[1]
     is_idle = jnp.all(gradient == 0, tuple(range(1, gradient.ndim)))
-    return direction, StackState(block, momentum, mean_square, is_idle)
+    return direction, StackState(block, momentum, mean_square, is_idle, old.size)
 
 
 def measure_largest_scale(rule: BlockRule, states: tuple[StackState, ...], local_axes: tuple[str, ...]) -> jax.Array:

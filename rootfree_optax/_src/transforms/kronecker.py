@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from rootfree_optax._src.blocks.rule import BlockRule, Step
 from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.common.compat import match_varying_axes
-from rootfree_optax._src.common.schedules import Interval, RefreshEvery
+from rootfree_optax._src.common.schedules import Interval, RefreshEvery, Staggered
 from rootfree_optax._src.layout import Layout, Plan
 from rootfree_optax._src.layout.rules import dtypes_of
 from rootfree_optax._src.layout.stack import Stack
@@ -22,6 +22,7 @@ from rootfree_optax._src.mesh.stacks_on_mesh import MeshAxes, WholeStacks, place
 from rootfree_optax._src.stacks.refresh import LazyStacks
 from rootfree_optax._src.stacks.state import StackState, StackStep, init_stacks
 from rootfree_optax._src.stacks.step import measure_largest_scale, step_stacks
+from rootfree_optax._src.transforms.reports import KroneckerReport, report
 
 
 class ScaleByKroneckerState(NamedTuple):
@@ -33,11 +34,20 @@ class ScaleByKroneckerState(NamedTuple):
         `optax.tree.map_params` initialises on such a tree, and takes what it finds there for a leaf that stands for all
         stacks of a real state.
       rest: what is kept for the parameters without factors, by key path.
+      refreshes: how many times a refresh of all blocks has been due; with `staggered`, how many rounds are over.
     """
 
     count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
     stacks: tuple[StackState, ...] | jax.Array
     rest: Any
+    refreshes: jax.Array
+
+
+def find_kronecker_states(tree: Any) -> list[ScaleByKroneckerState]:
+    """Returns the states of all Kronecker transformations anywhere in a tree."""
+    is_state = lambda node: isinstance(node, ScaleByKroneckerState)
+    found = [node for node in jax.tree.leaves(tree, is_leaf=is_state) if is_state(node)]
+    return [state for node in found for state in (node, *find_kronecker_states(node.rest))]
 
 
 def scale_by_kronecker(
@@ -116,10 +126,12 @@ def scale_by_kronecker(
 
     def init(params: optax.Params) -> ScaleByKroneckerState:
         plan = layout.plan(params)
-        count = jnp.zeros([], jnp.int32)
+        count, refreshes = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)  # two buffers, so both can be donated
         rest_state = for_rest.init(_select_rest(plan, params, rest))
         if not plan.stacks:
-            return ScaleByKroneckerState(count, jnp.zeros([0]), rest_state)
+            state = ScaleByKroneckerState(count, jnp.zeros([0]), rest_state, refreshes)
+            report(KroneckerReport(plan, rule, refresh_every, statistics_every, (), state))
+            return state
         _require_supported(rule, plan)
         placed = place_stacks(plan, mesh_axes, params)
         widest = _widest_dtypes(plan, params)
@@ -128,9 +140,12 @@ def scale_by_kronecker(
             for stack, dtype in zip(plan.stacks, widest, strict=True)
         ]
         momentum_dtypes = None if momentum is None else [mu_dtype or dtype for dtype in widest]
-        given = (plan.stacks, placed.own_lengths, rule, factor_dtypes, momentum_dtypes, placed.anchor(params))
+        anchor = placed.anchor(params)
+        given = (plan.stacks, placed.own_lengths, rule, factor_dtypes, momentum_dtypes, placed.axes, anchor)
         states = match_varying_axes(placed.on_shards(init_stacks, len(given))(*given), params, placed.axes)
-        return ScaleByKroneckerState(count, states, rest_state)
+        state = ScaleByKroneckerState(count, states, rest_state, refreshes)
+        report(KroneckerReport(plan, rule, refresh_every, statistics_every, placed.axes, state))
+        return state
 
     def update(
         updates: optax.Updates,
@@ -147,7 +162,8 @@ def scale_by_kronecker(
         others = None if params is None else _select_rest(plan, params, rest)
         rest_updates, rest_state = for_rest.update(_select_rest(plan, updates, rest), state.rest, others, **extra_args)
         if not plan.stacks:
-            return plan.unpack((), updates, rest=rest_updates), ScaleByKroneckerState(count, state.stacks, rest_state)
+            updates = plan.unpack((), updates, rest=rest_updates)
+            return updates, state._replace(count=count, rest=rest_state)
         placed = _place_state(plan, mesh_axes, rule, state.stacks, updates, params)
         gradients = placed.pack(updates, "gradients")
         step = StackStep(
@@ -169,8 +185,10 @@ def scale_by_kronecker(
         )
         samples = _pack_samples(placed, curvature, updates, gradients)
         directions, states = placed.on_shards(step_stacks)(step, gradients, samples, state.stacks)
+        is_done = count % step.refresh.period == 0 if isinstance(step.refresh, Staggered) else step.refresh
+        refreshes = state.refreshes + jnp.asarray(is_done, state.refreshes.dtype)
         updates = placed.unpack(directions, updates, rest_updates)
-        return updates, ScaleByKroneckerState(count, states, rest_state)
+        return updates, ScaleByKroneckerState(count, states, rest_state, refreshes)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
