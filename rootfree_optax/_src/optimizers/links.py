@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax._src.blocks.diagonal import total_weight
-from rootfree_optax._src.blocks.momentum import add_scaled, average_heavy_ball
+from rootfree_optax._src.blocks.momentum import add_scaled, average_heavy_ball, total_weight
 from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.numerics.dtypes import dtype_like
 
