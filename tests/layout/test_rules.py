@@ -31,7 +31,8 @@ def test_by_default_tensors_are_dense_up_to_a_bound_and_vectors_diagonal() -> No
 
 def test_the_bound_is_on_the_length_of_blocks() -> None:
     assert structures(max_dense_dim=5, block_size=5)["matrix"] == "dense dense"
-    assert structures(max_dense_dim=5, block_size=6)["matrix"] == "diagonal diagonal"
+    assert structures(max_dense_dim=5, block_size=6)["matrix"] == "diagonal dense"
+    assert structures(max_dense_dim=4, block_size=6)["matrix"] == "diagonal diagonal"
 
 
 def test_a_tensor_that_merges_to_one_axis_is_still_dense() -> None:

@@ -21,15 +21,14 @@ PARAMS = {
 TABLE = """\
 parameter         shape         blocks        structure   state  refresh  apply
 ───────────────────────────────────────────────────────────────────────────────
-head/kernel+bias  256×10 + 10   256×10        dense       263kB    69.8M  2.72M
-                                1×10          dense        404B    4.44k    440
-layers_*/mlp      2 of 256×600  4 of 256×256  dense       2.1MB    1.07G   537M
-                                2 of 256×88   dense       586kB     202M    62M
+head/kernel+bias  256×10 + 10   129×10        dense        67kB    9.31M   717k
+                                128×10        dense      65.9kB     9.1M   707k
+layers_*/mlp      2 of 256×600  6 of 256×200  dense      2.53MB    1.15G   560M
 layers_*/norm     2 of 256      2 of 256      diagonal   2.05kB     4.1k  2.05k
 temperature       scalar        1             diagonal       4B        8      4
 ───────────────────────────────────────────────────────────────────────────────
-total             310k          11                       2.95MB    1.35G   602M
-11 blocks in 6 stacks. State: 1.19 times Adam's 2.48MB (float32).
+total             310k          11                       2.67MB    1.17G   562M
+11 blocks in 5 stacks. State: 1.07 times Adam's 2.48MB (float32).
 Beside it, momentum of gradients or directions is as large as the parameters.
 Refresh, apply: floating-point operations, of all factors and all gradients.
 The exact refresh takes seven products of a dense factor more than the published one."""

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,9 +46,9 @@ class Layout:
         factory may stand, from a number of rows to a `Structure`.
       max_dense_dim: the longest dense axis of the default rule, at least one. An axis that `block_size` cuts counts
         with the length of its blocks: it is they that have the factors. Explicit structures are not bound by it.
-      block_size: the length of blocks, at least one. A longer axis is cut into blocks of this length and a shorter last
-        one, unless its structure is diagonal. A block keeps its parameter's axes, even one of length one. None: no axis
-        is cut.
+      block_size: the longest block, at least one. A longer axis is cut into as few blocks as possible, of one length but
+        for a shorter last one, unless its structure is diagonal: 512 into 256 and 256, 257 into 129 and 128 for a
+        `block_size` of 256. A block keeps its parameter's axes, even one of length one. None: no axis is cut.
       merge_dims: neighbouring axes are merged, from the left, while their product is at most this. None: none are.
       layer_axes: which axes index independent layers (`nn.scan`, `nnx.scan`, vmapped layers, experts), at any position.
         None: no axis does. An integer, for every parameter: 0 is the leading axis, 1 the second (`param_scan_axis=1` of
@@ -234,8 +235,7 @@ def _layer_shape(members: dict[str, tuple[Shape, tuple[int, ...]]]) -> Shape:
 def _default_structures(layout: Layout, lengths: Shape, *, is_vector: bool) -> tuple[StructureFactory, ...]:
     if is_vector:
         return (diagonal,) * len(lengths)
-    longest_block = lambda length: min(length, layout.block_size or length)
-    return tuple(dense if longest_block(length) <= layout.max_dense_dim else diagonal for length in lengths)
+    return tuple(dense if _piece(length, layout.block_size) <= layout.max_dense_dim else diagonal for length in lengths)
 
 
 def _factor_dtypes(layout: Layout, name: str, axes: int) -> tuple[jnp.dtype | None, ...]:
@@ -246,6 +246,13 @@ def _factor_dtypes(layout: Layout, name: str, axes: int) -> tuple[jnp.dtype | No
 
 
 def _cut(layout: Layout, factory: StructureFactory, length: int) -> Cut:
-    if layout.block_size is None or factory(length) == diagonal(length):
+    """Returns how an axis is cut: a last block of a few entries would have a factor of its own for next to nothing."""
+    if factory(length) == diagonal(length):
         return Cut(length, length)
-    return Cut(length, min(length, layout.block_size))
+    return Cut(length, _piece(length, layout.block_size))
+
+
+def _piece(length: int, block_size: int | None) -> int:
+    """Returns the length of all blocks of an axis but the last: as few as possible, and as equal."""
+    blocks = 1 if block_size is None else math.ceil(length / block_size)
+    return math.ceil(length / blocks)

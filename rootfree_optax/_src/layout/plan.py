@@ -75,10 +75,10 @@ class Plan:
       >>> [block.name for block in plan.blocks]
       ['kernel[0, 0]', 'kernel[0, 1]', 'kernel[1, 0]', 'kernel[1, 1]']
       >>> plan.state_bytes()
-      112
+      104
       >>> state = rf.scale_by_sirf_shampoo(batch_size=1, layout=rf.Layout(block_size=3)).init(params)
       >>> [factor.shape for factor in plan.factors(state)["kernel[1, 1]"]]
-      [(1, 1), (3, 3)]
+      [(2, 2), (3, 3)]
     """
 
     units: tuple[Unit, ...]
