@@ -46,9 +46,10 @@ class Layout:
         factory may stand, from a number of rows to a `Structure`.
       max_dense_dim: the longest dense axis of the default rule, at least one. An axis that `block_size` cuts counts
         with the length of its blocks: it is they that have the factors. Explicit structures are not bound by it.
-      block_size: the longest block, at least one. A longer axis is cut into as few blocks as possible, of one length but
-        for a shorter last one, unless its structure is diagonal: 512 into 256 and 256, 257 into 129 and 128 for a
-        `block_size` of 256. A block keeps its parameter's axes, even one of length one. None: no axis is cut.
+      block_size: the longest block, at least one. A longer axis is cut into as few blocks as possible, all of one length
+        except for a shorter last one: with a `block_size` of 256, 512 into 256 and 256, 257 into 129 and 128. An axis
+        with a diagonal structure is not cut. A block keeps its parameter's axes, even one of length one. None: no axis
+        is cut.
       merge_dims: neighbouring axes are merged, from the left, while their product is at most this. None: none are.
       layer_axes: which axes index independent layers (`nn.scan`, `nnx.scan`, vmapped layers, experts), at any position.
         None: no axis does. An integer, for every parameter: 0 is the leading axis, 1 the second (`param_scan_axis=1` of

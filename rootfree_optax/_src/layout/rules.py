@@ -33,7 +33,6 @@ class FrozenMapping(Mapping[Key, Value]):
     def __init__(self, mapping: Mapping[Key, Value]) -> None:
         """Copies a mapping whose keys and values are hashable."""
         self._items = dict(mapping)
-        self._hash = hash(tuple(self._items.items()))
 
     def __getitem__(self, key: Key) -> Value:
         """Returns the value of a key."""
@@ -49,7 +48,8 @@ class FrozenMapping(Mapping[Key, Value]):
 
     def __hash__(self) -> int:
         """Returns the hash of the items, in order."""
-        return self._hash
+        # Not kept: strings have another hash in every process, and a pickled one would be that of a process of before.
+        return hash(tuple(self._items.items()))
 
     def __eq__(self, other: object) -> bool:
         """Returns whether the other has the same items in the same order."""
