@@ -423,14 +423,14 @@ def test_factors_of_several_transformations_are_not_guessed_at() -> None:
 @pytest.mark.parametrize(
     ("layout", "shapes", "message"),
     [
-        ({"structure": lambda *_: (lambda _: dense(4),) * 2}, {"w": (6, 4)}, r"of 6 rows at 'w', got dense\(4\)"),
-        ({"structure": lambda *_: (lambda _: "dense",) * 2}, {"w": (6, 4)}, "of 6 rows at 'w', got 'dense'"),
-        ({"block_size": 2}, {"w": (4, 2), "w[0, 0]": (2,)}, r"two have 'w\[0, 0\]'"),
+        ({"structure": lambda *_: (lambda _: dense(4),) * 2}, {"w": (6, 4)}, r"of 6 rows for 'w', got dense\(4\)"),
+        ({"structure": lambda *_: (lambda _: "dense",) * 2}, {"w": (6, 4)}, "of 6 rows for 'w', got 'dense'"),
+        ({"block_size": 2}, {"w": (4, 2), "w[0, 0]": (2,)}, r"two are called 'w\[0, 0\]'"),
         ({"group": (weight_and_bias(),)}, {"kernel": (4, 2), "bias": (2,), "kernel+bias": (3,)}, "kernel.bias'"),
         (
             {"group": (rf.Group(("s", "b"), lambda s, _: s[:0], lambda t, *shapes: tuple(map(jnp.zeros, shapes))),)},
             {"s": (3,), "b": (3,)},
-            r"join must make a tensor with entries, got \(0,\)",
+            r"join must return a tensor with entries, got \(0,\)",
         ),
     ],
     ids=["size", "name", "block", "group", "empty"],

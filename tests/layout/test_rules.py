@@ -144,7 +144,7 @@ def test_factor_dtypes() -> None:
     assert dtypes(jnp.bfloat16, params) == {"matrix": "bfloat16 bfloat16", "vector": "bfloat16"}
     assert dtypes({2: ["bfloat16", None]}, params) == {"matrix": "bfloat16 None", "vector": "None"}
     assert dtypes((None, "float32"), {"matrix": PARAMS["matrix"]}) == {"matrix": "None float32"}
-    with pytest.raises(ValueError, match=r"factor_dtype must have one dtype per axis of a block with 1.*of 'vector'"):
+    with pytest.raises(ValueError, match=r"factor_dtype must have one dtype per axis of a block with 1.*to 'vector'"):
         dtypes(("bfloat16", None), params)
 
 
