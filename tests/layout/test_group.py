@@ -12,7 +12,7 @@ from flax import nnx
 from hypothesis import strategies as st
 
 from rootfree_optax._src.layout import Group, Layout, as_matrix, flatten, weight_and_bias
-from rootfree_optax._src.layout.group import assign, join_members, joined_shape, split_members
+from rootfree_optax._src.layout.group import assign, join_members, join_shapes, split_members
 
 
 def struct(*shape: int) -> jax.ShapeDtypeStruct:
@@ -46,7 +46,7 @@ def test_split_undoes_join_in_every_layer(case: tuple, layers: tuple[int, ...]) 
     assert rule.condition is None or rule.condition(*shapes)
     arrays = arrays_like(tuple((*layers, *shape) for shape in shapes))
     tensor = join_members(arrays, rule, len(layers))
-    joined = joined_shape(rule, {str(i): shape for i, shape in enumerate(shapes)})
+    joined = join_shapes(rule, {str(i): shape for i, shape in enumerate(shapes)})
     assert tensor.shape == (*layers, *joined)
     assert math.prod(joined) == sum(map(math.prod, shapes))
     for array, back in zip(arrays, split_members(tensor, rule, shapes, len(layers)), strict=True):
@@ -81,10 +81,10 @@ def test_of_a_square_weight_the_output_is_what_the_user_says(output_axis: int) -
             -1,
             (4, 3),
             (4,),
-            r"output_axis=-1\) must .* \(4, 3\) and \(4,\), which fit output_axis=0 only.*'d/kernel', 'd/bias'",
+            r"output_axis=-1 of .* \(4, 3\) and .* \(4,\), which fit output_axis=0 only.*'d/kernel', 'd/bias'",
         ),
-        (0, (3, 4), (4,), r"output_axis=0\) must .* \(3, 4\) and \(4,\), which fit output_axis=-1 only"),
-        (0, (5, 3, 4), (5, 4), "fit neither 0 nor -1. Name axes that index layers in layer_axes"),
+        (0, (3, 4), (4,), r"output_axis=0 of .* \(3, 4\) .* which fit output_axis=-1 only"),
+        (0, (5, 3, 4), (5, 4), "fit neither 0 nor -1. Set layer_axes if an axis indexes layers"),
         (-1, (3, 4), (5,), "fit neither"),
         (-1, (3, 4), (), "fit neither"),
     ],
@@ -206,14 +206,16 @@ def test_members_may_have_their_layer_axes_at_different_positions() -> None:
 
 def test_members_with_different_layer_axes_are_an_error() -> None:
     params = {"kernel": struct(5, 3, 4), "bias": struct(4)}
-    with pytest.raises(ValueError, match=r"same layer axes.*'kernel': \(5,\), 'bias': \(\)} in .*\(5, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"same layer axes.*'kernel': \(5,\), 'bias': \(\)} for .*\(5, 3, 4\)"):
         names(params, Group(("kernel", "bias"), jnp.add, lambda x, *_: (x, x)), layer_axes={"kernel": 0})
 
 
 def test_a_rule_that_cannot_be_undone_is_an_error() -> None:
     rule = Group(("a", "b"), lambda a, b: jnp.concatenate([a, b]), lambda x, *_: (x[:3], x[3:]))
     assert names({"a": struct(3), "b": struct(2)}, rule) == ["a+b"]
-    with pytest.raises(ValueError, match=r"split must undo join, but join makes \(6,\) of {'p/a': \(2,\), 'p/b'"):
+    with pytest.raises(
+        ValueError, match=r"split must be the inverse of join, but join returns \(6,\) for {'p/a': \(2,\), 'p/b'"
+    ):
         names({"p": {"a": struct(2), "b": struct(4)}}, rule)
 
 
@@ -221,7 +223,7 @@ def test_a_rule_that_cannot_be_undone_is_an_error() -> None:
     ("make", "message"),
     [
         (lambda: Group("kernel", jnp.add, jnp.split), "tuple of names, got the string 'kernel'"),
-        (lambda: Group(("a", "a"), jnp.add, jnp.split), r"must differ, got \('a', 'a'\)"),
+        (lambda: Group(("a", "a"), jnp.add, jnp.split), r"must be distinct, got \('a', 'a'\)"),
         (lambda: flatten("("), r"pattern must be a regular expression, got '\('"),
         (lambda: weight_and_bias(output_axis=1), r"output_axis must be -1 \(the last axes\) or 0 .* got 1"),
         (lambda: as_matrix("q", 0), "rows must be at least 1, got 0"),

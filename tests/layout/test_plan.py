@@ -73,7 +73,7 @@ def test_groups_and_layers_come_back(rank: int, block: int, merge: bool, layers:
 
 
 def test_a_block_is_where_its_name_says() -> None:
-    tree = numbered({"a": {"kernel": struct(7, 1, 4)}, "b": struct(3, 2, 5, 4), "c": struct(2, 5), "d": struct()})
+    tree = numbered({"a": {"kernel": struct(8, 1, 5)}, "b": struct(3, 2, 5, 6), "c": struct(2, 5), "d": struct()})
     plan = Layout(block_size=3, layer_axes={"b": (0, 1), "c": 0}).plan(tree)
     packed = plan.pack(tree)
     blocks = {block.name: packed[block.stack][block.position] for block in plan.blocks}
@@ -114,11 +114,11 @@ def test_two_layer_axes_that_do_not_lead() -> None:
     experts = np.asarray(tree["experts"])
     plan = Layout(layer_axes=(0, 2), block_size=4).plan(tree)
     packed = plan.pack(tree)
-    assert [(stack.shape, stack.count) for stack in plan.stacks] == [((4, 4), 6), ((1, 4), 6)]
+    assert [(stack.shape, stack.count) for stack in plan.stacks] == [((3, 4), 6), ((2, 4), 6)]
     blocks = {block.name: packed[block.stack][block.position] for block in plan.blocks}
     for layer, expert in itertools.product(range(2), range(3)):
-        np.testing.assert_array_equal(blocks[f"experts[{layer}, {expert}; 0, 0]"], experts[layer, :4, expert])
-        np.testing.assert_array_equal(blocks[f"experts[{layer}, {expert}; 1, 0]"], experts[layer, 4:, expert])
+        np.testing.assert_array_equal(blocks[f"experts[{layer}, {expert}; 0, 0]"], experts[layer, :3, expert])
+        np.testing.assert_array_equal(blocks[f"experts[{layer}, {expert}; 1, 0]"], experts[layer, 3:, expert])
     jax.tree.map(np.testing.assert_array_equal, plan.unpack(packed, tree), tree)
 
 
@@ -127,6 +127,38 @@ def test_long_axes_are_cut_unless_diagonal() -> None:
     plan = Layout(structure, block_size=4).plan({"a": struct(9, 8), "b": struct(9)})
     kinds = [(stack.shape, stack.structures, stack.count) for stack in plan.stacks]
     assert kinds == [((9, 4), (diagonal(9), dense(4)), 2), ((9,), (diagonal(9),), 1)]
+
+
+@pytest.mark.parametrize(
+    ("length", "lengths"),
+    [
+        (256, [256]),
+        (257, [129, 128]),
+        (512, [256, 256]),
+        (600, [200, 200, 200]),
+        (1000, [250, 250, 250, 250]),
+        (1025, [205, 205, 205, 205, 205]),
+        (1280, [256] * 5),
+        (1300, [217, 217, 217, 217, 217, 215]),
+    ],
+)
+def test_an_axis_is_cut_into_blocks_of_nearly_one_length(length: int, lengths: list[int]) -> None:
+    tree = {"w": struct(length, 1)}
+    plan = Layout("dense", block_size=256).plan(tree)
+    found = {block.index[0]: plan.stacks[block.stack].shape[0] for block in plan.blocks}
+    assert [found[i] for i in range(len(found))] == lengths
+
+
+@hypothesis.given(st.integers(1, 500), st.integers(1, 60))
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=100)
+def test_blocks_are_as_few_and_as_equal_as_the_block_size_allows(length: int, block_size: int) -> None:
+    (unit,) = Layout("dense", block_size=block_size).plan({"w": struct(length)}).units
+    (cut,) = unit.cuts
+    lengths = [run.length for run in cut.runs for _ in range(run.count)]
+    assert sum(lengths) == length
+    assert max(lengths) <= block_size
+    assert len(lengths) == -(-length // block_size)
+    assert set(lengths[:-1]) <= {-(-length // len(lengths))}
 
 
 def test_one_stack_for_all_blocks_of_a_kind() -> None:
@@ -358,14 +390,14 @@ def test_with_equal_kernels_the_program_does_not_hold_where_blocks_begin() -> No
 @pytest.mark.parametrize(
     ("layout", "shapes", "message"),
     [
-        ({"structure": lambda *_: (lambda _: dense(4),) * 2}, {"w": (6, 4)}, r"of 6 rows at 'w', got dense\(4\)"),
-        ({"structure": lambda *_: (lambda _: "dense",) * 2}, {"w": (6, 4)}, "of 6 rows at 'w', got 'dense'"),
-        ({"block_size": 2}, {"w": (4, 2), "w[0, 0]": (2,)}, r"two have 'w\[0, 0\]'"),
+        ({"structure": lambda *_: (lambda _: dense(4),) * 2}, {"w": (6, 4)}, r"of 6 rows for 'w', got dense\(4\)"),
+        ({"structure": lambda *_: (lambda _: "dense",) * 2}, {"w": (6, 4)}, "of 6 rows for 'w', got 'dense'"),
+        ({"block_size": 2}, {"w": (4, 2), "w[0, 0]": (2,)}, r"two are called 'w\[0, 0\]'"),
         ({"group": (weight_and_bias(),)}, {"kernel": (4, 2), "bias": (2,), "kernel+bias": (3,)}, "kernel.bias'"),
         (
             {"group": (rf.Group(("s", "b"), lambda s, _: s[:0], lambda t, *shapes: tuple(map(jnp.zeros, shapes))),)},
             {"s": (3,), "b": (3,)},
-            r"join must make a tensor with entries, got \(0,\)",
+            r"join must return a tensor with entries, got \(0,\)",
         ),
     ],
     ids=["size", "name", "block", "group", "empty"],

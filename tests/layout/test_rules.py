@@ -1,9 +1,15 @@
 """Which structure and how many layer axes a rule gives, and what is refused."""
 
+import os
+import pickle
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+import rootfree_optax as rf
 from rootfree_optax._src.layout import Layout, flatten
 from rootfree_optax._src.layout.rules import FrozenMapping
 from rootfree_optax._src.structures import block_diagonal
@@ -31,7 +37,8 @@ def test_by_default_tensors_are_dense_up_to_a_bound_and_vectors_diagonal() -> No
 
 def test_the_bound_is_on_the_length_of_blocks() -> None:
     assert structures(max_dense_dim=5, block_size=5)["matrix"] == "dense dense"
-    assert structures(max_dense_dim=5, block_size=6)["matrix"] == "diagonal diagonal"
+    assert structures(max_dense_dim=5, block_size=6)["matrix"] == "diagonal dense"
+    assert structures(max_dense_dim=4, block_size=6)["matrix"] == "diagonal diagonal"
 
 
 def test_a_tensor_that_merges_to_one_axis_is_still_dense() -> None:
@@ -137,7 +144,7 @@ def test_factor_dtypes() -> None:
     assert dtypes(jnp.bfloat16, params) == {"matrix": "bfloat16 bfloat16", "vector": "bfloat16"}
     assert dtypes({2: ["bfloat16", None]}, params) == {"matrix": "bfloat16 None", "vector": "None"}
     assert dtypes((None, "float32"), {"matrix": PARAMS["matrix"]}) == {"matrix": "None float32"}
-    with pytest.raises(ValueError, match=r"factor_dtype must have one dtype per axis of a block with 1.*of 'vector'"):
+    with pytest.raises(ValueError, match=r"factor_dtype must have one dtype per axis of a block with 1.*to 'vector'"):
         dtypes(("bfloat16", None), params)
 
 
@@ -184,6 +191,17 @@ def test_layouts_are_hashable_values() -> None:
     assert hash(make()) == hash(make())
     assert make() != Layout(structure=structure, layer_axes={"b": [0, 2], "a": 1}, group=[flatten("x")])
     assert "structure={2: ('dense', 'diagonal')}" in repr(make())
+
+
+def test_a_layout_from_another_process_equals_its_like() -> None:
+    make = "rf.Layout(structure={2: ('dense', 'diagonal')}, layer_axes={'^layers': 0}, group=(rf.weight_and_bias(),))"
+    program = f"import pickle, sys, rootfree_optax as rf; sys.stdout.buffer.write(pickle.dumps({make}))"
+    # Strings have another hash in a process with another seed.
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "JAX_PLATFORMS": "cpu"}
+    pickled = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, env=environment).stdout
+    here = eval(make, {"rf": rf})
+    assert pickle.loads(pickled) == here
+    assert {here: "found"}[pickle.loads(pickled)] == "found"
 
 
 def test_a_frozen_mapping_is_a_copy() -> None:

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import strategies as st
 
 from rootfree_optax._src.layout import Layout
-from rootfree_optax._src.layout.unit import axes_from_front, axes_to_front, merged, squeezed
+from rootfree_optax._src.layout.unit import axes_from_front, axes_to_front, merge, squeeze
 
 SHAPES = st.lists(st.integers(1, 9), max_size=5).map(tuple)
 
 
 @pytest.mark.parametrize(("shape", "expected"), [((), (1,)), ((1, 1), (1,)), ((1, 3, 1, 2), (3, 2)), ((4, 5), (4, 5))])
-def test_squeezed(shape: tuple, expected: tuple) -> None:
-    assert squeezed(shape) == expected
+def test_squeeze(shape: tuple, expected: tuple) -> None:
+    assert squeeze(shape) == expected
 
 
 @pytest.mark.parametrize(
@@ -31,15 +31,15 @@ def test_squeezed(shape: tuple, expected: tuple) -> None:
         ((64, 2, 2, 2), 8, (64, 8)),
     ],
 )
-def test_merged(shape: tuple, bound: int, expected: tuple) -> None:
-    assert merged(shape, bound) == expected
+def test_merge(shape: tuple, bound: int, expected: tuple) -> None:
+    assert merge(shape, bound) == expected
 
 
 @hypothesis.given(SHAPES, st.integers(1, 100))
 @hypothesis.settings(derandomize=True, deadline=None, max_examples=100)
 def test_merged_axes_are_as_long_as_the_bound_allows(shape: tuple, bound: int) -> None:
     rest = list(shape)
-    for length in merged(shape, bound):
+    for length in merge(shape, bound):
         parts = [rest.pop(0)]
         while math.prod(parts) < length or (rest and rest[0] == 1 and length <= bound):
             parts.append(rest.pop(0))
@@ -55,7 +55,7 @@ def test_a_unit_reads_its_axes_without_reordering(shape: tuple, bound: int, data
     layers = tuple(range(data.draw(st.integers(0, len(shape)))))
     array = jnp.arange(math.prod(shape), dtype=jnp.float32).reshape(shape)
     (unit,) = Layout(layer_axes=layers, merge_dims=bound).plan(array).units
-    assert unit.lengths == merged(squeezed(shape[len(layers) :]), bound)
+    assert unit.lengths == merge(squeeze(shape[len(layers) :]), bound)
     (blocks,) = unit.to_blocks([array])
     assert blocks.shape == (math.prod(shape[: len(layers)]), *unit.lengths)
     assert unit.layer_shape == shape[: len(layers)]
