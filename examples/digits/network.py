@@ -12,19 +12,19 @@ GROUPS = 4
 
 
 class ConvNet(nnx.Module):
-    """3×3 convolutions, each with group normalisation and a ReLU, pooled in between; then a linear classifier.
+    """3×3 convolutions, each with group normalization and a ReLU, pooled in between; then a linear classifier.
 
-    Group normalisation keeps no statistics of the batch, so the parameters are all the network's state.
+    Group normalization keeps no statistics of the batch, so the parameters are all the network's state.
     """
 
-    def __init__(self, channels: int, classes: int, widths: Sequence[int] = WIDTHS, *, rngs: nnx.Rngs):
-        inputs = (channels, *widths[:-1])
+    def __init__(self, channels: int = 1, classes: int = 10, *, rngs: nnx.Rngs):
+        inputs = (channels, *WIDTHS[:-1])
         self.convolutions = nnx.List(
             nnx.Conv(n_in, n_out, (3, 3), use_bias=False, conv_general_dilated=convolve_patches, rngs=rngs)
-            for n_in, n_out in zip(inputs, widths, strict=True)
+            for n_in, n_out in zip(inputs, WIDTHS, strict=True)
         )
-        self.normalizations = nnx.List(nnx.GroupNorm(width, num_groups=GROUPS, rngs=rngs) for width in widths)
-        self.classifier = nnx.Linear(widths[-1], classes, rngs=rngs)
+        self.normalizations = nnx.List(nnx.GroupNorm(width, num_groups=GROUPS, rngs=rngs) for width in WIDTHS)
+        self.classifier = nnx.Linear(WIDTHS[-1], classes, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Returns the logits, [n, classes], of images [n, height, width, channels]."""
@@ -41,8 +41,8 @@ def convolve_patches(
 ) -> jax.Array:
     """Returns the convolution [n, height, width, n_out] as one product of image patches with the kernel.
 
-    A convolution under `jax.vmap` over its kernel, here over seeds, becomes a grouped one, which is several times
-    slower than the batched product that this becomes.
+    A convolution under `jax.vmap` over its kernel, here over seeds, becomes a grouped convolution, which is several
+    times slower than the batched product that this becomes.
 
     Args:
       images: [n, height, width, n_in].
