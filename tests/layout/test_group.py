@@ -10,8 +10,9 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from hypothesis import strategies as st
+from layouts import whole
 
-from rootfree_optax._src.layout import Group, Layout, as_matrix, flatten, weight_and_bias
+from rootfree_optax._src.layout import Group, as_matrix, flatten, weight_and_bias
 from rootfree_optax._src.layout.group import assign, join_members, join_shapes, split_members
 
 
@@ -25,7 +26,7 @@ def arrays_like(shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
 
 
 def names(params: object, *rules: Group, layer_axes: object = None) -> list[str]:
-    return [unit.name for unit in Layout(group=rules, layer_axes=layer_axes).plan(params).units]
+    return [unit.name for unit in whole(group=rules, layer_axes=layer_axes).plan(params).units]
 
 
 LENGTHS = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
@@ -68,7 +69,7 @@ def test_the_bias_is_the_last_column_of_a_weight_with_its_output_first() -> None
 @pytest.mark.parametrize("output_axis", [-1, 0])
 def test_of_a_square_weight_the_output_is_what_the_user_says(output_axis: int) -> None:
     tree = {"kernel": jnp.zeros((3, 3)), "bias": jnp.ones(3)}
-    (matrix,) = Layout(group=(weight_and_bias(output_axis=output_axis),)).plan(tree).pack(tree)
+    (matrix,) = whole(group=(weight_and_bias(output_axis=output_axis),)).plan(tree).pack(tree)
     expected = np.zeros((4, 3))
     expected[3] = 1
     np.testing.assert_array_equal(matrix[0], expected if output_axis == -1 else expected.T)
@@ -135,7 +136,7 @@ def test_members_share_a_parent_and_each_is_taken_once() -> None:
 
 def test_the_first_rule_that_applies_wins_and_patterns_select() -> None:
     params = {"a": {"kernel": struct(3, 4), "bias": struct(4)}, "b": {"kernel": struct(3, 4), "bias": struct(4)}}
-    plan = Layout(group=(flatten("a/kernel"), weight_and_bias(pattern="^[ab]/"))).plan(params)
+    plan = whole(group=(flatten("a/kernel"), weight_and_bias(pattern="^[ab]/"))).plan(params)
     assert [(unit.name, unit.lengths) for unit in plan.units] == [
         ("a/bias", (4,)),
         ("a/kernel", (12,)),
@@ -145,14 +146,14 @@ def test_the_first_rule_that_applies_wins_and_patterns_select() -> None:
 
 def test_variables_of_nnx_are_named_without_their_box() -> None:
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    plan = Layout(group=(weight_and_bias(),)).plan(nnx.state(model, nnx.Param))
+    plan = whole(group=(weight_and_bias(),)).plan(nnx.state(model, nnx.Param))
     assert [(unit.name, (*unit.layer_shape, *unit.tensor_shape)) for unit in plan.units] == [("kernel+bias", (3, 3))]
 
 
 def test_a_box_may_hold_one_member_of_a_group_and_not_the_other() -> None:
     dense = nn.Dense(3, kernel_init=nn.with_partitioning(nn.initializers.ones, ("data", None)))
     variables = jax.eval_shape(dense.init, jax.random.key(0), jnp.ones((1, 2)))
-    (unit,) = Layout(group=(weight_and_bias(),)).plan(variables).units
+    (unit,) = whole(group=(weight_and_bias(),)).plan(variables).units
     assert (unit.name, unit.paths) == ("params/kernel+bias", ("params/kernel/value", "params/bias"))
 
 
@@ -184,7 +185,7 @@ def test_members_of_a_group_may_lie_deeper() -> None:
 
 def test_layers_are_joined_one_by_one() -> None:
     params = {"layers": {"kernel": struct(5, 3, 4), "bias": struct(5, 4)}, "head": {"kernel": struct(4, 2)}}
-    plan = Layout(group=(weight_and_bias(),), layer_axes={"^layers/": 0}).plan(params)
+    plan = whole(group=(weight_and_bias(),), layer_axes={"^layers/": 0}).plan(params)
     assert [(unit.name, (*unit.layer_shape, *unit.tensor_shape)) for unit in plan.units] == [
         ("head/kernel", (4, 2)),
         ("layers/kernel+bias", (5, 4, 4)),
@@ -197,7 +198,7 @@ def test_layers_are_joined_one_by_one() -> None:
 def test_members_may_have_their_layer_axes_at_different_positions() -> None:
     kernel, bias = arrays_like(((3, 5, 4), (5, 4)))
     tree = {"kernel": kernel, "bias": bias}
-    plan = Layout(group=(weight_and_bias(),), layer_axes={"kernel": 1, "bias": 0}).plan(tree)
+    plan = whole(group=(weight_and_bias(),), layer_axes={"kernel": 1, "bias": 0}).plan(tree)
     (packed,) = plan.pack(tree)
     layers = [np.concatenate([kernel[:, i], bias[None, i]]) for i in range(5)]
     np.testing.assert_array_equal(packed, layers)

@@ -8,9 +8,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from layouts import whole
 
 import rootfree_optax as rf
-from rootfree_optax._src.layout import Layout, flatten
+from rootfree_optax._src.layout import flatten
 from rootfree_optax._src.layout.rules import FrozenMapping
 from rootfree_optax._src.structures import block_diagonal
 
@@ -24,7 +25,7 @@ PARAMS = {
 
 def structures(params: object = PARAMS, **arguments: object) -> dict[str, str]:
     """Returns each parameter's structures, as one string."""
-    plan = Layout(**arguments).plan(params)
+    plan = whole(**arguments).plan(params)
     return {unit.name: " ".join(s.name for s in unit.stacks[0].structures) for unit in plan.units}
 
 
@@ -41,8 +42,8 @@ def test_the_bound_is_on_the_length_of_blocks() -> None:
     assert structures(max_dense_dim=4, block_size=6)["matrix"] == "diagonal diagonal"
 
 
-def test_a_tensor_that_merges_to_one_axis_is_still_dense() -> None:
-    assert structures(merge_dims=54)["matrix"] == "dense"
+def test_a_matrix_keeps_its_two_axes_when_merged_and_is_diagonal_when_flattened() -> None:
+    assert structures(merge_dims=54)["matrix"] == "dense dense"
     assert structures(merge_dims=54, group=(flatten("matrix"),))["matrix"] == "diagonal"
 
 
@@ -101,7 +102,7 @@ def test_a_rule_that_does_not_fit_a_parameter_names_its_path(structure: object, 
 
 
 def layers(layer_axes: object, params: object = PARAMS) -> dict[str, tuple[int, ...]]:
-    return {unit.name: unit.layer_axes[0] for unit in Layout(layer_axes=layer_axes).plan(params).units}
+    return {unit.name: unit.layer_axes[0] for unit in whole(layer_axes=layer_axes).plan(params).units}
 
 
 def test_layer_axes() -> None:
@@ -134,7 +135,7 @@ def test_layer_axes_that_a_parameter_does_not_have_are_an_error(layer_axes: obje
 
 def dtypes(factor_dtype: object, params: object = PARAMS) -> dict[str, str]:
     """Returns the dtypes of each parameter's factors, as one string."""
-    plan = Layout(factor_dtype=factor_dtype).plan(params)
+    plan = whole(factor_dtype=factor_dtype).plan(params)
     return {unit.name: " ".join(str(d and d.name) for d in unit.stacks[0].factor_dtypes) for unit in plan.units}
 
 
@@ -181,15 +182,15 @@ def test_factor_dtypes() -> None:
 )
 def test_bad_arguments_are_refused_at_construction(arguments: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        Layout(**arguments)
+        whole(**arguments)
 
 
 def test_layouts_are_hashable_values() -> None:
     structure = {2: ["dense", "diagonal"]}
-    make = lambda: Layout(structure=structure, layer_axes={"a": 1, "b": [0, 2]}, group=[flatten("x")])
+    make = lambda: whole(structure=structure, layer_axes={"a": 1, "b": [0, 2]}, group=[flatten("x")])
     assert make() == make()
     assert hash(make()) == hash(make())
-    assert make() != Layout(structure=structure, layer_axes={"b": [0, 2], "a": 1}, group=[flatten("x")])
+    assert make() != whole(structure=structure, layer_axes={"b": [0, 2], "a": 1}, group=[flatten("x")])
     assert "structure={2: ('dense', 'diagonal')}" in repr(make())
 
 

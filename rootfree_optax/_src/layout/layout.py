@@ -55,8 +55,10 @@ class Layout:
         of its blocks counts. Explicit structures ignore this bound.
       block_size: the maximal length of a block, at least 1. A longer axis is cut into as few blocks as possible, all of
         one length except for a shorter last one: with 256, an axis of 512 is cut into 256 + 256, one of 257 into
-        129 + 128. Axes with a diagonal structure are not cut. None: no axis is cut.
-      merge_dims: neighbouring axes are merged, from the left, while their product is at most this. None: no merging.
+        129 + 128. Axes with a diagonal structure are not cut. None: no axis is cut, and one that is longer than
+        `max_dense_dim` becomes diagonal by default.
+      merge_dims: neighbouring axes but the last are merged, from the left, while their product is at most this: by
+        default a 3×3 kernel's window becomes one axis of 9. None: no merging.
       layer_axes: which axes index independent layers (`nn.scan`, `nnx.scan`, vmapped layers, experts).
         None: no axis.
         An integer: the position of one axis, in every parameter. 0 is the first axis, 1 the second (as MaxText's
@@ -67,8 +69,8 @@ class Layout:
         A callable: from the key path and the shape to an integer, a tuple or None.
         A position outside a parameter's axes is an error.
       diagonal: which parameters have no Kronecker factors.
+        A regular expression: parameters with a match in their key path, by default `EMBEDDINGS`.
         None: every parameter has factors.
-        A regular expression: parameters with a match in their key path, such as `EMBEDDINGS`.
         A callable: from the key path and the shape to a bool.
         Unless it is None, two more kinds have no factors, not counting layer axes: vectors and scalars, that is
         parameters with at most one axis longer than 1, unless a rule of `group` applies to them; and parameters with
@@ -89,17 +91,19 @@ class Layout:
       >>> params = {"kernel": jnp.zeros((768, 256)), "bias": jnp.zeros(256)}
       >>> plan = rf.Layout(block_size=256).plan(params)
       >>> [(stack.count, stack.shape) for stack in plan.stacks]
-      [(1, (256,)), (3, (256, 256))]
+      [(3, (256, 256))]
       >>> [block.name for block in plan.blocks]
-      ['bias', 'kernel[0, 0]', 'kernel[1, 0]', 'kernel[2, 0]']
+      ['kernel[0, 0]', 'kernel[1, 0]', 'kernel[2, 0]']
+      >>> [(parameter.path, parameter.reason) for parameter in plan.rest]
+      [('bias', 'a vector or scalar')]
     """
 
     structure: rules.StructureRule = None
     max_dense_dim: int = 2048
-    block_size: int | None = None
-    merge_dims: int | None = None
+    block_size: int | None = 512
+    merge_dims: int | None = 32
     layer_axes: rules.LayerRule = None
-    diagonal: rules.DiagonalRule = None
+    diagonal: rules.DiagonalRule = EMBEDDINGS
     group: tuple[Group, ...] = ()
     factor_dtype: rules.DTypeRule = None
 

@@ -72,7 +72,7 @@ class Plan:
       >>> [block.name for block in plan.blocks]
       ['kernel[0, 0]', 'kernel[0, 1]', 'kernel[1, 0]', 'kernel[1, 1]']
       >>> [(stack.count, stack.shape) for stack in plan.stacks]
-      [(2, (2, 3)), (2, (2, 3))]
+      [(4, (2, 3))]
     """
 
     units: tuple[Unit, ...]

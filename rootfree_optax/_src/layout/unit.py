@@ -27,16 +27,16 @@ def squeeze(shape: Shape) -> Shape:
 def merge(shape: Shape, bound: int) -> Shape:
     """Returns a shape with neighbouring axes merged, from the left, while their product stays within `bound`.
 
-    From the left, because the last axis of a kernel is its output in Flax: with a bound of 1024, (3, 3, 64, 128)
-    becomes (576, 128), where window and input features form one axis and the output features the other.
+    The last axis stays as it is: it is a kernel's output in Flax. With a bound of 1024, (3, 3, 64, 128) becomes
+    (576, 128), where window and input features form one axis and the output features the other; with 32, (9, 64, 128).
     """
     lengths: list[int] = []
-    for length in shape:
+    for length in shape[:-1]:
         if lengths and lengths[-1] * length <= bound:
             lengths[-1] *= length
         else:
             lengths.append(length)
-    return tuple(lengths)
+    return (*lengths, *shape[-1:])
 
 
 def without_axes(shape: Sequence[int], axes: Sequence[int]) -> Shape:

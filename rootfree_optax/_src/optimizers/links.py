@@ -125,7 +125,7 @@ def heavy_ball(
         del params, extra_args
 
         step = optax.safe_increment(state.step)
-        scale = (1 - momentum) / total_weight(momentum, step + nesterov) if average else 1.0
+        scale = (1 - momentum) / total_weight(momentum, step + int(nesterov)) if average else 1.0
         add = functools.partial(_add, momentum, scale, nesterov)
         updates, velocity = trees.map_pairs(add, updates, state.momentum)
         return updates, HeavyBallState(step, velocity)

@@ -48,7 +48,7 @@ def _precondition(
     average, momentum = gradient, old.momentum
     if step.momentum is not None:
         average, momentum = average_heavy_ball(old.momentum, gradient, step.momentum, nesterov=step.nesterov)
-        weight = total_weight(step.momentum, step.numbers.count + 1 + step.nesterov)
+        weight = total_weight(step.momentum, step.numbers.count + (2 if step.nesterov else 1))
         average = average * (jnp.asarray(1 - step.momentum, average.dtype) / weight.astype(average.dtype))
     direction, block = map_blocks(step.rule.precondition, stack, step.numbers)(block, average, gradient=gradient)
     flat = upcast(direction).reshape(len(direction), -1)

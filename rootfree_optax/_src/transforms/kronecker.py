@@ -61,7 +61,7 @@ def scale_by_kronecker(
     mu_dtype: DTypeLike | None = None,
     refresh_every: RefreshEvery = 1,
     statistics_every: Interval | None = None,
-    layout: Layout = Layout(),  # noqa: B008  # a frozen value
+    layout: Layout = Layout(diagonal=None),  # noqa: B008  # a frozen value
     mesh_axes: MeshAxes = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
