@@ -1,22 +1,23 @@
 """The optimizers under contract, in one table.
 
 A new optimizer joins by one line in `OPTIMIZERS` (a whole optimizer) or `TRANSFORMATIONS` (a `scale_by_*`); a new
-numeric hyperparameter by one line in `HYPERPARAMETERS`. Every test in test_contract_*.py, and Optax's own suites in
-test_optax_suites.py, then run on it.
+numeric hyperparameter by one line in `HYPERPARAMETERS`. Every test in contract/, and Optax's own suites, then run on
+it: its numbers by default, the wiring that all have in common with `pytest -m contract`.
 """
 
 import collections.abc
 import dataclasses
+import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from kronecker_runs import PUBLISHED, PUBLISHED_MOMENTUM
+from soap import scale_by_soap
 
 import rootfree_optax as rf
 
@@ -30,6 +31,7 @@ HYPERPARAMETERS = {
     "damping": (0.125, 0.5),
     "momentum": (0.5, 0.75),
     "weight_decay": (0.25, 0.5),
+    "statistics_decay": (0.75, 0.5),
     "riemannian_momentum": (0.5, 0.25),
     "preconditioner_lr": (0.125, 0.25),
     "batch_size": (4.0, 6.0),
@@ -37,7 +39,7 @@ HYPERPARAMETERS = {
     "trust_radius": (0.5, 0.25),
 }
 # Parameters that count steps: whole Python numbers, or callables that are no schedules of a number.
-INTERVALS = ("update_every", "curvature_every")
+INTERVALS = ("refresh_every", "statistics_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +52,9 @@ class Case:
       settings: keyword arguments that make the variant; a whole optimizer converges with them on every target.
       mechanized: other settings for `optax.contrib.mechanize`, which finds the step size itself.
       unscheduled: hyperparameters that this variant refuses as a schedule although its constructor takes one.
-      elementwise: whether each entry is preconditioned by itself, with state of the parameter's shape.
-      complex_parameters: whether complex parameters are supported; if not, `init` refuses them with a TypeError.
+      elementwise: whether each entry is preconditioned by itself, with state of the parameter's shape. Only then are
+        complex parameters supported; otherwise `init` refuses them with a TypeError.
+      differentiable: whether updates have derivatives; those of eigenvectors are infinite where eigenvalues repeat.
     """
 
     name: str
@@ -60,12 +63,13 @@ class Case:
     mechanized: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     unscheduled: frozenset[str] = frozenset()
     elementwise: bool = True
-    complex_parameters: bool = True
+    differentiable: bool = True
 
     @property
     def positive(self) -> set[str]:
         """The hyperparameters that may not be zero."""
-        return {"batch_size"} if self.elementwise else {"batch_size", "initial_scale", "trust_radius"}
+        always = {"batch_size", "trust_radius", "statistics_decay"}
+        return always if self.elementwise else always | {"initial_scale"}
 
     @property
     def static(self) -> list[str]:
@@ -73,7 +77,12 @@ class Case:
         return [name for name in self.parameters if name not in numeric_parameters(self.make)]
 
     def __call__(self, **changes: Any) -> optax.GradientTransformationExtraArgs:
-        """Returns the transformation, with `changes` to its settings."""
+        """Returns the transformation, with `changes` to its settings; the same one for equal numbers.
+
+        So that tests share the programs of `jax.jit(tx.update)`.
+        """
+        if all(isinstance(value, (int, float, str, type(None))) for value in changes.values()):
+            return _transformation(self.name, tuple(sorted(changes.items())))
         return self.make(**{**self.settings, **changes})
 
     @property
@@ -107,79 +116,36 @@ def numeric_parameters(make: Callable[..., Any], *, schedule: bool = False) -> l
 
 
 _CONVERGENT = {"damping": 1e-2, "batch_size": 1}
-_MOMENTUM = {
-    "learning_rate": 4e-3,
-    "momentum": 0.9,
-    "weight_decay": 1e-4,
-    "accumulator_dtype": jnp.dtype(jnp.float32),
-    **_CONVERGENT,
-}
-_ADAM_FREE = {"learning_rate": 1.0, "b2": 0.99, "damping": 1.0}
+_HEAVY_BALL = {"learning_rate": 4e-3, "momentum": 0.9, "weight_decay": 1e-4, **_CONVERGENT}
+_KRONECKER = {"learning_rate": 2e-3, "momentum": 0.9, "weight_decay": 1e-5, "damping": 0.1, "batch_size": 1}
+_PUBLISHED = {**_KRONECKER, "preconditioner_lr": 0.01}
+_FLOAT32_STATE = {"mu_dtype": jnp.dtype(jnp.float32), "nu_dtype": jnp.dtype(jnp.float32)}
 
-_KRONECKER = {
-    "learning_rate": 2e-3,
-    "momentum": 0.9,
-    "weight_decay": 1e-5,
-    "preconditioner_lr": 0.01,
-    "damping": 0.1,
-    "batch_size": 1,
-}
+_diagonal = functools.partial(Case, mechanized={"learning_rate": 1.0, "b2": 0.99, "damping": 1.0})
+_rms = functools.partial(Case, mechanized={"learning_rate": 1.0, "damping": 1.0})
+_kronecker = functools.partial(Case, mechanized={"learning_rate": 1.0, "damping": 1.0}, elementwise=False)
 
 OPTIMIZERS = (
-    Case(
-        "rf_rmsprop",
-        rf.rf_rmsprop,
-        {"learning_rate": 2e-2, **_CONVERGENT},
-        mechanized={"learning_rate": 1.0, "decay": 0.9999, "damping": 1.0},
-    ),
-    Case("rf_rmsprop_momentum", rf.rf_rmsprop, _MOMENTUM, mechanized={"learning_rate": 1.0, "damping": 1.0}),
-    Case("rf_adamw", rf.rf_adamw, {"learning_rate": 2e-2, **_CONVERGENT}, mechanized=_ADAM_FREE),
-    Case(
-        "rf_adamw_bias_correction",
-        rf.rf_adamw,
-        {"learning_rate": 3e-2, "b1": 0.9, "b2": 0.999, "bias_correction": True, "initial_scale": 0.0, **_CONVERGENT},
-        mechanized=_ADAM_FREE,
-        unscheduled=frozenset({"b2"}),
-    ),
-    Case(
-        "rf_shampoo",
-        rf.rf_shampoo,
-        _KRONECKER,
-        mechanized={"learning_rate": 1.0, "damping": 1.0},
-        elementwise=False,
-        complex_parameters=False,
-    ),
-    Case(
-        "sirf_shampoo_published",
-        rf.sirf_shampoo,
-        # At the others' learning rate, how near it comes to Rosenbrock's minimum is decided by rounding.
-        {
-            "update_every": 2,
-            "riemannian_momentum": 0.5,
-            **PUBLISHED,
-            **PUBLISHED_MOMENTUM,
-            **_KRONECKER,
-            "learning_rate": 5e-4,
-        },
-        mechanized={"learning_rate": 1.0, "damping": 1.0},
-        elementwise=False,
-        complex_parameters=False,
-    ),
-    Case(
-        "sirf_shampoo",
-        rf.sirf_shampoo,
-        _KRONECKER,
-        mechanized={"learning_rate": 1.0, "damping": 1.0},
-        elementwise=False,
-        complex_parameters=False,
-    ),
-    Case(
+    _rms("rf_rmsprop", rf.rf_rmsprop, {**_HEAVY_BALL, **_FLOAT32_STATE}),
+    _diagonal("rf_adamw", rf.rf_adamw, {"learning_rate": 2e-2, **_CONVERGENT}),
+    _kronecker("sirf_shampoo", rf.sirf_shampoo, _KRONECKER),
+    _kronecker(
         "sirf_shampoo_interval",
         rf.sirf_shampoo,
-        {"update_every": 3, "curvature_every": 1, "trust_radius": 8.0, **_KRONECKER},
-        mechanized={"learning_rate": 1.0, "damping": 1.0},
-        elementwise=False,
-        complex_parameters=False,
+        {**_KRONECKER, "refresh_every": 3, "statistics_every": 1, "trust_radius": 8.0},
+    ),
+    _kronecker("sirf_shampoo_staggered", rf.sirf_shampoo, {**_KRONECKER, "refresh_every": rf.staggered(2)}),
+    _rms("published_rf_rmsprop", rf.published.rf_rmsprop, _HEAVY_BALL),
+    _diagonal(
+        "published_rf_adamw",
+        rf.published.rf_adamw,
+        {"learning_rate": 3e-2, "b1": 0.9, "b2": 0.999, "bias_correction": True, "initial_scale": 0.0, **_CONVERGENT},
+        unscheduled=frozenset({"b2"}),
+    ),
+    _kronecker("published_rf_shampoo", rf.published.rf_shampoo, _PUBLISHED),
+    # At the others' learning rate, how near it comes to Rosenbrock's minimum is decided by rounding.
+    _kronecker(
+        "published_sirf_shampoo", rf.published.sirf_shampoo, {**_PUBLISHED, "refresh_every": 2, "learning_rate": 5e-4}
     ),
 )
 
@@ -188,16 +154,42 @@ TRANSFORMATIONS = (
     Case(
         "scale_by_rf_adam_bfloat16_state",
         rf.scale_by_rf_adam,
-        {"batch_size": 1, "accumulator_dtype": jnp.dtype(jnp.bfloat16)},
+        {"batch_size": 1, "mu_dtype": jnp.dtype(jnp.bfloat16), "nu_dtype": jnp.dtype(jnp.bfloat16)},
     ),
+    # A user's rule. Damped, because what it divides rounding errors by is a rounding error.
+    _kronecker("scale_by_soap", scale_by_soap, {"damping": 1e-2, "refresh_every": 2}, differentiable=False),
 )
 
 ALL = OPTIMIZERS + TRANSFORMATIONS
+# One case of each constructor of the library, whose errors and documented ranges are part of the contract.
+CONSTRUCTORS = tuple({case.make: case for case in ALL if case.make.__module__.startswith("rootfree_optax")}.values())
+# What all have in common is tested on one diagonal and one Kronecker method, unless `-m contract` asks for all.
+REPRESENTATIVES = ("rf_rmsprop", "sirf_shampoo_interval")
 
 
-def over(cases: tuple[Case, ...]) -> pytest.MarkDecorator:
-    """Runs a test once per case, which it takes as the argument `case`."""
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+@functools.cache
+def _transformation(name: str, changes: tuple[tuple[str, Any], ...]) -> optax.GradientTransformationExtraArgs:
+    [case] = [case for case in ALL if case.name == name]
+    return case.make(**{**case.settings, **dict(changes)})
+
+
+def over(cases: Iterable[Case], *, having: str | None = None, wiring: bool = False) -> pytest.MarkDecorator:
+    """Runs a test once per case, which it takes as the argument `case`.
+
+    Args:
+      cases: the cases.
+      having: the name of a parameter; cases whose constructor has none of this name are left out.
+      wiring: whether all cases share the code under test, so that representatives serve by default.
+    """
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, marks=[pytest.mark.contract] if wiring and case.name not in REPRESENTATIVES else [])
+            for case in cases
+            if having is None or having in case.parameters
+        ],
+        ids=lambda case: case.name,
+    )
 
 
 def tolerance_of(case: Case, dtype: Any = jnp.float32) -> float:

@@ -128,28 +128,15 @@ def _rotate(samples, factors, structures):
     return samples
 
 
-def soap(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
+def scale_by_soap(
     b1: ArrayLike = 0.95,
     b2: ArrayLike = 0.95,
     damping: optax.ScalarOrSchedule = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    *,
     refresh_every: int = 10,
     layout: rf.Layout = rf.Layout(),  # noqa: B008  # a frozen value
     mesh_axes: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """SOAP, with decoupled weight decay."""
-    preconditioner = rf.scale_by_kronecker(
-        Soap(b1),
-        weight=1 - b2,
-        damping=damping,
-        momentum=b1,
-        refresh_every=refresh_every,
-        statistics_every=1,
-        layout=layout,
-        mesh_axes=mesh_axes,
-    )
-    return optax.chain(
-        preconditioner, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate)
-    )
+    """Rescales gradients by Adam in the eigenvectors of Shampoo's statistics."""
+    options = {"refresh_every": refresh_every, "statistics_every": 1, "layout": layout, "mesh_axes": mesh_axes}
+    return rf.scale_by_kronecker(Soap(b1), weight=1 - b2, damping=damping, momentum=b1, **options)
