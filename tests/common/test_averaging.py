@@ -37,6 +37,7 @@ def test_traced_numbers_of_any_dtype():
 def test_the_exact_refresh_of_a_vector_is_the_average():
     rng = np.random.default_rng(0)
     gradients = rng.normal(size=(20, 4)).astype(np.float32)
+
     @jax.jit
     def last_direction(lr):
         weight = average_equally(lr, 2, largest=0.3)

@@ -20,9 +20,7 @@ def gradients_of(seed: int, scale: float = 1.0) -> list[list[np.ndarray]]:
     return [[np.asarray(scale * rng.standard_normal(s), np.float32) for s in SHAPES] for _ in range(STEPS)]
 
 
-def numpy_rms(
-    params, gradients, *, lr, decay, damping, momentum, weight_decay, batch_size, initial_scale=1.0, coupled
-):
+def numpy_rms(params, gradients, *, lr, decay, damping, momentum, weight_decay, batch_size, initial_scale=1.0, coupled):
     """Returns the last parameters; weight decay enters the momentum if it is coupled."""
     params = [np.asarray(p, np.float64) for p in params]
     s = [np.full(p.shape, initial_scale) for p in params]
