@@ -64,8 +64,8 @@ def run_balance(options: argparse.Namespace) -> None:
         for chips in (16, 256, 512):
             block_size, uneven = decoder.block_size, True
             while uneven:
-                layout = rf.Layout(block_size=block_size, stacked={"^layers/": 1})
-                told = pods.balance(layout.plan(trees.abstract(decoder.shapes)), chips, jnp.bfloat16)
+                layout = rf.Layout(block_size=block_size, layer_axes={"^layers/": 0}, factor_dtype=jnp.bfloat16)
+                told = pods.balance(layout.plan(trees.abstract(decoder.shapes)), chips)
                 records.append({"tree": tree, "chips": chips, "block_size": block_size, **told})
                 block_size, uneven = block_size // 2, told["busiest"] > pods.EVEN
     description = machine.describe()
@@ -115,7 +115,7 @@ def run_trees(options: argparse.Namespace, *, whole_step: bool) -> None:
     """Compiles the update, or a whole step, of the decoders."""
     for tree in options.trees:
         decoder = DECODERS[tree]
-        layout = rf.Layout(block_size=decoder.block_size, stacked={"^layers/": 1})
+        layout = rf.Layout(block_size=decoder.block_size, layer_axes={"^layers/": 0})
         for topology, sizes in pods.PODS[tree]:
             across = "x".join(map(str, sizes))
             if options.meshes and across not in options.meshes:

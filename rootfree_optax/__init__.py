@@ -5,24 +5,30 @@ Square-Root in Adaptive Gradient Methods? A Second-Order Perspective (ICML 2024,
 """
 
 from rootfree_optax import published
-from rootfree_optax._src.blocks.rule import BlockRule, Step
+from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Step
 from rootfree_optax._src.common.schedules import growing, staggered
-from rootfree_optax._src.layout import Group, Layout, Plan, as_matrix, flatten, weight_and_bias
+from rootfree_optax._src.layout import EMBEDDINGS, Group, Layout, Plan, as_matrix, flatten, weight_and_bias
 from rootfree_optax._src.mesh.state_shardings import state_shardings
 from rootfree_optax._src.optimizers.diagonal import rf_adamw, rf_rmsprop
-from rootfree_optax._src.optimizers.kronecker import sirf_shampoo
+from rootfree_optax._src.optimizers.kronecker import kl_shampoo, sirf_muon, sirf_shampoo
 from rootfree_optax._src.structures import Structure
+from rootfree_optax._src.transforms.curvature import scale_by_kl_shampoo, scale_by_sirf_muon, scale_by_sirf_shampoo
+from rootfree_optax._src.transforms.describe import describe
 from rootfree_optax._src.transforms.diagonal import (
     ScaleByRfAdamState,
     ScaleByRfRmsState,
     scale_by_rf_adam,
     scale_by_rf_rms,
 )
-from rootfree_optax._src.transforms.kronecker import ScaleByKroneckerState, scale_by_kronecker, scale_by_sirf_shampoo
+from rootfree_optax._src.transforms.factors import factors
+from rootfree_optax._src.transforms.info import info
+from rootfree_optax._src.transforms.kronecker import ScaleByKroneckerState, scale_by_kronecker
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMBEDDINGS",
+    "BlockFlops",
     "BlockRule",
     "Group",
     "Layout",
@@ -33,15 +39,22 @@ __all__ = [
     "Step",
     "Structure",
     "as_matrix",
+    "describe",
+    "factors",
     "flatten",
     "growing",
+    "info",
+    "kl_shampoo",
     "published",
     "rf_adamw",
     "rf_rmsprop",
+    "scale_by_kl_shampoo",
     "scale_by_kronecker",
     "scale_by_rf_adam",
     "scale_by_rf_rms",
+    "scale_by_sirf_muon",
     "scale_by_sirf_shampoo",
+    "sirf_muon",
     "sirf_shampoo",
     "staggered",
     "state_shardings",

@@ -63,7 +63,7 @@ def test_long_sums_in_half_precision_do_not_stop_growing():
 
 def test_blocks_that_are_refreshed_in_turn_each_take_the_gradients_since_their_own():
     gradients = draw({"a": (4, 3, 3)}, steps=9)
-    options = {**SETTING, "layout": rf.Layout(stacked=1), "initial_scale": 1.0}
+    options = {**SETTING, "layout": rf.Layout(layer_axes=0), "initial_scale": 1.0}
     tx = rf.scale_by_sirf_shampoo(staggered=True, curvature_every=1, **options)
     _, states = run(tx, gradients)
     sums, numbers = last(states).observed[0]  # the ninth step refreshed the first block

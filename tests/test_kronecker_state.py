@@ -1,5 +1,6 @@
 """The two Kronecker transformations: dtypes, programs, the state and its readers."""
 
+import dataclasses
 import re
 
 import chex
@@ -150,7 +151,7 @@ def whole(transformation):
     ids=["chain", "masked", "multi_steps", "inject_hyperparams", "partition"],
 )
 def test_factors_are_found_in_the_state_of_a_whole_optimizer(wrap, owned):
-    layout = rf.Layout(stacked={"w": 1}, block_size=3, structure={1: "diagonal", 2: ("dense", "triltoeplitz")})
+    layout = rf.Layout(layer_axes={"w": 0}, block_size=3, structure={1: "diagonal", 2: ("dense", "triltoeplitz")})
     params = {"v": jnp.zeros(2), "w": jnp.zeros((2, 3, 5))}
     tx = wrap(scale_by_published(layout=layout, **SETTING))
     state = jax.eval_shape(tx.init, params)
@@ -174,7 +175,8 @@ def test_the_plan_knows_the_bytes_of_the_state(dtype, momentum):
     tx = scale_by_published(layout=layout, preconditioner_dtype=dtype, riemannian_momentum=momentum, batch_size=1)
     state = jax.eval_shape(tx.init, params)
     real = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.factors, state.momenta)))
-    assert layout.plan(params).state_bytes(dtype, riemannian_momentum=momentum is not None) == real > 0
+    plan = dataclasses.replace(layout, factor_dtype=dtype).plan(params)
+    assert plan.state_bytes(riemannian_momentum=momentum is not None) == real > 0
 
 
 def test_bfloat16_products_of_every_shape_run():

@@ -15,7 +15,7 @@ import rootfree_optax as rf
 
 SETTING = {"preconditioner_lr": 0.3, "damping": 1e-2, "riemannian_momentum": None, "batch_size": 4}
 SHAPES = {"seven": (7, 3, 4), "two": (2, 5, 2), "one": (6, 6), "vector": (3,)}
-LAYOUT = rf.Layout(stacked={"seven": 1, "two": 1})
+LAYOUT = rf.Layout(layer_axes={"seven": 0, "two": 0})
 
 
 def gradients(shapes, seed=0):
@@ -70,7 +70,7 @@ def test_stacks_of_few_blocks_begin_at_different_steps():
 def test_a_long_stack_is_refreshed_portion_by_portion_to_the_same_factors():
     grads = gradients({"a": (45, 64, 64)})  # more factors than are refreshed at once, and no multiple of a portion
     settings = {**SETTING, "update_every": 1}
-    together = scale_by_published(layout=rf.Layout(stacked=1), **settings)
+    together = scale_by_published(layout=rf.Layout(layer_axes=0), **settings)
     one = scale_by_published(**settings)
     update = jax.jit(together.update)
     assert "while" in update.lower(grads, together.init(grads)).as_text()
@@ -85,7 +85,7 @@ def test_a_long_stack_is_refreshed_portion_by_portion_to_the_same_factors():
 def test_staggered_blocks_divide_over_a_mesh():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     grads = gradients({"a": (24, 4, 4), "b": (3, 5, 5)})
-    layout = rf.Layout(stacked=1)
+    layout = rf.Layout(layer_axes=0)
     make = functools.partial(scale_by_published, layout=layout, update_every=3, staggered=True, **SETTING)
     sharded, together = make(block_axes="data"), scale_by_published(layout=layout, **SETTING)
     placed = jax.device_put(grads, NamedSharding(mesh, PartitionSpec()))

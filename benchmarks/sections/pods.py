@@ -1,5 +1,6 @@
 """Programs for TPU topologies, compiled ahead of time without a TPU: bytes, operations and traffic of each chip."""
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -189,22 +190,23 @@ def _of_plan(layout: rf.Layout, params: Any, state: Any) -> dict[str, Any]:
     [node] = [node for node in jax.tree.leaves(state, is_leaf=has_factors) if has_factors(node)]
     first = jax.tree.leaves(node.factors)[0]
     chips = first.sharding.num_devices
-    told = balance(layout.plan(params), chips, first.dtype, riemannian_momentum=bool(node.momenta))
+    plan = dataclasses.replace(layout, factor_dtype=first.dtype).plan(params)
+    told = balance(plan, chips, riemannian_momentum=bool(node.momenta))
     kept = chip_bytes((node.factors, node.momenta))
     assert kept == told["factor_bytes"], f"a chip has {kept} bytes of factors, the padding tells {told['factor_bytes']}"
     return told
 
 
-def balance(plan: rf.Plan, chips: int, dtype: Any, *, riemannian_momentum: bool = True) -> dict[str, Any]:
+def balance(plan: rf.Plan, chips: int, *, riemannian_momentum: bool = True) -> dict[str, Any]:
     """Returns what padding to a multiple of the chips makes of a plan's factors, momenta and work."""
     work = lambda stack: stack.refresh_flops + stack.apply_flops
     blocks_of_a_chip = lambda stack: -(-stack.count // chips)
     of_a_chip = lambda number: sum(number(stack) * blocks_of_a_chip(stack) // stack.count for stack in plan.stacks)
     kept = {"riemannian_momentum": riemannian_momentum}
-    factor_bytes = of_a_chip(lambda stack: stack.state_bytes(jnp.dtype(dtype), **kept))
+    factor_bytes = of_a_chip(lambda stack: stack.state_bytes(**kept))
     return {
         "factor_bytes": factor_bytes,
-        "state_ratio": factor_bytes * chips / plan.state_bytes(jnp.dtype(dtype), **kept),
+        "state_ratio": factor_bytes * chips / plan.state_bytes(**kept),
         "busiest": of_a_chip(work) * chips / sum(map(work, plan.stacks)),
         "plan_flops": sum(map(work, plan.stacks)) / chips,
         "blocks": len(plan.blocks),

@@ -1,10 +1,17 @@
 """Which structure and how many layer axes a rule gives, and what is refused."""
 
+import os
+import pickle
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
+from layouts import whole
 
-from rootfree_optax._src.layout import Layout, flatten
+import rootfree_optax as rf
+from rootfree_optax._src.layout import flatten
 from rootfree_optax._src.layout.rules import FrozenMapping
 from rootfree_optax._src.structures import block_diagonal
 
@@ -18,7 +25,7 @@ PARAMS = {
 
 def structures(params: object = PARAMS, **arguments: object) -> dict[str, str]:
     """Returns each parameter's structures, as one string."""
-    plan = Layout(**arguments).plan(params)
+    plan = whole(**arguments).plan(params)
     return {unit.name: " ".join(s.name for s in unit.stacks[0].structures) for unit in plan.units}
 
 
@@ -31,11 +38,12 @@ def test_by_default_tensors_are_dense_up_to_a_bound_and_vectors_diagonal() -> No
 
 def test_the_bound_is_on_the_length_of_blocks() -> None:
     assert structures(max_dense_dim=5, block_size=5)["matrix"] == "dense dense"
-    assert structures(max_dense_dim=5, block_size=6)["matrix"] == "diagonal diagonal"
+    assert structures(max_dense_dim=5, block_size=6)["matrix"] == "diagonal dense"
+    assert structures(max_dense_dim=4, block_size=6)["matrix"] == "diagonal diagonal"
 
 
-def test_a_tensor_that_merges_to_one_axis_is_still_dense() -> None:
-    assert structures(merge_dims=54)["matrix"] == "dense"
+def test_a_matrix_keeps_its_two_axes_when_merged_and_is_diagonal_when_flattened() -> None:
+    assert structures(merge_dims=54)["matrix"] == "dense dense"
     assert structures(merge_dims=54, group=(flatten("matrix"),))["matrix"] == "diagonal"
 
 
@@ -93,30 +101,52 @@ def test_a_rule_that_does_not_fit_a_parameter_names_its_path(structure: object, 
         structures(structure=structure)
 
 
-def layers(stacked: object, params: object = PARAMS) -> dict[str, int]:
-    return {unit.name: unit.axes.layers for unit in Layout(stacked=stacked).plan(params).units}
+def layers(layer_axes: object, params: object = PARAMS) -> dict[str, tuple[int, ...]]:
+    return {unit.name: unit.layer_axes[0] for unit in whole(layer_axes=layer_axes).plan(params).units}
 
 
 def test_layer_axes() -> None:
     tensors = {"a": {"x": PARAMS["conv"]}, "b": {"x": PARAMS["conv"]}}
-    assert layers(None, tensors) == {"a/x": 0, "b/x": 0}
-    assert layers(2, tensors) == {"a/x": 2, "b/x": 2}
-    assert layers({"a/": 1, "x": 3}, tensors) == {"a/x": 1, "b/x": 3}
-    assert layers({"^x": 1}, tensors) == {"a/x": 0, "b/x": 0}
-    assert layers(lambda path, shape: len(shape) if path == "b/x" else 0, tensors) == {"a/x": 0, "b/x": 4}
+    assert layers(None, tensors) == {"a/x": (), "b/x": ()}
+    assert layers(0, tensors) == {"a/x": (0,), "b/x": (0,)}
+    assert layers(-1, tensors) == {"a/x": (3,), "b/x": (3,)}
+    assert layers((0, -2), tensors) == {"a/x": (0, 2), "b/x": (0, 2)}
+    assert layers({"a/": 1, "x": [2, 0]}, tensors) == {"a/x": (1,), "b/x": (2, 0)}
+    assert layers({"^b": 0}, tensors) == {"a/x": (), "b/x": (0,)}
+    assert layers({"^b": None, "x": 0}, tensors) == {"a/x": (0,), "b/x": ()}
+    assert layers(lambda path, shape: [len(shape) - 1] if path == "b/x" else None, tensors) == {"a/x": (), "b/x": (3,)}
 
 
 @pytest.mark.parametrize(
-    ("stacked", "message"),
+    ("layer_axes", "message"),
     [
-        (1, r"'scalar', of shape \(\), between 0 and 0 layer axes, got 1"),
-        ({"vec": 2}, r"'vector', of shape \(7,\), between 0 and 1 layer axes, got 2"),
-        (lambda path, shape: -1, r"'conv', of shape \(3, 3, 5, 8\), between 0 and 4 layer axes, got -1"),
+        (0, r"axes of 'scalar', of shape \(\): none, as it has no axes; got 0"),
+        ((0, 1), r"axes of 'scalar', of shape \(\): none, as it has no axes; got \(0, 1\)"),
+        ({"vec": 1}, r"axes of 'vector', of shape \(7,\): integers from -1 to 0; got 1"),
+        ({"conv": (0, -5)}, r"axes of 'conv', of shape \(3, 3, 5, 8\): integers from -4 to 3; got \(0, -5\)"),
+        ({"conv": (1, -3)}, r"distinct axes of 'conv', of shape \(3, 3, 5, 8\), got \(1, -3\)"),
+        (lambda path, shape: "0", r"axes of 'conv', of shape \(3, 3, 5, 8\): integers from -4 to 3; got '0'"),
     ],
 )
-def test_more_layer_axes_than_axes_are_an_error(stacked: object, message: str) -> None:
+def test_layer_axes_that_a_parameter_does_not_have_are_an_error(layer_axes: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        layers(stacked)
+        layers(layer_axes)
+
+
+def dtypes(factor_dtype: object, params: object = PARAMS) -> dict[str, str]:
+    """Returns the dtypes of each parameter's factors, as one string."""
+    plan = whole(factor_dtype=factor_dtype).plan(params)
+    return {unit.name: " ".join(str(d and d.name) for d in unit.stacks[0].factor_dtypes) for unit in plan.units}
+
+
+def test_factor_dtypes() -> None:
+    params = {"matrix": PARAMS["matrix"], "vector": PARAMS["vector"]}
+    assert dtypes(None, params) == {"matrix": "None None", "vector": "None"}
+    assert dtypes(jnp.bfloat16, params) == {"matrix": "bfloat16 bfloat16", "vector": "bfloat16"}
+    assert dtypes({2: ["bfloat16", None]}, params) == {"matrix": "bfloat16 None", "vector": "None"}
+    assert dtypes((None, "float32"), {"matrix": PARAMS["matrix"]}) == {"matrix": "None float32"}
+    with pytest.raises(ValueError, match=r"factor_dtype must have one dtype per axis of a block with 1.*to 'vector'"):
+        dtypes(("bfloat16", None), params)
 
 
 @pytest.mark.parametrize(
@@ -133,24 +163,46 @@ def test_more_layer_axes_than_axes_are_an_error(stacked: object, message: str) -
         ({"structure": {2: ("dense",)}}, ValueError, r"name 2 structures for parameters of 2 axes, got \('dense',\)"),
         ({"structure": {"matrix": "dense"}}, ValueError, "got the key 'matrix'"),
         ({"structure": 3}, TypeError, "structure must be None, a name, a tuple, a mapping or a callable, got 3"),
-        ({"stacked": {"(": 1}}, ValueError, r"got the key '\('"),
-        ({"stacked": "layers"}, TypeError, "stacked must be None, an integer, a mapping or a callable, got 'layers'"),
-        ({"stacked": -1}, ValueError, "stacked must be at least 0, got -1"),
+        ({"layer_axes": {"(": 1}}, ValueError, r"a key of layer_axes must be a regular expression, got '\('"),
+        (
+            {"layer_axes": {"a": "b"}},
+            TypeError,
+            "a tuple of positions, or None, got 'b' for 'a'",
+        ),
+        ({"layer_axes": "layers"}, TypeError, "layer_axes must be None, an integer, a tuple .* got 'layers'"),
+        ({"layer_axes": True}, TypeError, "layer_axes must be None, an integer, a tuple .* got True"),
+        ({"diagonal": "("}, ValueError, r"diagonal must be a regular expression, got '\('"),
+        ({"diagonal": True}, TypeError, "diagonal must be None, a regular expression or a callable, got True"),
+        ({"factor_dtype": "int32"}, ValueError, "factor_dtype must be None or a real floating-point dtype.* got int32"),
+        ({"factor_dtype": {2: "int8"}}, ValueError, "factor_dtype must be None or .* got int8"),
+        ({"factor_dtype": {"2": "bfloat16"}}, ValueError, r"factor_dtype must map numbers of axes.* got the keys"),
         ({"group": flatten("x")}, TypeError, "group must be a tuple of Group rules, got Group"),
         ({"group": ("kernel",)}, TypeError, r"group must be a tuple of Group rules, got \('kernel',\)"),
     ],
 )
 def test_bad_arguments_are_refused_at_construction(arguments: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        Layout(**arguments)
+        whole(**arguments)
 
 
 def test_layouts_are_hashable_values() -> None:
-    make = lambda: Layout(structure={2: ["dense", "diagonal"]}, stacked={"a": 1, "b": 2}, group=[flatten("x")])
+    structure = {2: ["dense", "diagonal"]}
+    make = lambda: whole(structure=structure, layer_axes={"a": 1, "b": [0, 2]}, group=[flatten("x")])
     assert make() == make()
     assert hash(make()) == hash(make())
-    assert make() != Layout(structure={2: ["dense", "diagonal"]}, stacked={"b": 2, "a": 1}, group=[flatten("x")])
+    assert make() != whole(structure=structure, layer_axes={"b": [0, 2], "a": 1}, group=[flatten("x")])
     assert "structure={2: ('dense', 'diagonal')}" in repr(make())
+
+
+def test_a_layout_from_another_process_equals_its_like() -> None:
+    make = "rf.Layout(structure={2: ('dense', 'diagonal')}, layer_axes={'^layers': 0}, group=(rf.weight_and_bias(),))"
+    program = f"import pickle, sys, rootfree_optax as rf; sys.stdout.buffer.write(pickle.dumps({make}))"
+    # Strings have another hash in a process with another seed.
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "JAX_PLATFORMS": "cpu"}
+    pickled = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, env=environment).stdout
+    here = eval(make, {"rf": rf})
+    assert pickle.loads(pickled) == here
+    assert {here: "found"}[pickle.loads(pickled)] == "found"
 
 
 def test_a_frozen_mapping_is_a_copy() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rootfree_optax._src.layout import split
 from rootfree_optax._src.layout.split import Cut
+from rootfree_optax._src.layout.unit import no_relayout
 
 CUTS = st.lists(
     st.integers(1, 7).flatmap(lambda length: st.builds(Cut, st.just(length), st.integers(1, length))),
@@ -44,7 +45,9 @@ def slices_by_shape(cuts: list[Cut]) -> dict[tuple[int, ...], list[tuple[slice, 
 def test_blocks_are_slices_and_join_undoes_split(cuts: list[Cut], layers: tuple[int, ...]) -> None:
     shape = (*layers, *(cut.length for cut in cuts))
     array = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
-    blocks, joined = jax.jit(lambda array: (b := split.split(array, cuts), split.join(b, cuts, layers)))(array)
+    blocks, joined = jax.jit(
+        lambda array: (b := split.split(array, cuts, no_relayout), split.join(b, cuts, layers, no_relayout))
+    )(array)
     expected = slices_by_shape(cuts)
     windows = split.windows(cuts)
     assert [block.shape for block in blocks] == [
@@ -69,8 +72,8 @@ def test_blocks_are_slices_and_join_undoes_split(cuts: list[Cut], layers: tuple[
 )
 def test_an_even_cut_costs_as_many_operations_as_one_block(cuts: list[Cut], primitives: list[str]) -> None:
     array = jax.ShapeDtypeStruct((6, 4), np.float32)
-    forward = jax.make_jaxpr(lambda array: split.split(array, cuts))(array)
+    forward = jax.make_jaxpr(lambda array: split.split(array, cuts, no_relayout))(array)
     assert [equation.primitive.name for equation in forward.eqns] == primitives
-    blocks = jax.eval_shape(lambda array: split.split(array, cuts), array)
-    backward = jax.make_jaxpr(lambda blocks: split.join(blocks, cuts, ()))(blocks)
+    blocks = jax.eval_shape(lambda array: split.split(array, cuts, no_relayout), array)
+    backward = jax.make_jaxpr(lambda blocks: split.join(blocks, cuts, (), no_relayout))(blocks)
     assert [equation.primitive.name for equation in backward.eqns] == primitives[::-1]

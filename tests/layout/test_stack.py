@@ -1,5 +1,7 @@
 """Stacks hold the blocks of one kind in order, and give them back."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,11 +14,11 @@ from rootfree_optax._src.structures import block_diagonal, dense, diagonal, tria
 def parts() -> list[Stack]:
     square, vector = (dense(2), dense(2)), (diagonal(3),)
     return [
-        Stack((2, 2), square, 2),
-        Stack((3,), vector, 1),
-        Stack((2, 2), square, 1),
-        Stack((2, 2), (dense(2), diagonal(2)), 4),
-        Stack((3,), vector, 2),
+        Stack((2, 2), square, (None, None), 2),
+        Stack((3,), vector, (None,), 1),
+        Stack((2, 2), square, (None, None), 1),
+        Stack((2, 2), (dense(2), diagonal(2)), (None, None), 4),
+        Stack((3,), vector, (None,), 2),
     ]
 
 
@@ -33,8 +35,15 @@ def test_parts_of_one_kind_are_placed_behind_each_other() -> None:
 
 
 def test_structures_that_are_the_same_matrices_share_a_stack() -> None:
-    both = [Stack((4,), (dense(4),), 1), Stack((4,), (block_diagonal(30)(4),), 1)]
+    both = [Stack((4,), (dense(4),), (None,), 1), Stack((4,), (block_diagonal(30)(4),), (None,), 1)]
     assert [stack.count for stack in place(both)[0]] == [2]
+
+
+def test_factors_of_another_dtype_have_a_stack_of_their_own() -> None:
+    dtypes = [(None,), (jnp.dtype("bfloat16"),), (None,)]
+    stacks, placements = place([Stack((4,), (dense(4),), dtype, 1) for dtype in dtypes])
+    assert [(stack.factor_dtypes, stack.count) for stack in stacks] == [(dtypes[0], 2), (dtypes[1], 1)]
+    assert placements == (Placement(0, 0, 1), Placement(1, 0, 1), Placement(0, 1, 1))
 
 
 def test_unstack_undoes_stack() -> None:
@@ -72,18 +81,15 @@ def test_widest_holds_all(dtypes: list[str], expected: str) -> None:
 
 
 def test_bytes_and_operations_are_those_of_the_formulas() -> None:
-    stack = Stack((4, 6), (dense(4), diagonal(6)), 3)
+    stack = Stack((4, 6), (dense(4), diagonal(6)), (None, None), 3)
     assert stack.state_bytes() == 3 * (4 * 4 + 6) * 4
     assert stack.state_bytes(riemannian_momentum=True) == 3 * (4 * 4 + 6) * 4 * 2
     assert stack.state_bytes(cached_products=True, observed_curvature=True) == 3 * (4 * 4 + 6) * 4 * 3
-    assert stack.state_bytes((jnp.bfloat16, None)) == 3 * (4 * 4 * 2 + 6 * 4)
-    assert stack.state_bytes({2: jnp.bfloat16}) == 3 * (4 * 4 + 6) * 2
-    assert stack.state_bytes({1: jnp.bfloat16}) == stack.state_bytes()
-    with pytest.raises(ValueError, match=r"one dtype per axis of a block with 2, got \(dtype"):
-        stack.state_bytes((jnp.dtype("float32"),))
+    mixed = dataclasses.replace(stack, factor_dtypes=(jnp.dtype("bfloat16"), None))
+    assert mixed.state_bytes() == 3 * (4 * 4 * 2 + 6 * 4)
     # A multiply-add for each entry of the factor and each of the columns that it is applied to, for Kᵀ and for K.
     assert stack.apply_flops == 3 * 2 * (2 * 4 * 4 * 6 + 2 * 6 * 4)
-    cube = Stack((5, 5), (dense(5), dense(5)), 2)
+    cube = Stack((5, 5), (dense(5), dense(5)), (None, None), 2)
     assert cube.apply_flops == 2 * 4 * 2 * 5**3
     assert cube.refresh_flops == 2 * 2 * (4 * 2 * 5**3)
-    assert Stack((8,), (triangular_toeplitz(lower=True)(8),), 1).state_bytes() == 8 * 4
+    assert Stack((8,), (triangular_toeplitz(lower=True)(8),), (None,), 1).state_bytes() == 8 * 4

@@ -1,4 +1,4 @@
-"""The inverse root within patterns that have couplings, against the conditions that the best one meets."""
+"""The inverse root within patterns that have couplings, against the conditions for the least objective."""
 
 import functools
 
@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rootfree_optax._src.structures import BlockPattern, Segment, structure_factory
+from rootfree_optax._src.structures import BlockDiagonal, BlockPattern, structure_factory
 
 SHIFT = 0.9
 PATTERNS = {
     **{name: structure_factory(name)(9) for name in ("triltopleftdiag", "triu3bottomrightdiag")},
     "hierarchical": structure_factory("hierarchical3_2")(9),
-    "blocks": BlockPattern((Segment(1, 2), Segment(1, 3), Segment(2, 2)), ((0, 1), (0, 2), (1, 2))),
+    "blocks": BlockPattern((BlockDiagonal(1, 2), BlockDiagonal(1, 3), BlockDiagonal(2, 2)), ((0, 1), (0, 2), (1, 2))),
 }
 
 
@@ -82,7 +82,7 @@ def test_a_corner_whose_columns_reach_the_diagonal_has_none(name):
         structure.times_inverse_root(identity, identity, shift=SHIFT)
 
 
-def test_what_is_not_finite_shows():
+def test_a_non_finite_excess_gives_a_non_finite_result():
     structure = PATTERNS["triu3bottomrightdiag"]
     corner, *others = structure.identity(jnp.float32)
     excess = (corner.at[0, 0].set(jnp.nan), *others)

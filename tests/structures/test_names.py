@@ -80,6 +80,14 @@ def test_structures_of_the_same_matrices_are_equal(name, dim, factory):
     assert structure != factory(dim + 1)
 
 
+@pytest.mark.parametrize("name", STRUCTURE_NAMES)
+@pytest.mark.parametrize("dim", [1, 2, 20])
+def test_which_structures_are_dense_and_which_diagonal(name, dim):
+    structure = structure_factory(name)(dim)
+    assert structure.is_dense == (structure == dense(dim))
+    assert structure.is_diagonal == (structure == diagonal(dim))
+
+
 def test_corners_coincide_for_two_rows():
     lower = {structure_factory(name)(2) for name in ("trilbottomrightdiag", "triltopleftdiag")}
     upper = {structure_factory(name)(2) for name in ("triubottomrightdiag", "triutopleftdiag", "hierarchical1_1")}

@@ -84,10 +84,75 @@ def averaged_direction(
     return root_free_direction(average, curvature, damping=damping).astype(gradient.dtype)
 
 
-def total_weight(decay: ArrayLike, count: jax.Array) -> jax.Array:
-    """Returns 1 − decay^count, what the weights of a moving average from zero add up to after `count` ≥ 1 steps.
+def average_square(
+    s: jax.Array, curvature: jax.Array, *, decay: ArrayLike, seen: jax.Array, count: jax.Array
+) -> jax.Array:
+    """Returns s ← s + w·(|c|² − s), an average that starts right and keeps the entries whose c is zero.
 
-    Computed as −expm1(count·log1p(−(1 − decay))), because 1 − decay^count cancels for decay near 1.
+    All steps weigh alike, w = 1/t, until there are 1/(1 − decay) of them, and the first |c|² of an entry sets it. Zero
+    is no evidence of flatness: a row of an embedding that a mini-batch does not touch has a gradient of zero, too. An
+    entry that would come out non-finite stays as it was.
+
+    Args:
+      s: the accumulator, real, any shape; zero where nothing was seen.
+      curvature: c, real or complex, of s's shape, or with one more, leading axis to take the mean over.
+      decay: in [0, 1).
+      seen: t, how many steps there have been, this one included, a scalar.
+      count: the step's number, for the dithered rounding of a half-precision accumulator.
     """
-    rate = jnp.log1p(-jnp.asarray(1 - decay, jnp.float32))
-    return -jnp.expm1(count.astype(jnp.float32) * rate)
+    square = squared_magnitude(upcast(curvature))
+    if square.ndim > s.ndim:
+        square = jnp.mean(square, axis=0)
+    wide = upcast(s)
+    square = square.astype(wide.dtype)
+    weight = jnp.maximum(jnp.asarray(1 - decay, wide.dtype), 1 / seen.astype(wide.dtype))
+    average = jnp.where(wide == 0, square, wide + weight * (square - wide))
+    fits = (square > 0) & (average <= jnp.asarray(jnp.finfo(s.dtype).max, wide.dtype))
+    return round_dithered(jnp.where(fits, average, wide), s.dtype, count)
+
+
+def damp_relatively(s: jax.Array, *, damping: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Returns s / mean(s) + ρ, in at least single precision, and mean(s); one and zero where s is all zero."""
+    wide = upcast(s)
+    mean = jnp.mean(wide)
+    is_zero = mean == 0
+    relative = wide / jnp.where(is_zero, 1, mean) + jnp.asarray(damping, wide.dtype)
+    return jnp.where(is_zero, 1, relative), mean
+
+
+def root_free_step(m: jax.Array, s: jax.Array, *, damping: ArrayLike) -> jax.Array:
+    """Returns D = m / (s + ρ·mean(s)), as long as Adam's m / √s: both have one root mean square.
+
+    An entry of zero over zero is zero.
+
+    Args:
+      m: an average of gradients, real or complex, in at least single precision.
+      s: an average of their squares, of m's shape.
+      damping: ρ ≥ 0, relative to the mean of s.
+    """
+    relative, _ = damp_relatively(s, damping=damping)
+    direction = _divide(m, relative)
+    adam = _divide(m, jnp.sqrt(upcast(s)))
+    rms = lambda array: jnp.sqrt(jnp.mean(squared_magnitude(array)))
+    size = rms(direction)
+    return direction * (rms(adam) / jnp.where(size == 0, 1, size)).astype(direction.dtype)
+
+
+def newton_step(
+    m: jax.Array, s: jax.Array, *, damping: ArrayLike, absolute_damping: ArrayLike, batch_size: ArrayLike
+) -> jax.Array:
+    """Returns D = m / (B·(s + ρ·mean(s)) + λ); an entry of zero over zero is zero."""
+    relative, mean = damp_relatively(s, damping=damping)
+    as_scalar = lambda number: jnp.asarray(number, relative.dtype)
+    return _divide(m, as_scalar(batch_size) * mean * relative + as_scalar(absolute_damping))
+
+
+def adam_step(m: jax.Array, v: jax.Array, *, eps: ArrayLike) -> jax.Array:
+    """Returns m / (√v + ε·√mean(v)); an entry of zero over zero is zero."""
+    wide = upcast(v)
+    return _divide(m, jnp.sqrt(wide) + jnp.asarray(eps, wide.dtype) * jnp.sqrt(jnp.mean(wide)))
+
+
+def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    safe = jnp.where(denominator == 0, 1, denominator).astype(numerator.dtype)
+    return jnp.where((numerator == 0) & (denominator == 0), 0, numerator / safe)

@@ -19,14 +19,32 @@ class Step(NamedTuple):
     Attributes:
       count: how many updates there have been before this one, a scalar integer.
       weight: β₂, the weight of the newest curvature, or the step size of the factors. A scalar.
-      damping: λ ≥ 0, a scalar.
+      damping: ρ ≥ 0, or λ ≥ 0 for rules whose damping is absolute. A scalar.
+      absolute_damping: λ ≥ 0, a scalar, for rules whose damping is relative.
       batch_size: B > 0, how many terms the loss averages. A scalar.
+      largest_scale: the base-2 logarithm of the largest `BlockRule.scale` of all blocks, a scalar; −∞ without any.
     """
 
     count: jax.Array
     weight: ArrayLike
     damping: ArrayLike
-    batch_size: ArrayLike
+    absolute_damping: ArrayLike = 0.0
+    batch_size: ArrayLike = 1.0
+    largest_scale: ArrayLike = -jnp.inf
+
+
+class BlockFlops(NamedTuple):
+    """Floating-point operations of a rule's products for one block, a multiply-add counting as two.
+
+    Attributes:
+      observe: of taking one gradient into the statistics.
+      refresh: of renewing the preconditioner.
+      precondition: of one direction.
+    """
+
+    observe: int
+    refresh: int
+    precondition: int
 
 
 class BlockRule(abc.ABC):
@@ -66,6 +84,9 @@ class BlockRule(abc.ABC):
     @abc.abstractmethod
     def init(self, structures: Sequence[Structure], dtypes: Sequence[jnp.dtype]) -> BlockState:
         """Returns what a block keeps, before its first gradient: a tree of arrays, with None for what is off.
+
+        A NamedTuple with a field `factors`, the parts of each axis's factor, is read by `rf.factors` and `rf.info`, and
+        compared with the parameters' shapes at every update.
 
         Args:
           structures: the structure of each axis, with its length `structure.dim`.
@@ -124,9 +145,17 @@ class BlockRule(abc.ABC):
         """Returns why an axis may not have a structure, as the end of a sentence, or None if it may."""
         del structure
 
-    def factors(self, state: BlockState) -> Any:
-        """Returns the parts of each axis's factor, for those who read them out of a state; None without factors."""
-        return getattr(state, "factors", None)
+    def flops(self, structures: Sequence[Structure]) -> BlockFlops | None:
+        """Returns what the products for one block cost, which `rf.describe` shows; None for unknown."""
+        del structures
+        return None
+
+    def scale(self, state: BlockState) -> jax.Array | None:
+        """Returns the base-2 logarithm of the usual size of the block's gradients, a scalar; None if it is not kept.
+
+        Rules find the largest of all blocks as `step.largest_scale`: a block far below it is rounding noise.
+        """
+        del state
 
     def waits(self, state: BlockState) -> jax.Array:
         """Returns whether the block still waits for its first gradient, a scalar. A rule with `start` says so here."""

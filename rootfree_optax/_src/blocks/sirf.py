@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.blocks.apply import apply_factors, clip_to_trust_radius
-from rootfree_optax._src.blocks.folding import fold, fold_axes, unfold_means
-from rootfree_optax._src.blocks.rule import BlockRule, Step
-from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_half, upcast
+from rootfree_optax._src.blocks.apply import apply_factors, clip_to_trust_radius, fold, fold_axes, unfold_means
+from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Step
+from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
 from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered, saturate, within_range
 from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
@@ -165,7 +164,7 @@ def _scale_low_precision(structures: Sequence[Structure], factors: Factors) -> t
     A K in half precision enters divided by √d, so that neither X nor KᵀK leaves its range on long axes. Elsewhere that
     would be one more pass over the factor.
     """
-    low = [is_half(parts[0].dtype) for parts in factors]
+    low = [is_low_precision(parts[0].dtype) for parts in factors]
     scaled = [
         times_scalar(k, 1 / math.sqrt(s.dim)) if is_low else k
         for s, k, is_low in zip(structures, factors, low, strict=True)
@@ -330,6 +329,22 @@ class InverseFreeRule(BlockRule):
                 tensor, matrices, structures=structures, transposed_first=transposed_first, precision=self.precision
             )
 
+    def _flops(self, structures: Sequence[Structure], *, products: int, observes: bool) -> BlockFlops:
+        """Returns the operations if a refresh takes `products` products of a factor beside those of its curvature.
+
+        Each axis counts by itself, although short ones are multiplied along as one.
+        """
+        size = math.prod([structure.dim for structure in structures])
+        axes = [structure.flops(columns=size // structure.dim) for structure in structures]
+        curvature = sum([axis.apply + axis.project_outer for axis in axes])
+        refresh = sum([axis.project_inner + (products + self.cache_preconditioner) * axis.matmul for axis in axes])
+        apply = sum([axis.apply for axis in axes])
+        return BlockFlops(
+            observe=curvature if observes else 0,
+            refresh=refresh if observes else refresh + curvature,
+            precondition=apply if self.cache_preconditioner else 2 * apply,
+        )
+
     def supports(self, structure: Structure) -> str | None:
         """Returns why K Kᵀ cannot be kept, where it is to be and the structure is not closed under transposition."""
         if self.cache_preconditioner and not structure.is_symmetric:
@@ -465,6 +480,10 @@ class ExactRefresh(InverseFreeRule):
         )
         return direction, state._replace(shortened=state.shortened + is_long.astype(jnp.int32))
 
+    def flops(self, structures: Sequence[Structure]) -> BlockFlops:
+        """Returns the operations: the inverse root of a dense factor takes eight products, and counts so for others."""
+        return self._flops(structures, products=8, observes=self.observes)
+
     def supports(self, structure: Structure) -> str | None:
         """Returns why the refresh has no closed form for a structure, if it has none."""
         if not structure.has_inverse_root:
@@ -529,6 +548,10 @@ class PublishedRefresh(InverseFreeRule):
     ) -> Parts:
         """Returns K − β₂ / max(1, ‖m‖_F) · K m."""
         return take_clipped_step(structure, factor, direction, weight=weight, count=count, precision=self.precision)
+
+    def flops(self, structures: Sequence[Structure]) -> BlockFlops:
+        """Returns the operations: a step takes one product, K m."""
+        return self._flops(structures, products=1, observes=False)
 
     def precondition(
         self,

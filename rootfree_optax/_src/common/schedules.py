@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ import optax
 from jax.typing import ArrayLike
 
 from rootfree_optax._src.common.validate import (
+    is_zero,
+    require_at_least,
+    require_choice,
     require_constant,
     require_positive,
 )
@@ -26,6 +30,7 @@ class Staggered:
 
 Interval = int | jax.Array | Callable[[jax.Array], jax.Array]
 RefreshEvery = Interval | Staggered
+StepSize = Literal["adamw", "newton"]
 
 _MISSING_BATCH_SIZE = (
     "batch_size is required: the second-order view scales the squared gradient by the number of terms that the loss "
@@ -79,6 +84,28 @@ def staggered(period: int) -> Staggered:
     return Staggered(period)
 
 
+def require_step_size(step_size: Any, absolute_damping: Any, batch_size: Any) -> None:
+    """Checks how long steps are to be, and what only Newton's step takes.
+
+    Raises:
+      ValueError: for a number out of range, or for a number without effect on a step of AdamW's length.
+      TypeError: for a batch size that is a schedule.
+    """
+    require_choice("step_size", step_size, ("adamw", "newton"))
+    require_at_least("absolute_damping", absolute_damping, 0)
+    require_constant(batch_size=batch_size)
+    require_positive("batch_size", batch_size)
+    given = {"batch_size": batch_size, "absolute_damping": absolute_damping}
+    for name, value in given.items():
+        # An array may be a default of zero that `optax.inject_hyperparams` has traced.
+        is_off = value is None or is_zero(value) or isinstance(value, jax.Array)
+        if step_size == "adamw" and not is_off:
+            raise ValueError(
+                f"{name} takes effect with step_size='newton' alone, got {value!r}: AdamW's length depends on "
+                "neither the batch size nor the loss's scale. Leave it out, or use rf.published for the paper's form."
+            )
+
+
 def resolve_batch_size(at_update: ArrayLike | None, at_construction: ArrayLike | None) -> ArrayLike:
     """Returns the batch size of this step; the one given to `update` wins.
 
@@ -93,6 +120,19 @@ def resolve_batch_size(at_update: ArrayLike | None, at_construction: ArrayLike |
     if at_construction is None:
         raise ValueError(_MISSING_BATCH_SIZE)
     return at_construction
+
+
+def complement(decay: optax.ScalarOrSchedule, every: Interval) -> optax.ScalarOrSchedule:
+    """Returns 1 − decayᶜ, the weight of the newest of values that come every c-th step, for a decay per step.
+
+    Args:
+      decay: in (0, 1), a number, a traced scalar or a schedule.
+      every: c ≥ 1; where it is not a Python int it counts as one.
+    """
+    power = every if isinstance(every, int) else 1
+    if callable(decay):
+        return lambda count: 1 - decay(count) ** power
+    return 1 - decay**power
 
 
 def average_equally(weight: optax.ScalarOrSchedule, refresh_every: RefreshEvery, *, largest: float) -> optax.Schedule:

@@ -1,19 +1,23 @@
-"""Trees at the edge: what a transformation demands of parameters and gradients, and mapping over them."""
+"""Trees of parameters and gradients: their checks, and maps over them."""
 
-from collections.abc import Callable
-from typing import Any
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+Shape: TypeAlias = tuple[int, ...]
 
-def _is_none(leaf: Any) -> bool:
-    return leaf is None
+
+# Called at every node of a tree, so not a Python function.
+is_none: Callable[[Any], bool] = functools.partial(operator.is_, None)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Returns the leaves by key path, as in 'layer/kernel'; None counts as a leaf."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
+    """Returns the leaves by key path, such as 'layer/kernel'. None is a leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
@@ -23,23 +27,23 @@ def has_none(tree: Any) -> bool:
 
 
 def require_inexact(params: Any) -> None:
-    """Raises a TypeError that names the first parameter that is neither real nor complex floating point."""
+    """Raises a TypeError for a parameter that is neither real nor complex floating point."""
     for path, leaf in named_leaves(params).items():
         if leaf is not None and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             raise TypeError(
-                f"parameters must be floating point, got {jnp.result_type(leaf)} at {path!r}. Keep it out of the "
+                f"parameters must be floating point, got {jnp.result_type(leaf)} at {path!r}. Exclude it from the "
                 "optimizer with optax.masked or optax.partition."
             )
 
 
-def real_shapes(params: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def real_shapes(params: Any) -> tuple[tuple[str, Shape], ...]:
     """Returns the parameters' key paths and shapes.
 
     Raises:
-      TypeError: that names the first parameter that is not real floating point.
-      ValueError: that names the first key path that two parameters share, as {'a/b': x, 'a': {'b': y}} do.
+      TypeError: for a parameter that is not real floating point.
+      ValueError: for two parameters with the same key path, as in {'a/b': x, 'a': {'b': y}}.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, Shape] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
@@ -54,25 +58,39 @@ def real_shapes(params: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 
 def require_like(tree: Any, reference: Any, *, name: str, sample_axis: bool = False) -> None:
-    """Raises a ValueError that names the first leaf in which `tree` differs from `reference` in path or shape.
-
-    A None in `tree` stands for a parameter without a gradient and matches anything.
+    """Raises a ValueError for a leaf of `tree` whose path or shape differs from that in `reference`.
 
     Args:
-      tree: gradients, or another tree that must be like the parameters.
+      tree: gradients, or another tree that must be like the parameters. None, for a parameter without a gradient,
+        matches any shape.
       reference: a tree of arrays of the parameters' shapes.
-      name: what `tree` is called in the message.
-      sample_axis: whether each leaf may have one more, leading axis.
+      name: the name of `tree` in the message.
+      sample_axis: whether each leaf may have an additional leading axis.
     """
-    leaves, expected = named_leaves(tree), named_leaves(reference)
-    if difference := leaves.keys() ^ expected.keys():
+    shapes = {path: None if leaf is None else jnp.shape(leaf) for path, leaf in named_leaves(reference).items()}
+    require_shapes(named_leaves(tree), shapes, name=name, sample_axis=sample_axis)
+
+
+def require_shapes(
+    leaves: Mapping[str, Any], shapes: Mapping[str, Shape | None], *, name: str, sample_axis: bool = False
+) -> None:
+    """Raises a ValueError for a leaf whose path or shape differs from the expected one.
+
+    Args:
+      leaves: the leaves by key path, see `named_leaves`. None matches any shape.
+      shapes: the expected shapes by key path. None matches any leaf.
+      name: the name of the tree in the message.
+      sample_axis: whether each leaf may have an additional leading axis.
+    """
+    if difference := leaves.keys() ^ shapes.keys():
         path = min(difference)
         fault = "is no parameter" if path in leaves else "is missing"
         raise ValueError(f"{name} must be a tree like the parameters given to init, but {path!r} {fault}.")
     for path, leaf in leaves.items():
-        if leaf is None or expected[path] is None:
+        wanted = shapes[path]
+        if leaf is None or wanted is None:
             continue
-        shape, wanted = jnp.shape(leaf), jnp.shape(expected[path])
+        shape = jnp.shape(leaf)
         if shape != wanted and not (sample_axis and shape[1:] == wanted and shape):
             raise ValueError(f"{name} must have the parameters' shapes, got {shape} at {path!r} instead of {wanted}.")
 
@@ -80,13 +98,13 @@ def require_like(tree: Any, reference: Any, *, name: str, sample_axis: bool = Fa
 def map_gradients(function: Callable[..., Any], gradients: Any, *rest: Any) -> Any:
     """Maps `function(gradient, *others)` over trees; a gradient of None gives None."""
     return jax.tree.map(
-        lambda g, *others: None if g is None else function(g, *others), gradients, *rest, is_leaf=_is_none
+        lambda g, *others: None if g is None else function(g, *others), gradients, *rest, is_leaf=is_none
     )
 
 
 def map_accumulators(function: Callable[..., Any], accumulators: Any, gradients: Any) -> Any:
     """Maps `function(accumulator, gradient)` over trees; a gradient of None leaves the accumulator as it was."""
-    return jax.tree.map(lambda g, a: a if g is None else function(a, g), gradients, accumulators, is_leaf=_is_none)
+    return jax.tree.map(lambda g, a: a if g is None else function(a, g), gradients, accumulators, is_leaf=is_none)
 
 
 def map_pairs(function: Callable[..., tuple[Any, Any]], gradients: Any, accumulators: Any) -> tuple[Any, Any]:
@@ -94,7 +112,7 @@ def map_pairs(function: Callable[..., tuple[Any, Any]], gradients: Any, accumula
 
     A gradient of None gives None, and leaves the accumulator as it was.
     """
-    leaves, structure = jax.tree.flatten(gradients, is_leaf=_is_none)
+    leaves, structure = jax.tree.flatten(gradients, is_leaf=is_none)
     old = structure.flatten_up_to(accumulators)
     pairs = [(None, a) if g is None else function(g, a) for g, a in zip(leaves, old, strict=True)]
     return tuple([jax.tree.unflatten(structure, [pair[i] for pair in pairs]) for i in range(2)])  # type: ignore[return-value]

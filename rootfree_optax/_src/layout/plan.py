@@ -1,36 +1,32 @@
-"""A plan: how the parameters of one model become stacks of blocks, as plain static data."""
+"""A plan: how the parameters of one model become stacks of blocks, as static data."""
 
 import dataclasses
 import functools
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from rootfree_optax._src.common import trees
-from rootfree_optax._src.layout import table
-from rootfree_optax._src.layout.axes import Shape
-from rootfree_optax._src.layout.factors import dense_factors, find_factors
-from rootfree_optax._src.layout.rules import DTypeRule
-from rootfree_optax._src.layout.split import Placed, as_it_is
+from rootfree_optax._src.common.trees import Shape
+from rootfree_optax._src.layout.split import RelayoutFn
 from rootfree_optax._src.layout.stack import Placement, Stack, opaque, stack, unstack
-from rootfree_optax._src.layout.unit import Unit
+from rootfree_optax._src.layout.unit import Unit, no_relayout
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One block: the tensor that has a factor for each of its axes.
+    """A tensor with one factor for each of its axes.
 
     Args:
-      name: the key path, with the block's index if there are several: 'dense/kernel[0, 1]' for a block along the
-        axes, 'layers/kernel[3]' for a layer, 'layers/kernel[3; 0, 1]' for a block of a layer.
-      parameter: the key path alone.
+      name: the key path, followed by an index if the parameter has several blocks: 'dense/kernel[0, 1]' for a block
+        along the axes, 'layers/kernel[3]' for a layer, 'layers/kernel[3; 0, 1]' for a block of a layer.
+      parameter: the key path.
       layer: the index along the layer axes.
-      index: the index along the axes, counted in blocks.
-      stack: which stack holds it.
-      position: where in that stack.
+      index: the index along the other axes, in blocks.
+      stack: the index of the stack.
+      position: the position in the stack.
     """
 
     name: str
@@ -42,108 +38,158 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rest:
+    """A parameter without factors, see `Layout.diagonal`.
+
+    Args:
+      path: the key path.
+      shape: the shape.
+      reason: why the parameter has no factors, such as "'embed' in its key path".
+      layer_axes: the positions of the layer axes.
+    """
+
+    path: str
+    shape: Shape
+    reason: str
+    layer_axes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a tree of parameters becomes stacks of blocks. `Layout.plan` makes it; it is static, hashable, and small.
+    """How a tree of parameters becomes stacks of blocks: static, hashable and small. Made by `Layout.plan`.
 
     Args:
       units: the parameters and groups.
       stacks: the stacks.
-      placements: for each unit, where in the stacks its blocks stand.
-      empty: key paths and shapes of the parameters without entries, which have no blocks.
+      placements: for each unit, the places of its blocks in the stacks.
+      rest: the parameters without factors. They are in no stack.
+      empty: the key paths and shapes of parameters without entries. They have no blocks.
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
       >>> params = {"kernel": jnp.zeros((4, 6))}
-      >>> plan = rf.Layout(block_size=3).plan(params)
+      >>> plan = rf.Layout(block_size=3, factor_dtype=jnp.bfloat16).plan(params)
       >>> [block.name for block in plan.blocks]
       ['kernel[0, 0]', 'kernel[0, 1]', 'kernel[1, 0]', 'kernel[1, 1]']
-      >>> plan.state_bytes(jnp.bfloat16)
-      112
-      >>> state = rf.scale_by_sirf_shampoo(batch_size=1, layout=rf.Layout(block_size=3)).init(params)
-      >>> [factor.shape for factor in plan.factors(state)["kernel[1, 1]"]]
-      [(1, 1), (3, 3)]
+      >>> [(stack.count, stack.shape) for stack in plan.stacks]
+      [(4, (2, 3))]
     """
 
     units: tuple[Unit, ...]
     stacks: tuple[Stack, ...]
     placements: tuple[tuple[Placement, ...], ...]
+    rest: tuple[Rest, ...] = ()
     empty: tuple[tuple[str, Shape], ...] = ()
 
-    def pack(self, tree: Any, name: str = "gradients", placed: Placed = as_it_is) -> tuple[jax.Array, ...]:
-        """Returns the blocks of a tree like the parameters, one array [count, *shape] for each stack.
-
-        The dtype of a stack is the widest among its members'. A parameter without a gradient (None) becomes NaN.
+    def pack(self, tree: Any, name: str = "gradients", relayout: RelayoutFn = no_relayout) -> tuple[jax.Array, ...]:
+        """Packs a tree like the parameters into stacks.
 
         Args:
-          tree: arrays of the parameters' shapes.
-          name: what the tree is called in an error.
-          placed: what is done to arrays on their way to blocks, see `split`.
+          tree: arrays of the parameters' shapes. None, for a parameter without a gradient, becomes NaN. Parameters
+            without factors (`rest`) are skipped.
+          name: the tree's name in an error message.
+          relayout: reshards arrays on their way to blocks, see `Unit.to_blocks`.
+
+        Returns:
+          One array [count, *shape] for each stack, with the widest dtype among its parameters.
 
         Raises:
-          ValueError: for a tree unlike the parameters, or a group of which some parameters have a gradient and others
-            have none. It names the key path.
+          ValueError: for a tree unlike the parameters, or a group with gradients for some of its parameters only. The
+            message names the key path.
         """
-        leaves = trees.named_leaves(tree)
-        self._require_like_parameters(leaves, name)
+        leaves = self._named_leaves(tree, name)
         pieces: list[jax.Array | None] = []
         for unit in self.units:
             arrays = [leaves[path] for path in unit.paths]
             if missing := [path for path, array in zip(unit.paths, arrays, strict=True) if array is None]:
                 if len(missing) < len(arrays):
                     raise ValueError(
-                        f"{name} must have an array for all parameters of the group {unit.name!r} or for none, got "
-                        f"None at {missing[0]!r}. Take it out of the group, or pass zeros."
+                        f"{name} must have arrays for all parameters of the group {unit.name!r} or for none, got "
+                        f"None at {missing[0]!r}. Remove it from the group, or pass zeros."
                     )
                 pieces += [None] * len(unit.stacks)
             else:
-                pieces += unit.to_blocks(arrays, placed)
-        return stack(pieces, [place for places in self.placements for place in places], self.stacks)
+                pieces += unit.to_blocks(arrays, relayout)
+        return stack(pieces, self._flat_placements, self.stacks)
 
     def unpack(
-        self, stacks: Sequence[jax.Array], like: Any, placed: Placed = as_it_is, *, equal_kernels: bool = False
+        self,
+        stacks: Sequence[jax.Array],
+        like: Any,
+        relayout: RelayoutFn = no_relayout,
+        *,
+        rest: Mapping[str, jax.Array] | None = None,
+        equal_kernels: bool = False,
     ) -> Any:
-        """Returns the tree whose blocks are given: the inverse of `pack`.
+        """Unpacks stacks into a tree like the parameters: the inverse of `pack`.
 
         Args:
-          stacks: [count, *shape] for each stack.
-          like: the tree that was packed. Each array gets the dtype of its leaf; None stays None.
-          placed: what is done to arrays on their way from blocks, see `split`.
-          equal_kernels: whether the program hides where in a stack each parameter's blocks begin, so that parameters of
-            one shape get one kernel, compiled once; for stacks that every device has whole.
+          stacks: one array [count, *shape] for each stack.
+          like: the tree that was packed.
+          relayout: reshards arrays on their way from blocks, see `Unit.to_blocks`.
+          rest: one array for each parameter without factors, by key path. Required if `self.rest` has parameters that
+            are not None in `like`.
+          equal_kernels: whether parameters of one shape share one compiled kernel, see `opaque`. For stacks that are
+            whole on every device.
+
+        Returns:
+          A tree with the dtypes of `like`, and None where `like` has None.
 
         Raises:
-          ValueError: for stacks or a tree unlike the plan's.
+          ValueError: for stacks, a tree or a `rest` unlike the plan's.
         """
         shapes = [array.shape for array in stacks]
         expected = [(target.count, *target.shape) for target in self.stacks]
         if shapes != expected:
             raise ValueError(f"stacks must have the shapes {expected}, got {shapes}.")
-        leaves = trees.named_leaves(like)
-        self._require_like_parameters(leaves, "the tree to unpack like")
+        leaves = self._named_leaves(like, "the tree to unpack like")
         arrays = {path: jnp.zeros(shape) for path, shape in self.empty}
-        starts = (place.start for places in self.placements for place in places)
-        numbers = opaque((0, *starts), stacks[0]) if equal_kernels and stacks else None
+        if self.rest or rest:
+            arrays |= self._require_rest(rest or {}, leaves)
+        starts = {place.start for place in self._flat_placements if place.count < self.stacks[place.stack].count}
+        numbers = opaque({0, *starts}, stacks[0]) if equal_kernels and starts else None
         for unit, places in zip(self.units, self.placements, strict=True):
             if any(leaves[path] is not None for path in unit.paths):
-                arrays |= zip(unit.paths, unit.from_blocks(unstack(stacks, places, numbers), placed), strict=True)
+                arrays |= zip(unit.paths, unit.from_blocks(unstack(stacks, places, numbers), relayout), strict=True)
         results = [None if leaf is None else arrays[path].astype(leaf.dtype) for path, leaf in leaves.items()]
-        return jax.tree.unflatten(jax.tree.structure(like, is_leaf=lambda leaf: leaf is None), results)
+        return jax.tree.unflatten(jax.tree.structure(like, is_leaf=trees.is_none), results)
 
-    def _require_like_parameters(self, leaves: dict[str, Any], name: str) -> None:
-        parameters = self._parameters
-        relevant = {path: leaf for path, leaf in leaves.items() if leaf is not None or path in parameters}
-        trees.require_like(relevant, parameters, name=name)
+    def _named_leaves(self, tree: Any, name: str) -> dict[str, Any]:
+        """Returns the leaves by key path, after checking their paths and shapes."""
+        leaves = trees.named_leaves(tree)
+        # None elsewhere stands for no parameter.
+        relevant = {path: leaf for path, leaf in leaves.items() if leaf is not None or path in self._shapes}
+        trees.require_shapes(relevant, self._shapes, name=name)
+        return leaves
+
+    def _require_rest(self, arrays: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the arrays of `rest` for the leaves that are not None, after checking paths and shapes."""
+        expected = {entry.path: entry.shape for entry in self.rest if leaves[entry.path] is not None}
+        if missing := expected.keys() - arrays.keys():
+            raise ValueError(
+                f"rest must have an array for each parameter without factors, but {min(missing)!r} is missing. "
+                "Pass its update, or plan with Layout(diagonal=None)."
+            )
+        if unknown := arrays.keys() - {entry.path for entry in self.rest}:
+            raise ValueError(f"rest must have parameters without factors only, but {min(unknown)!r} is not one.")
+        found = {path: arrays[path] for path in expected}
+        trees.require_shapes(found, expected, name="rest")
+        return found
 
     @functools.cached_property
-    def _parameters(self) -> dict[str, jax.ShapeDtypeStruct]:
-        shapes = dict(self.empty)
+    def _shapes(self) -> dict[str, Shape]:
+        shapes = dict(self.empty) | {entry.path: entry.shape for entry in self.rest}
         for unit in self.units:
             shapes |= zip(unit.paths, unit.shapes, strict=True)
-        return {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+        return shapes
+
+    @functools.cached_property
+    def _flat_placements(self) -> list[Placement]:
+        return [place for places in self.placements for place in places]
 
     @functools.cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """All blocks: by parameter, then shape, then layer, then index along the axes."""
+        """All blocks, ordered by parameter, shape, layer and index."""
         return tuple(
             Block(unit.name + _suffix(unit, layer, index), unit.name, layer, index, place.stack, place.start + offset)
             for unit, places in zip(self.units, self.placements, strict=True)
@@ -151,83 +197,8 @@ class Plan:
             for offset, (layer, index) in enumerate(indices)
         )
 
-    def factors(self, state: Any) -> dict[str, tuple[jax.Array, ...]]:
-        """Returns the factors of every block as dense matrices, one [dₙ, dₙ] per axis, by the block's name.
-
-        Args:
-          state: the state of a Kronecker transformation that was initialised on the plan's parameters with its layout,
-            or of a whole optimizer that contains it. Blocks beyond the plan's count as padding, so that a state of
-            more parameters than the plan's is taken for one that is split over devices.
-
-        Returns:
-          {name: (K₁, …, K_N)}; a parameter of one block goes by its key path, see `Block` for the others.
-
-        Raises:
-          ValueError: if the state holds no factors of this plan's shapes, or those of several transformations.
-        """
-        found = find_factors(state, self.stacks)
-        return {
-            block.name: dense_factors(found[block.stack], self.stacks[block.stack], block.position)
-            for block in self.blocks
-        }
-
-    def state_bytes(
-        self,
-        preconditioner_dtype: DTypeRule = None,
-        *,
-        riemannian_momentum: bool = False,
-        cached_products: bool = False,
-        observed_curvature: bool = False,
-    ) -> int:
-        """Returns the bytes of all factors.
-
-        Args:
-          preconditioner_dtype: of the factors, as `scale_by_sirf_shampoo` takes it; None counts as float32.
-          riemannian_momentum: whether each factor has a momentum, of its size and dtype.
-          cached_products: whether each factor K has K Kᵀ beside it, of its size and dtype.
-          observed_curvature: whether each factor has a sum beside it, as `curvature_every` keeps.
-        """
-        beside = {"riemannian_momentum": riemannian_momentum, "cached_products": cached_products}
-        beside["observed_curvature"] = observed_curvature
-        return sum(target.state_bytes(preconditioner_dtype, **beside) for target in self.stacks)
-
-    def table(
-        self,
-        preconditioner_dtype: DTypeRule = None,
-        *,
-        riemannian_momentum: bool = False,
-        cached_products: bool = False,
-        observed_curvature: bool = False,
-        width: int | None = None,
-    ) -> str:
-        """Returns a table of each parameter's blocks, structures, bytes of state and floating-point operations.
-
-        Parameters that differ only by numbers in their key paths share a line, with an asterisk for the number.
-
-        Args:
-          preconditioner_dtype: of the factors, as `scale_by_sirf_shampoo` takes it; None counts as float32.
-          riemannian_momentum: whether each factor has a momentum.
-          cached_products: whether each factor K has K Kᵀ beside it.
-          observed_curvature: whether each factor has a sum beside it, as `curvature_every` keeps.
-          width: of the page, in characters; None takes the terminal's. Long key paths are shortened to keep to it.
-        """
-        state_bytes = functools.partial(
-            Stack.state_bytes,
-            dtype=preconditioner_dtype,
-            riemannian_momentum=riemannian_momentum,
-            cached_products=cached_products,
-            observed_curvature=observed_curvature,
-        )
-        width = shutil.get_terminal_size().columns if width is None else width
-        return table.render(self.units, self.stacks, state_bytes=state_bytes, width=width)
-
-    def __str__(self) -> str:
-        """Returns the table for float32 factors with nothing beside them."""
-        return self.table()
-
 
 def _suffix(unit: Unit, layer: Shape, index: Shape) -> str:
-    """Returns a block's index as its name shows it, nothing for the only block of a parameter."""
-    cut = any(cut.piece < cut.length for cut in unit.cuts)
-    indices = [", ".join(map(str, part)) for part, shown in ((layer, bool(layer)), (index, cut)) if shown]
+    """Returns the index in a block's name, or an empty string for the only block of a parameter."""
+    indices = [", ".join(map(str, part)) for part, shown in ((layer, bool(layer)), (index, unit.is_cut)) if shown]
     return f"[{'; '.join(indices)}]" if indices else ""

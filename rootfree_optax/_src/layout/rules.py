@@ -1,4 +1,4 @@
-"""The user's rules: the structure and dtype of each factor, and how many axes index layers."""
+"""The user's rules: which axes index layers, which parameters have factors, and their structures and dtypes."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,8 +7,9 @@ from typing import Any, TypeAlias, TypeVar
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from rootfree_optax._src.common.validate import require_at_least, require_floating_dtype
-from rootfree_optax._src.layout.axes import Shape
+from rootfree_optax._src.common.trees import Shape
+from rootfree_optax._src.common.validate import require_floating_dtype
+from rootfree_optax._src.layout.paths import require_expression
 from rootfree_optax._src.structures import StructureFactory, structure_factory
 
 Key = TypeVar("Key")
@@ -21,16 +22,17 @@ StructureRule: TypeAlias = (
 )
 AxesDType: TypeAlias = DTypeLike | tuple[DTypeLike | None, ...] | None
 DTypeRule: TypeAlias = AxesDType | Mapping[int, AxesDType]
-LayerRule: TypeAlias = int | Mapping[str, int] | Callable[[str, Shape], int] | None
+DiagonalRule: TypeAlias = str | Callable[[str, Shape], bool] | None
+LayerAxes: TypeAlias = int | tuple[int, ...] | None
+LayerRule: TypeAlias = LayerAxes | Mapping[str, LayerAxes] | Callable[[str, Shape], LayerAxes]
 
 
 class FrozenMapping(Mapping[Key, Value]):
-    """A mapping that cannot change, has a hash, and remembers its order."""
+    """An immutable, hashable, ordered mapping."""
 
     def __init__(self, mapping: Mapping[Key, Value]) -> None:
         """Copies a mapping whose keys and values are hashable."""
         self._items = dict(mapping)
-        self._hash = hash(tuple(self._items.items()))
 
     def __getitem__(self, key: Key) -> Value:
         """Returns the value of a key."""
@@ -46,26 +48,27 @@ class FrozenMapping(Mapping[Key, Value]):
 
     def __hash__(self) -> int:
         """Returns the hash of the items, in order."""
-        return self._hash
+        # Not cached: the hash of a string differs between processes, so that a pickled one would be wrong.
+        return hash(tuple(self._items.items()))
 
     def __eq__(self, other: object) -> bool:
         """Returns whether the other has the same items in the same order."""
         return isinstance(other, FrozenMapping) and list(self.items()) == list(other.items())
 
     def __repr__(self) -> str:
-        """Returns what a dictionary would."""
+        """Returns the representation of a dictionary."""
         return repr(self._items)
 
 
-def frozen(rule: Any) -> Any:
-    """Returns a rule with mappings, and lists within them, made immutable."""
+def freeze(rule: Any) -> Any:
+    """Returns a rule with immutable mappings and tuples in place of mappings and lists."""
     if isinstance(rule, Mapping):
-        return FrozenMapping({key: frozen(value) for key, value in rule.items()})
+        return FrozenMapping({key: freeze(value) for key, value in rule.items()})
     return tuple(rule) if isinstance(rule, list) else rule
 
 
 def require_structure_rule(rule: StructureRule) -> None:
-    """Raises a ValueError or TypeError for a rule that is none, or that names an unknown structure."""
+    """Raises a ValueError or TypeError for an invalid rule or an unknown structure."""
     if isinstance(rule, Mapping):
         for ndim, structure in rule.items():
             if not isinstance(ndim, int) or ndim < 1:
@@ -83,15 +86,16 @@ def require_structure_rule(rule: StructureRule) -> None:
 
 
 def structures_of(rule: StructureRule, path: str, lengths: Shape) -> tuple[StructureFactory, ...] | None:
-    """Returns the structure that a rule gives each axis of a parameter, None where the default rule decides.
+    """Returns the structure of each axis of a parameter, or None to leave it to the default rule.
 
     Args:
       rule: the user's rule.
       path: the parameter's key path.
-      lengths: of its axes, squeezed and merged.
+      lengths: the lengths of its axes, squeezed and merged.
 
     Raises:
-      ValueError: that names the path, for a structure that is unknown or not given, or as many as there are not axes.
+      ValueError: for an unknown or missing structure, or if the number of structures differs from the number of axes.
+        The message names the path.
     """
     structure: AxesStructure | None
     if isinstance(rule, Mapping):
@@ -126,61 +130,104 @@ def _factories(names: Sequence[AxisStructure], ndim: int, owner: str) -> tuple[S
         raise type(error)(f"{error} It was given for {owner}.") from None
 
 
-def dtypes_of(rule: DTypeRule, axes: int, default: DTypeLike = jnp.float32) -> tuple[jnp.dtype, ...]:
-    """Returns the dtype of each factor of a block.
+def factor_dtypes_of(rule: DTypeRule, axes: int, name: str = "factor_dtype") -> tuple[jnp.dtype | None, ...]:
+    """Returns the dtype of each factor of a block, or None for the default.
 
     Args:
-      rule: a dtype for every axis; a tuple with one for each axis; or a mapping from the number of axes to either.
-        None, anywhere, and a number of axes that is not in the mapping stand for the default.
+      rule: a dtype for every axis, a tuple with one for each axis, or a mapping from the number of axes to either.
       axes: the block's number of axes.
-      default: the dtype where the rule names none.
+      name: the rule's name in an error message.
 
     Raises:
-      ValueError: for a tuple of another length, or a dtype that is not real floating point.
+      ValueError: if the number of dtypes differs from the number of axes, or for a dtype that is not real floating
+        point.
     """
     if isinstance(rule, Mapping):
         rule = rule.get(axes)
     dtypes = tuple(rule) if isinstance(rule, (tuple, list)) else (rule,) * axes
     if len(dtypes) != axes:
-        raise ValueError(f"preconditioner_dtype must have one dtype per axis of a block with {axes}, got {dtypes}.")
-    require_dtype_rule(dtypes)
+        raise ValueError(f"{name} must have one dtype per axis of a block with {axes}, got {dtypes}.")
+    require_dtype_rule(dtypes, name)
+    return tuple(None if dtype is None else jnp.dtype(dtype) for dtype in dtypes)
+
+
+def dtypes_of(rule: DTypeRule, axes: int, default: DTypeLike = jnp.float32) -> tuple[jnp.dtype, ...]:
+    """Returns the dtype of each factor of a block, see `factor_dtypes_of`, with `default` in place of None."""
+    dtypes = factor_dtypes_of(rule, axes, "preconditioner_dtype")
     return tuple(jnp.dtype(default if dtype is None else dtype) for dtype in dtypes)
 
 
-def require_dtype_rule(rule: DTypeRule) -> None:
-    """Raises a ValueError for a rule that names a dtype that is not real floating point."""
+def require_dtype_rule(rule: DTypeRule, name: str = "preconditioner_dtype") -> None:
+    """Raises a ValueError for a dtype that is not real floating point, or a key that is not a number of axes."""
+    if isinstance(rule, Mapping) and not all(isinstance(ndim, int) and ndim >= 1 for ndim in rule):
+        raise ValueError(f"{name} must map numbers of axes, at least 1, to dtypes; got the keys {list(rule)}.")
     for per_axes in rule.values() if isinstance(rule, Mapping) else [rule]:
         for dtype in per_axes if isinstance(per_axes, (tuple, list)) else [per_axes]:
-            require_floating_dtype("preconditioner_dtype", dtype)
+            require_floating_dtype(name, dtype)
 
 
 def require_layer_rule(rule: LayerRule) -> None:
-    """Raises a ValueError or TypeError for a rule that is none."""
+    """Raises a ValueError or TypeError for an invalid rule."""
     if isinstance(rule, Mapping):
-        for pattern in rule:
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise ValueError(f"stacked must map regular expressions, got the key {pattern!r}: {error}.") from None
-    elif rule is not None and not isinstance(rule, int) and not callable(rule):
-        raise TypeError(f"stacked must be None, an integer, a mapping or a callable, got {rule!r}.")
-    require_at_least("stacked", rule, 0)
+        for pattern, positions in rule.items():
+            require_expression("a key of layer_axes", pattern)
+            if positions is not None and not _are_positions(positions):
+                raise TypeError(
+                    "layer_axes must map to the position of an axis, a tuple of positions, or None, got "
+                    f"{positions!r} for {pattern!r}."
+                )
+    elif rule is not None and not callable(rule) and not _are_positions(rule):
+        raise TypeError(
+            f"layer_axes must be None, an integer, a tuple of integers, a mapping or a callable, got {rule!r}."
+        )
 
 
-def layers_of(rule: LayerRule, path: str, shape: Shape) -> int:
-    """Returns how many leading axes of a parameter index layers: by the first expression that its path contains.
+def _are_positions(value: Any) -> bool:
+    positions = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(position, int) and not isinstance(position, bool) for position in positions)
+
+
+def layer_axes_of(rule: LayerRule, path: str, shape: Shape) -> tuple[int, ...]:
+    """Returns the positions of a parameter's layer axes, counted from the first axis.
+
+    Args:
+      rule: the user's rule.
+      path: the parameter's key path.
+      shape: the parameter's shape.
 
     Raises:
-      ValueError: that names the path, for a number that is negative or more than the parameter's axes.
+      ValueError: for a position out of range, or the same axis twice. The message names the path.
     """
     if isinstance(rule, Mapping):
-        layers = next((layers for pattern, layers in rule.items() if re.search(pattern, path)), 0)
+        found = next((positions for pattern, positions in rule.items() if re.search(pattern, path)), None)
     elif callable(rule):
-        layers = rule(path, shape)
+        found = rule(path, shape)
     else:
-        layers = rule or 0
-    if not isinstance(layers, int) or not 0 <= layers <= len(shape):
+        found = rule
+    positions = () if found is None else tuple(found) if isinstance(found, (tuple, list)) else (found,)
+    ndim = len(shape)
+    if not _are_positions(positions) or not all(-ndim <= position < ndim for position in positions):
+        allowed = f"integers from {-ndim} to {ndim - 1}" if ndim else "none, as it has no axes"
         raise ValueError(
-            f"stacked must give {path!r}, of shape {shape}, between 0 and {len(shape)} layer axes, got {layers!r}."
+            f"layer_axes must be positions of axes of {path!r}, of shape {shape}: {allowed}; got {found!r}."
         )
-    return layers
+    axes = tuple(position % ndim for position in positions)
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"layer_axes must be distinct axes of {path!r}, of shape {shape}, got {found!r}.")
+    return axes
+
+
+def require_diagonal_rule(rule: DiagonalRule) -> None:
+    """Raises a ValueError or TypeError for an invalid rule."""
+    if isinstance(rule, str):
+        require_expression("diagonal", rule)
+    elif rule is not None and not callable(rule):
+        raise TypeError(f"diagonal must be None, a regular expression or a callable, got {rule!r}.")
+
+
+def reason_without_factors(rule: DiagonalRule, path: str, shape: Shape) -> str | None:
+    """Returns why a parameter has no factors under a rule, or None if it may have some."""
+    if isinstance(rule, str):
+        found = re.search(rule, path)
+        return None if found is None else f"{found[0]!r} in its key path"
+    return "chosen by the callable" if rule is not None and rule(path, shape) else None

@@ -9,7 +9,7 @@ nothing is sent.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -18,7 +18,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from rootfree_optax._src.layout import Plan
 from rootfree_optax._src.layout.stack import Stack
-from rootfree_optax._src.mesh.relayout import move, replicate, route, shard_like, split_within_blocks
+from rootfree_optax._src.mesh.relayout import move, route, split_within_blocks
 from rootfree_optax._src.mesh.shard_map import Axes, axes_of_type, map_shards, partition
 from rootfree_optax._src.mesh.state_shardings import AnyMesh, mesh_in_use
 
@@ -64,6 +64,11 @@ class WholeStacks:
         """The lengths of the arrays that `map` gives its function."""
         return self.lengths
 
+    @property
+    def local_axes(self) -> Axes:
+        """The mesh axes over which arrays are one device's own parts already."""
+        return ()
+
     def anchor(self, params: Any) -> jax.Array:
         """Returns an array without entries for a function to depend on when it depends on nothing else."""
         del params
@@ -89,9 +94,15 @@ class WholeStacks:
         """
         return _pack_whole(self.plan, tree, name, sample_axis)
 
-    def unpack(self, stacks: Sequence[jax.Array], like: Any) -> Any:
-        """Returns the tree whose blocks are given, with the dtypes and shardings of `like`: the inverse of `pack`."""
-        return shard_like(self.plan.unpack(stacks, like, equal_kernels=True), like)
+    def unpack(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] | None = None) -> Any:
+        """Returns the tree whose blocks are given, with the dtypes and shardings of `like`: the inverse of `pack`.
+
+        Args:
+          stacks: [length, *shape] for each stack.
+          like: the tree that was packed.
+          rest: the arrays of the parameters without factors, by key path.
+        """
+        return _shard_like(self.plan.unpack(stacks, like, rest=rest, equal_kernels=True), like)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,22 +153,27 @@ class DividedStacks(WholeStacks):
         """Returns the stacks of a tree like the parameters, divided over the axes."""
         return _pack_divided(self, tree, name, sample_axis)
 
-    def unpack(self, stacks: Sequence[jax.Array], like: Any) -> Any:
+    def unpack(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] | None = None) -> Any:
         """Returns the tree whose blocks are given: the inverse of `pack`."""
-        return _unpack_divided(self, tuple(stacks), like)
+        return _unpack_divided(self, tuple(stacks), like, rest)
 
     def _pack_padded(self, tree: Any, name: str, sample_axis: bool, **relayout: Any) -> Stacks:
         stacks = _pack(self.plan, tree, name, sample_axis, **relayout)
         return tuple(_pad(stack, length) for stack, length in zip(stacks, self.lengths, strict=True))
 
-    def _unpack_padded(self, stacks: Sequence[jax.Array], like: Any) -> Any:
+    def _unpack_padded(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] | None) -> Any:
         own = [array[: stack.count] for array, stack in zip(stacks, self.stacks, strict=True)]
-        return self.plan.unpack(own, like)
+        return self.plan.unpack(own, like, rest=rest)
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalStacks(DividedStacks):
     """One device's own parts of divided stacks: the caller is inside `jax.shard_map` over the axes."""
+
+    @property
+    def local_axes(self) -> Axes:
+        """The mesh axes that the stacks are divided over."""
+        return self.over
 
     def anchor(self, params: Any) -> jax.Array:
         """Returns an array without entries."""
@@ -171,16 +187,16 @@ class LocalStacks(DividedStacks):
     def pack(self, tree: Any, name: str, *, sample_axis: bool = False) -> Stacks:
         """Returns this device's parts of the stacks."""
         index = jax.lax.axis_index(self.axes)
-        whole = self._pack_padded(replicate(tree), name, sample_axis)
+        whole = self._pack_padded(_replicate(tree), name, sample_axis)
         lengths = self.own_lengths
         return tuple(
             jax.lax.dynamic_slice_in_dim(stack, index * length, length)
             for stack, length in zip(whole, lengths, strict=True)
         )
 
-    def unpack(self, stacks: Sequence[jax.Array], like: Any) -> Any:
+    def unpack(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] | None = None) -> Any:
         """Returns the whole tree, on every device."""
-        return shard_like(self._unpack_padded([self._sum_parts(part) for part in stacks], like), like)
+        return _shard_like(self._unpack_padded([self._sum_parts(part) for part in stacks], like, rest), like)
 
     def _sum_parts(self, part: jax.Array) -> jax.Array:
         """Returns the stack of all parts. Uses psum because its result is typed as replicated; all_gather's is not."""
@@ -188,6 +204,26 @@ class LocalStacks(DividedStacks):
         zeros = jnp.zeros((length * self.shards, *part.shape[1:]), part.dtype)
         start = jax.lax.axis_index(self.axes) * length
         return jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(zeros, part, start, 0), self.axes)
+
+
+def _replicate(tree: Any) -> Any:
+    """Replicates arrays that carry a sharding in their type: blocks are cut across its boundaries."""
+
+    def replicate(leaf: jax.Array) -> jax.Array:
+        spec = jax.typeof(leaf).sharding.spec
+        return leaf if all(axis is None for axis in spec) else jax.sharding.reshard(leaf, PartitionSpec())
+
+    return jax.tree.map(replicate, tree)
+
+
+def _shard_like(tree: Any, reference: Any) -> Any:
+    """Gives arrays the shardings that others carry in their types."""
+
+    def shard(leaf: jax.Array, like: jax.Array) -> jax.Array:
+        spec = jax.typeof(like).sharding.spec
+        return leaf if all(axis is None for axis in spec) else jax.sharding.reshard(leaf, spec)
+
+    return jax.tree.map(shard, tree, reference)
 
 
 def _pack(plan: Plan, tree: Any, name: str, sample_axis: bool, **relayout: Any) -> Stacks:
@@ -206,7 +242,7 @@ def _pad(stack: jax.Array, length: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def _pack_whole(plan: Plan, tree: Any, name: str, sample_axis: bool) -> Stacks:
-    return _pack(plan, replicate(tree), name, sample_axis)
+    return _pack(plan, _replicate(tree), name, sample_axis)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3), inline=True)
@@ -214,29 +250,29 @@ def _pack_divided(divided: DividedStacks, tree: Any, name: str, sample_axis: boo
     mesh, axes = divided.mesh, divided.axes
 
     def to_stacks(tree: Any) -> Stacks:
-        placed = functools.partial(split_within_blocks, mesh, axes)
-        stacks = divided._pack_padded(tree, name, sample_axis, placed=placed)
+        relayout = functools.partial(split_within_blocks, mesh, axes)
+        stacks = divided._pack_padded(tree, name, sample_axis, relayout=relayout)
         return tuple(move(mesh, stack, route(mesh, axes, stack.shape)) for stack in stacks)
 
     return partition(mesh, to_stacks, [PartitionSpec(axes)] * len(divided.stacks), tree)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _unpack_divided(divided: DividedStacks, stacks: Stacks, like: Any) -> Any:
+def _unpack_divided(divided: DividedStacks, stacks: Stacks, like: Any, rest: Mapping[str, Any] | None) -> Any:
     mesh = divided.mesh
     leaves, structure = jax.tree.flatten(like)
 
-    def to_leaves(stacks: Stacks, like: Any) -> tuple[jax.Array, ...]:
+    def to_leaves(stacks: Stacks, like: Any, rest: Mapping[str, Any] | None) -> tuple[jax.Array, ...]:
         # The stops of `_pack_divided` backwards, without the last, where the stacks are.
         stops = [route(mesh, divided.axes, stack.shape)[-2::-1] for stack in stacks]
         whole = [move(mesh, stack, back) for stack, back in zip(stacks, stops, strict=True)]
-        pairs = zip(jax.tree.leaves(divided._unpack_padded(whole, like)), jax.tree.leaves(like), strict=True)
+        pairs = zip(jax.tree.leaves(divided._unpack_padded(whole, like, rest)), jax.tree.leaves(like), strict=True)
         # Where a gradient is NaN its direction is. Saying so changes nothing, but is an operation on both, entry by
         # entry: so the compiler lays out the one as the other.
         return tuple(jax.lax.select(jnp.isnan(other), other, leaf) for leaf, other in pairs)
 
     specs = [jax.typeof(leaf).sharding.spec for leaf in leaves]
-    return jax.tree.unflatten(structure, partition(mesh, to_leaves, specs, stacks, like))
+    return jax.tree.unflatten(structure, partition(mesh, to_leaves, specs, stacks, like, rest))
 
 
 def place_stacks(

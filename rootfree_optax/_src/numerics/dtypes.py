@@ -1,41 +1,45 @@
-"""Dtypes: what is computed in, and what is stored."""
+"""The dtypes to compute in and to store."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 
 def real_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """Returns the dtype of the real part of an inexact dtype."""
+    """Returns the dtype of the real part of a floating-point or complex dtype."""
     return jnp.dtype(jnp.finfo(dtype).dtype)
 
 
 def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """Returns the real dtype in which to compute with `dtype`: float64 for double precision, float32 otherwise."""
-    return jnp.dtype(jnp.float64 if jnp.finfo(dtype).bits > 32 else jnp.float32)
+    """Returns the real dtype to compute in: float64 for double precision, float32 otherwise."""
+    return np.promote_types(jnp.finfo(dtype).dtype, np.float32)
 
 
-def is_half(dtype: DTypeLike) -> bool:
-    """Returns whether a real floating-point dtype is narrower than the one that is computed in."""
-    return bool(jnp.finfo(dtype).bits < jnp.finfo(accumulation_dtype(dtype)).bits)
+def is_low_precision(dtype: DTypeLike) -> bool:
+    """Returns whether a real floating-point dtype has fewer bits than its accumulation dtype."""
+    return bool(jnp.finfo(dtype).bits < 32)
 
 
-def is_narrower(dtype: DTypeLike, other: DTypeLike) -> bool:
-    """Returns whether a floating-point dtype has a narrower range than another, as float16 has."""
+def has_smaller_range(dtype: DTypeLike, other: DTypeLike) -> bool:
+    """Returns whether the largest number of a floating-point dtype is below another dtype's: float16's is."""
     return bool(jnp.finfo(dtype).maxexp < jnp.finfo(other).maxexp)
 
 
 def dtype_like(array: jax.Array, real: DTypeLike | None) -> jnp.dtype:
-    """Returns the dtype for state that is real or complex as `array` is, at the precision of `real` (None: its own)."""
-    own = jnp.result_type(array)  # of a Python number, too
+    """Returns the dtype of state for `array`: `real`, or the complex dtype of that precision for a complex array.
+
+    Args:
+      array: an array or a Python number.
+      real: a real floating-point dtype, or None for the dtype of `array` itself. Below single precision there is no
+        complex dtype; a complex array then gets complex64.
+    """
+    own = jnp.result_type(array)
     if real is None:
         return own
-    if jnp.issubdtype(own, jnp.complexfloating):
-        # There is no complex dtype below single precision.
-        return jnp.dtype(jnp.complex128 if jnp.finfo(real).bits > 32 else jnp.complex64)
-    return jnp.dtype(real)
+    return np.promote_types(real, np.complex64) if jnp.issubdtype(own, jnp.complexfloating) else jnp.dtype(real)
 
 
 def upcast(array: jax.Array) -> jax.Array:
-    """Returns a real or complex `array` in at least single precision."""
-    return array.astype(dtype_like(array, accumulation_dtype(array.dtype)))
+    """Casts a real or complex array to at least single precision."""
+    return array.astype(np.promote_types(array.dtype, np.float32))

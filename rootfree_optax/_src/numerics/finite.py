@@ -1,4 +1,4 @@
-"""Largest entries and finite ones."""
+"""The largest entry of an array, and tests for finite entries."""
 
 import functools
 
@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 
 def max_abs(parts: tuple[jax.Array, ...]) -> jax.Array:
-    """Returns the largest absolute value of all parts, a scalar; not finite if any of them is not.
+    """Returns the largest absolute value of all parts, a scalar; non-finite if any entry is non-finite.
 
-    By their bits, which order as the values do, and those of NaN above all: XLA's maximum of floats may drop a NaN on a
-    CPU.
+    The bits of the absolute values are compared as integers. They are ordered as the values are, with NaN above all.
+    XLA's maximum of floating-point numbers may drop a NaN on a CPU.
     """
     of_bits = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[parts[0].dtype.itemsize]
     largest = [jnp.max(jax.lax.bitcast_convert_type(jnp.abs(part), of_bits), initial=0) for part in parts]
@@ -24,5 +24,5 @@ def all_finite(tree: object) -> jax.Array:
 
 def finite_or_zero(array: jax.Array) -> jax.Array:
     """Returns `array` with zero in place of every non-finite entry."""
-    # Of three operations; jnp.where makes eight of it, for every parameter of a model.
+    # These are three operations. jnp.where would add eight for every parameter of a model.
     return jax.lax.select(jnp.isfinite(array), array, jax.lax.full_like(array, 0))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax._src.blocks.momentum import add_scaled, average_heavy_ball
+from rootfree_optax._src.blocks.momentum import add_scaled, average_heavy_ball, total_weight
 from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.numerics.dtypes import dtype_like
 
@@ -75,13 +75,14 @@ def add_decayed_weights(
 
 
 class HeavyBallState(NamedTuple):
-    """State of `heavy_ball`: the momentum, a tree like the parameters."""
+    """State of `heavy_ball`: how many updates there have been, and the momentum, a tree like the parameters."""
 
+    step: jax.Array
     momentum: Any
 
 
 def heavy_ball(
-    momentum: ArrayLike, *, nesterov: bool = False, mu_dtype: DTypeLike | None = None
+    momentum: ArrayLike, *, nesterov: bool = False, average: bool = False, mu_dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Adds up past updates, v ← momentum·v + update, as `optax.trace`, for arrays of any dtype.
 
@@ -90,6 +91,7 @@ def heavy_ball(
     Args:
       momentum: α₁, in [0, 1). A number or a traced scalar.
       nesterov: whether the update is update + momentum·v, with the new v, rather than v.
+      average: whether the update is divided by the sum of its weights, which makes it an average that starts right.
       mu_dtype: floating-point dtype of v; by default each parameter's own.
 
     Returns:
@@ -114,26 +116,29 @@ def heavy_ball(
     validate.require_floating_dtype("mu_dtype", mu_dtype)
 
     def init(params: optax.Params) -> HeavyBallState:
-        return HeavyBallState(jax.tree.map(lambda p: jnp.zeros_like(p, dtype_like(p, mu_dtype)), params))
+        velocity = jax.tree.map(lambda p: jnp.zeros_like(p, dtype_like(p, mu_dtype)), params)
+        return HeavyBallState(jnp.zeros([], jnp.int32), velocity)
 
     def update(
         updates: optax.Updates, state: HeavyBallState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, HeavyBallState]:
         del params, extra_args
 
-        average = functools.partial(_average, momentum, nesterov)
-        averages, velocity = trees.map_pairs(average, updates, state.momentum)
-        return averages, HeavyBallState(velocity)
+        step = optax.safe_increment(state.step)
+        scale = (1 - momentum) / total_weight(momentum, step + int(nesterov)) if average else 1.0
+        add = functools.partial(_add, momentum, scale, nesterov)
+        updates, velocity = trees.map_pairs(add, updates, state.momentum)
+        return updates, HeavyBallState(step, velocity)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@functools.partial(jax.jit, static_argnums=1)  # so that arrays of one shape are traced once
-def _average(
-    momentum: ArrayLike, nesterov: bool, update: jax.Array, velocity: jax.Array
+@functools.partial(jax.jit, static_argnums=2)  # so that arrays of one shape are traced once
+def _add(
+    momentum: ArrayLike, scale: ArrayLike, nesterov: bool, update: jax.Array, velocity: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    average, new = average_heavy_ball(velocity, update, momentum, nesterov=nesterov)
-    return average.astype(update.dtype), new
+    total, new = average_heavy_ball(velocity, update, momentum, nesterov=nesterov)
+    return (jnp.asarray(scale, total.dtype) * total).astype(update.dtype), new
 
 
 def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:

@@ -1,8 +1,9 @@
 """What is kept for each stack of blocks, and what one step of all of them is given."""
 
 import functools
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,14 @@ class StackState(NamedTuple):
       momentum: the gradients' heavy-ball average v, [blocks, *shape]; None without momentum.
       mean_square: of each block's last direction, [blocks].
       is_idle: whether each block's last gradient was all zero, [blocks].
+      size: how many entries each block has, [blocks]; zero for blocks that pad the stack to a mesh. It never changes.
     """
 
     block: BlockState
     momentum: jax.Array | None
     mean_square: jax.Array
     is_idle: jax.Array
+    size: jax.Array
 
 
 class StackStep(NamedTuple):
@@ -61,6 +64,7 @@ def init_stacks(
     rule: BlockRule,
     factor_dtypes: Sequence[Sequence[jnp.dtype]],
     momentum_dtypes: Sequence[DTypeLike] | None,
+    axes: tuple[str, ...],
     anchor: jax.Array,
 ) -> tuple[StackState, ...]:
     """Returns the state of each stack before the first step.
@@ -71,6 +75,7 @@ def init_stacks(
       rule: what is done with a block.
       factor_dtypes: for each stack, the dtype of each axis's factor.
       momentum_dtypes: for each stack; None without momentum.
+      axes: the mesh axes that the stacks are divided over.
       anchor: an array without entries that the state is to depend on, see `WholeStacks.anchor`.
     """
     zero = jnp.sum(anchor)
@@ -82,14 +87,20 @@ def init_stacks(
         # A stack of no blocks still has arrays: each device's state has the same structure.
         momentum = None if momentum_dtype is None else jnp.zeros((length, *stack.shape), momentum_dtype)
         block = jax.tree.map(functools.partial(repeat, length), rule.init(stack.structures, dtypes))
+        size = jnp.where(is_padding(stack, length, axes), 0, jnp.float32(math.prod(stack.shape)))
         return StackState(
-            block, momentum, repeat(length, jnp.zeros([], jnp.float32)), repeat(length, jnp.ones([], bool))
+            block,
+            momentum,
+            mean_square=repeat(length, jnp.zeros([], jnp.float32)),
+            is_idle=repeat(length, jnp.ones([], bool)),
+            size=size + zero.astype(size.dtype),
         )
 
     each = zip(stacks, lengths, factor_dtypes, momentum_dtypes or (None,) * len(stacks), strict=True)
     return tuple([init(*of_stack) for of_stack in each])
 
 
-def map_blocks(function: Any, stack: Stack, numbers: Step) -> Any:
-    """Returns a function of a whole stack for one of a block that also takes its structures and the step's numbers."""
-    return jax.vmap(functools.partial(function, structures=stack.structures, step=numbers))
+def is_padding(stack: Stack, length: int, axes: tuple[str, ...]) -> jax.Array:
+    """Returns which of this device's blocks of a stack, `length` of them, are padding."""
+    first = jax.lax.axis_index(axes) * length if axes else 0
+    return first + jnp.arange(length) >= stack.count

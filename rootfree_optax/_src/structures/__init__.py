@@ -1,6 +1,7 @@
-"""Structured matrices for the factors of Kronecker preconditioners."""
+"""Sets of structured matrices, for the factors of Kronecker preconditioners."""
 
 from rootfree_optax._src.structures.base import Flops, Parts, Structure
+from rootfree_optax._src.structures.block_diagonal import BlockDiagonal
 from rootfree_optax._src.structures.block_pattern import BlockPattern
 from rootfree_optax._src.structures.names import (
     STRUCTURE_NAMES,
@@ -13,15 +14,14 @@ from rootfree_optax._src.structures.names import (
     structure_factory,
     triangular_toeplitz,
 )
-from rootfree_optax._src.structures.segment import Segment
 from rootfree_optax._src.structures.toeplitz import TriangularToeplitz
 
 __all__ = [
     "STRUCTURE_NAMES",
+    "BlockDiagonal",
     "BlockPattern",
     "Flops",
     "Parts",
-    "Segment",
     "Structure",
     "StructureFactory",
     "TriangularToeplitz",

@@ -1,9 +1,13 @@
-"""What a structure is: a set of d×d matrices closed under linear combination and product, with a projection onto it.
+"""Structures: sets of d×d matrices closed under linear combination and product, with a projection onto each.
 
-A `Structure` is static data (sizes only). A matrix in it is its `Parts`: a tuple of arrays that hold its numbers and
-nothing else. Linear combinations are linear combinations of the parts (`jax.tree.map`); everything else that the
-refresh and the application of a preconditioner need is an operation below, for one matrix. Stacks are `jax.vmap`ped.
-Every operation is out of place, accumulates in `precision.accumulation_dtype`, and returns that dtype too.
+A `Structure` is static data (sizes only). A matrix in it is its `Parts`: a tuple of arrays that hold the numbers of the
+matrix and nothing else. A linear combination of matrices is the same combination of their parts (`jax.tree.map`). All
+else that the refresh and the application of a preconditioner need is an operation below, for one matrix; `jax.vmap` it
+for stacks. Every operation is out of place. It accumulates in the `accumulation_dtype` of the parts, which is the dtype
+of its result.
+
+The structures and their projections are from Lin et al., Structured Inverse-Free Natural Gradient Descent (2023,
+https://arxiv.org/abs/2312.05705).
 """
 
 import abc
@@ -12,6 +16,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.lax import PrecisionLike
 from jax.typing import ArrayLike, DTypeLike
 
 Parts: TypeAlias = tuple[jax.Array, ...]
@@ -19,7 +24,7 @@ Parts: TypeAlias = tuple[jax.Array, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Floating-point operations, a multiply-add counting as two, of a structure's operations."""
+    """The floating-point operations, with a multiply-add as two, of a structure's operations."""
 
     apply: int
     project_outer: int
@@ -33,7 +38,7 @@ def times_scalar(parts: Parts, factor: ArrayLike) -> Parts:
 
 
 class Structure(abc.ABC):
-    """A set of d×d matrices closed under linear combination and product. Hashable; equal where the sets are.
+    """A set of d×d matrices closed under linear combination and product. Hashable; equal if the sets are equal.
 
     Throughout, `axis` counts from zero, a `tensor` has length d along it and is cast to the dtype of the parts, and
     the parts given to one operation have one dtype.
@@ -54,71 +59,65 @@ class Structure(abc.ABC):
     def part_shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of the parts."""
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether the set has all d×d matrices, with one part [d, d] for d > 1."""
+        return False
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether the set has the diagonal matrices alone, with one part [d]."""
+        return False
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the set has the transpose of each of its matrices, and so K Kᵀ and the roots of such products."""
+        return False
+
+    @property
+    def has_inverse_root(self) -> bool:
+        """Whether `times_inverse_root` exists: whether its closed form needs no more of a matrix than Π̂ of it."""
+        return self.is_symmetric
+
     @abc.abstractmethod
     def identity(self, dtype: DTypeLike) -> Parts:
         """Returns the parts of I, of `dtype`."""
 
+    def zeros(self, dtype: DTypeLike) -> Parts:
+        """Returns the parts of the zero matrix, of `dtype`."""
+        return tuple([jnp.zeros(shape, dtype) for shape in self.part_shapes])
+
     @abc.abstractmethod
     def to_dense(self, parts: Parts) -> jax.Array:
-        """Returns the matrix, [d, d], in the parts' dtype. For readers and tests: no step of an optimizer calls it."""
+        """Returns the matrix, [d, d], in the parts' dtype. For readers and tests: no optimizer calls it in a step."""
 
     @abc.abstractmethod
-    def matmul(self, left: Parts, right: Parts, *, precision: jax.lax.PrecisionLike = None) -> Parts:
+    def matmul(self, left: Parts, right: Parts, *, precision: PrecisionLike = None) -> Parts:
         """Returns the parts of L R."""
 
-    @abc.abstractmethod
-    def apply(
-        self, parts: Parts, tensor: jax.Array, axis: int, *, precision: jax.lax.PrecisionLike = None
-    ) -> jax.Array:
-        """Returns `tensor` multiplied along `axis`, of length d, by K: out[…, i, …] = Σⱼ K[i, j] tensor[…, j, …]."""
-
-    @abc.abstractmethod
-    def apply_transposed(
-        self, parts: Parts, tensor: jax.Array, axis: int, *, precision: jax.lax.PrecisionLike = None
-    ) -> jax.Array:
-        """Returns `tensor` multiplied along `axis`, of length d, by Kᵀ."""
-
-    @abc.abstractmethod
-    def project_outer(self, tensor: jax.Array, axis: int, *, precision: jax.lax.PrecisionLike = None) -> Parts:
-        """Returns the parts of Π̂(X Xᵀ), X [d, …] being the unfolding of `tensor` along `axis`."""
-
-    @abc.abstractmethod
-    def project_inner(self, parts: Parts, *, precision: jax.lax.PrecisionLike = None) -> Parts:
-        """Returns the parts of Π̂(Kᵀ K)."""
-
-    @abc.abstractmethod
-    def squared_norm(self, parts: Parts) -> jax.Array:
-        """Returns ‖K‖²_F = Tr(KᵀK), a scalar."""
-
-    @abc.abstractmethod
-    def flops(self, columns: int) -> Flops:
-        """Returns what the operations cost, on a tensor of d × `columns` entries."""
-
-    @property
-    def is_symmetric(self) -> bool:
-        """Whether the set has every matrix's transpose, and with it K Kᵀ and the roots of such products."""
-        return False
-
-    def square(self, parts: Parts, *, precision: jax.lax.PrecisionLike = None) -> Parts:
-        """Returns the parts of K Kᵀ, in the accumulation dtype, if the set is symmetric.
+    def square(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
+        """Returns the parts of K Kᵀ, if the set is symmetric.
 
         Raises:
           ValueError: if the set is not symmetric.
         """
-        del parts, precision
         raise ValueError(f"K Kᵀ needs a structure that is closed under transposition, got {self.name!r}.")
 
-    @property
-    def has_inverse_root(self) -> bool:
-        """Whether `times_inverse_root` exists: its closed form takes no more of a matrix than Π̂ of it."""
-        return self.is_symmetric
+    def congruence(self, parts: Parts, symmetric: Parts, *, precision: PrecisionLike = None) -> Parts:
+        """Returns the parts of Kᵀ S K, in the accumulation dtype, for a symmetric S, if the set is symmetric.
+
+        Raises:
+          ValueError: if the set is not symmetric.
+        """
+        raise ValueError(f"Kᵀ S K needs a structure that is closed under transposition, got {self.name!r}.")
 
     def times_inverse_root(
-        self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: jax.lax.PrecisionLike = None
+        self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: PrecisionLike = None
     ) -> Parts:
-        """Returns the parts of K C, in the accumulation dtype, C being the set's inverse root of M = a·I + E.
+        """Returns the parts of K C, where C is the inverse root of M = a·I + E within the set.
 
-        That is the one with the least Tr(CᵀMC) − 2 log|det C|. Where the set is symmetric and M is in it, C = M^(−1/2).
+        C is the matrix of the set with the least Tr(CᵀMC) − 2 log|det C|: C = M^(−1/2) if the set is symmetric and M
+        is in it.
 
         Args:
           parts: of K.
@@ -129,12 +128,75 @@ class Structure(abc.ABC):
         Raises:
           ValueError: if the set has no inverse root in closed form.
         """
-        del parts, excess, shift, precision
         raise ValueError(f"an inverse root in closed form needs another structure than {self.name!r}.")
 
-    def zeros(self, dtype: DTypeLike) -> Parts:
-        """Returns the parts of the zero matrix, of `dtype`."""
-        return tuple(jnp.zeros(shape, dtype) for shape in self.part_shapes)
+    @abc.abstractmethod
+    def apply(
+        self, parts: Parts, tensor: jax.Array, axis: int, *, transposed: bool = False, precision: PrecisionLike = None
+    ) -> jax.Array:
+        """Returns `tensor` multiplied along `axis` by K, or by Kᵀ: out[…, i, …] = Σⱼ K[i, j] tensor[…, j, …]."""
+
+    def apply_transposed(
+        self, parts: Parts, tensor: jax.Array, axis: int, *, precision: PrecisionLike = None
+    ) -> jax.Array:
+        """Returns `tensor` multiplied along `axis` by Kᵀ."""
+        return self.apply(parts, tensor, axis, transposed=True, precision=precision)
+
+    @abc.abstractmethod
+    def project_outer(self, tensor: jax.Array, axis: int, *, precision: PrecisionLike = None) -> Parts:
+        """Returns the parts of Π̂(X Xᵀ), where X [d, …] is the unfolding of `tensor` along `axis`."""
+
+    @abc.abstractmethod
+    def project_inner(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
+        """Returns the parts of Π̂(Kᵀ K)."""
+
+    def add_identity(self, parts: Parts, scale: ArrayLike) -> Parts:
+        """Returns the parts of K + c·I."""
+        identity = self.identity(parts[0].dtype)
+        return tuple([k + jnp.asarray(scale, k.dtype) * i for k, i in zip(parts, identity, strict=True)])
+
+    @abc.abstractmethod
+    def squared_norm(self, parts: Parts) -> jax.Array:
+        """Returns ‖K‖²_F = Tr(KᵀK), a scalar."""
+
+    def trace(self, parts: Parts) -> jax.Array:
+        """Returns Tr(K), a scalar, if the set is symmetric.
+
+        Raises:
+          ValueError: if the set is not symmetric.
+        """
+        raise ValueError(f"a trace needs a structure that is closed under transposition, got {self.name!r}.")
+
+    def symmetric_root(self, parts, *, precision=None):
+        """Temporary."""
+
+        def root(k):
+            if k.ndim == 1:
+                return jnp.abs(k)
+            w, q = jnp.linalg.eigh(jnp.einsum("...ij,...kj->...ik", k, k))
+            return jnp.einsum("...ij,...j,...kj->...ik", q, jnp.sqrt(jnp.maximum(w, 0)), q)
+
+        return tuple(root(k.astype(jnp.promote_types(k.dtype, jnp.float32))) for k in parts)
+
+    def positive_root(self, parts, *, precision=None):
+        """Temporary."""
+
+        def root(k):
+            if k.ndim == 1:
+                return jnp.sqrt(jnp.abs(k))
+            w, q = jnp.linalg.eigh(k)
+            return jnp.einsum("...ij,...j,...kj->...ik", q, jnp.sqrt(jnp.maximum(w, 0)), q)
+
+        return tuple(root(k.astype(jnp.promote_types(k.dtype, jnp.float32))) for k in parts)
+
+    @abc.abstractmethod
+    def flops(self, columns: int) -> Flops:
+        """Returns the cost of the operations, for a tensor of d × `columns` entries."""
 
     def __repr__(self) -> str:
         return f"{self.name}({self.dim})"
+
+
+def other_axes(tensor: jax.Array, axis: int) -> tuple[int, ...]:
+    """Returns all axes of `tensor` but `axis`."""
+    return (*range(axis), *range(axis + 1, tensor.ndim))

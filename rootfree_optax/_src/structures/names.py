@@ -1,7 +1,7 @@
-"""From a structure's name to the structure: the names of the official PyTorch packages, with any sizes.
+"""Structures by name: the names of the official PyTorch packages, with any sizes.
 
-A factory takes the number of rows, d, and returns the `Structure` of d×d matrices. Sizes beyond d are cut, so different
-factories may give the same matrices for a small d; the structures are then equal.
+A factory takes the number of rows, d, and returns the `Structure` of d×d matrices. Sizes above d are cut to d. So
+different factories may give the same set of matrices for a small d; the structures are then equal.
 """
 
 import re
@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from rootfree_optax._src.structures.base import Structure
+from rootfree_optax._src.structures.block_diagonal import BlockDiagonal
 from rootfree_optax._src.structures.block_pattern import BlockPattern
 from rootfree_optax._src.structures.elimination import Pair
-from rootfree_optax._src.structures.segment import Segment
 from rootfree_optax._src.structures.toeplitz import TriangularToeplitz
 
 StructureFactory: TypeAlias = Callable[[int], Structure]
@@ -36,33 +36,33 @@ def _require_positive(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least one, got {size}.")
 
 
-def _pattern(name: str, dim: int, segments: Sequence[Segment], couplings: Sequence[Pair] = ()) -> Structure:
-    """Returns the pattern without its empty segments and their couplings, by its plainest name."""
+def _pattern(name: str, dim: int, sizes: Sequence[Pair], couplings: Sequence[Pair] = ()) -> Structure:
+    """Returns the pattern with segments of the given (count, size), without empty segments and their couplings."""
     if dim < 1:
         raise ValueError(f"a structure must have at least one row, got {dim}.")
-    kept = {old: new for new, old in enumerate(i for i, segment in enumerate(segments) if segment.dim > 0)}
-    if len(kept) == 1:
-        (only,) = (segments[i] for i in kept)
-        name = "diagonal" if only.size == 1 else "dense" if only.count == 1 else name
-    renumbered = ((kept[i], kept[j]) for i, j in couplings if i in kept and j in kept)
-    return BlockPattern(tuple(segments[i] for i in kept), tuple(sorted(renumbered)), name)
+    left = [i for i, (count, size) in enumerate(sizes) if count * size > 0]
+    segments = tuple(BlockDiagonal(*sizes[i]) for i in left)
+    if len(segments) == 1:
+        return segments[0]
+    renumbered = [(left.index(i), left.index(j)) for i, j in couplings if i in left and j in left]
+    return BlockPattern(segments, tuple(sorted(renumbered)), name)
 
 
 def dense(dim: int) -> Structure:
     """Returns the structure of all d×d matrices, d = `dim`."""
-    return _pattern("dense", dim, [Segment(count=1, size=dim)])
+    return BlockDiagonal(count=1, size=dim)
 
 
 def diagonal(dim: int) -> Structure:
     """Returns the structure of the diagonal d×d matrices, d = `dim`."""
-    return _pattern("diagonal", dim, [Segment(count=dim, size=1)])
+    return BlockDiagonal(count=dim, size=1)
 
 
 def block_diagonal(block_size: int) -> StructureFactory:
     """Returns the factory of block-diagonal matrices with dense blocks.
 
     Args:
-      block_size: the rows of a block, at least one. Where it does not divide d, the last block has those left over.
+      block_size: the rows of a block, at least one. If it does not divide d, the last block has the remaining rows.
 
     Raises:
       ValueError: if `block_size` is below one.
@@ -75,22 +75,21 @@ def block_diagonal(block_size: int) -> StructureFactory:
 
     def factory(dim: int) -> Structure:
         blocks, remainder = divmod(dim, block_size)
-        segments = [Segment(blocks, block_size), Segment(count=1, size=remainder)]
-        return _pattern(f"block{block_size}diagonal", dim, segments)
+        return _pattern(f"block{block_size}diagonal", dim, [(blocks, block_size), (1, remainder)])
 
     return factory
 
 
 def hierarchical(leading: int, trailing: int) -> StructureFactory:
-    """Returns the factory of hierarchical matrices: a diagonal between two dense blocks that couple to it.
+    """Returns the factory of hierarchical matrices: a diagonal between two dense blocks, with couplings.
 
         [ A  B  B ]
         [ 0  C  0 ]     A and E dense, C diagonal, B and D dense
         [ 0  D  E ]
 
     Args:
-      leading: the rows of A, at least one. A has d rows where d is less.
-      trailing: the rows of E, at least one. E has what A leaves where that is less.
+      leading: the rows of A, at least one, and d if that is less.
+      trailing: the rows of E, at least one, and the rows below A if there are fewer.
 
     Raises:
       ValueError: if either is below one.
@@ -104,14 +103,14 @@ def hierarchical(leading: int, trailing: int) -> StructureFactory:
     def factory(dim: int) -> Structure:
         top = min(leading, dim)
         bottom = min(trailing, dim - top)
-        segments = [Segment(1, top), Segment(dim - top - bottom, 1), Segment(1, bottom)]
-        return _pattern(f"hierarchical{leading}_{trailing}", dim, segments, [(0, 1), (0, 2), (2, 1)])
+        sizes = [(1, top), (dim - top - bottom, 1), (1, bottom)]
+        return _pattern(f"hierarchical{leading}_{trailing}", dim, sizes, [(0, 1), (0, 2), (2, 1)])
 
     return factory
 
 
 def corner_diagonal(corner: int = 1, *, lower: bool, corner_first: bool) -> StructureFactory:
-    """Returns the factory of block-triangular matrices with a dense corner, a dense coupling, and else a diagonal.
+    """Returns the factory of block-triangular matrices: a diagonal and a dense corner, with a coupling.
 
         lower, corner first   lower, corner last   upper, corner first   upper, corner last
             [ A  0 ]              [ C  0 ]              [ A  B ]              [ C  B ]
@@ -119,8 +118,8 @@ def corner_diagonal(corner: int = 1, *, lower: bool, corner_first: bool) -> Stru
 
     Args:
       corner: the rows of the dense corner A, at least one. C is the diagonal.
-      lower: whether the coupling B is below the diagonal.
-      corner_first: whether A is at the top left, rather than at the bottom right.
+      lower: whether the coupling B is below the diagonal; else, above.
+      corner_first: whether A is at the top left; else, at the bottom right.
 
     Raises:
       ValueError: if `corner` is below one.
@@ -135,8 +134,8 @@ def corner_diagonal(corner: int = 1, *, lower: bool, corner_first: bool) -> Stru
 
     def factory(dim: int) -> Structure:
         size = min(corner, dim)
-        segments = [Segment(1, size), Segment(dim - size, 1)]
-        return _pattern(name, dim, segments if corner_first else segments[::-1], [(1, 0) if lower else (0, 1)])
+        sizes = [(1, size), (dim - size, 1)]
+        return _pattern(name, dim, sizes if corner_first else sizes[::-1], [(1, 0) if lower else (0, 1)])
 
     return factory
 
@@ -145,7 +144,7 @@ def triangular_toeplitz(*, lower: bool) -> StructureFactory:
     """Returns the factory of lower- or upper-triangular Toeplitz matrices, which are constant along each diagonal.
 
     Args:
-      lower: whether the entries above the diagonal are zero, rather than those below.
+      lower: whether the matrices are lower triangular; else, upper triangular.
 
     Example:
       >>> triangular_toeplitz(lower=True)(100).part_shapes
@@ -155,11 +154,11 @@ def triangular_toeplitz(*, lower: bool) -> StructureFactory:
 
 
 def structure_factory(structure: str | StructureFactory) -> StructureFactory:
-    """Returns the factory that a name stands for.
+    """Returns the factory of the structures of a name.
 
     Args:
-      structure: one of `STRUCTURE_NAMES`, where any sizes may stand for 30 and 15_15, and a corner's size may follow
-        'tril' or 'triu', as in 'tril4bottomrightdiag'; or a factory, which is returned as it is.
+      structure: one of `STRUCTURE_NAMES`, with any sizes in place of 30 and 15_15, and with the size of a corner after
+        'tril' or 'triu', if it is above one, as in 'tril4bottomrightdiag'. Or a factory, which is returned unchanged.
 
     Raises:
       ValueError: if the name is unknown, or a size in it is below one.
@@ -182,7 +181,7 @@ def structure_factory(structure: str | StructureFactory) -> StructureFactory:
             except ValueError as error:
                 raise ValueError(f"structure {structure!r}: {error}") from None
     known = ", ".join(STRUCTURE_NAMES)
-    raise ValueError(f"unknown structure {structure!r}. The known ones are {known}, where the sizes may be others.")
+    raise ValueError(f"unknown structure {structure!r}. The known names are {known}, with any sizes.")
 
 
 def _corner(triangle: str, size: str, place: str) -> StructureFactory:

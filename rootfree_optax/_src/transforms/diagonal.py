@@ -1,4 +1,4 @@
-"""Root-free diagonal transformations: RF-RMSProp's and RF-Adam's rescaling of the gradient."""
+"""Scale-free root-free diagonal transformations: RF-RMSProp's and RF-Adam's rescaling of the gradient."""
 
 import functools
 from typing import Any, NamedTuple
@@ -8,9 +8,16 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax._src.blocks import diagonal as update_rule
+from rootfree_optax._src.blocks.diagonal import (
+    average_square,
+    first_moment,
+    newton_step,
+    root_free_step,
+)
+from rootfree_optax._src.blocks.momentum import total_weight
 from rootfree_optax._src.common import schedules, trees, validate
-from rootfree_optax._src.numerics.dtypes import dtype_like, real_dtype
+from rootfree_optax._src.common.schedules import StepSize
+from rootfree_optax._src.numerics.dtypes import dtype_like, real_dtype, upcast
 
 
 class ScaleByRfRmsState(NamedTuple):
@@ -20,64 +27,72 @@ class ScaleByRfRmsState(NamedTuple):
     nu: Any
 
 
+class ScaleByRfAdamState(NamedTuple):
+    """State of `scale_by_rf_adam`: the step count, the gradient's average m and the accumulator s."""
+
+    count: jax.Array  # type: ignore[assignment]
+    mu: Any
+    nu: Any
+
+
 def scale_by_rf_rms(
-    decay: optax.ScalarOrSchedule = 0.8,
-    damping: optax.ScalarOrSchedule = 5e-4,
+    decay: optax.ScalarOrSchedule = 0.95,
     *,
+    damping: optax.ScalarOrSchedule = 0.1,
+    absolute_damping: optax.ScalarOrSchedule = 0.0,
+    step_size: StepSize = "adamw",
     batch_size: ArrayLike | None = None,
-    initial_scale: ArrayLike = 1.0,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales gradients by a moving average of their squares, without the square root.
 
-        s ← decay·s + (1 − decay)·B·g²        direction = g / (s + λ)
+        s ← decay·s + (1 − decay)·g²        direction = g / (s + ρ·mean(s)), as long as g / √s
 
-    g is the gradient of a loss that is a mean over B terms; B·g² then estimates the diagonal of the loss's curvature,
-    and the direction is a damped Newton-like step, unaffected by a rescaling of the parameters as λ → 0. Complex
-    gradients use |g|². All arithmetic is in at least float32.
+    The mean is over the parameter. With `step_size="newton"` the direction is g / (B·(s + ρ·mean(s)) + λ), a damped
+    Newton-like step for a loss that is a mean over B terms. Complex gradients use |g|². All arithmetic is in at least
+    float32.
 
-    A non-finite gradient leaves its entries of s as they were, as does a B·g² that overflows; the direction shows the
-    non-finite gradient, so that `optax.apply_if_finite` works.
+    s is an average that starts right. An entry whose gradient is zero or not finite keeps its s, and so does one whose
+    g² overflows; the direction shows a non-finite gradient, so that `optax.apply_if_finite` works.
 
     Args:
-      decay: 1 − β₂, in [0, 1): how much of s is kept at each step. A number, a traced scalar or a schedule.
-      damping: λ ≥ 0. A number, a traced scalar or a schedule.
-      batch_size: B > 0, how many terms the loss averages (the global batch size). A `batch_size=` passed to `update`
+      decay: b₂, in [0, 1): how much of s is kept at each step. A number, a traced scalar or a schedule.
+      damping: ρ ≥ 0, relative to the mean of s over the parameter. A number, a traced scalar or a schedule.
+      absolute_damping: λ ≥ 0, as the paper's, for `step_size="newton"`. A number, a traced scalar or a schedule.
+      step_size: "adamw", so that AdamW's learning rate serves, or "newton".
+      batch_size: B > 0, how many terms the loss averages, for `step_size="newton"`. A `batch_size=` passed to `update`
         wins; it may change from step to step without recompiling.
-      initial_scale: s before the first step, ≥ 0. The default of one matches a preconditioner that starts at the
-        identity; zero reproduces RMSProp's start.
-      nu_dtype: floating-point dtype of s; by default each parameter's own. A half-precision s is rounded so
-        that it follows the moving average even where 1 − decay is below its resolution.
+      nu_dtype: floating-point dtype of s; by default each parameter's own. A half-precision s is rounded so that it
+        follows the moving average even where 1 − decay is below its resolution.
 
     Returns:
       A transformation whose `update` takes two extra arguments: `batch_size`, and `curvature`, a tree like the
-      gradients (or with one more leading axis of samples, averaged over) that takes g's place in B·g².
+      gradients (or with one more leading axis of samples, averaged over) that takes g's place in g².
 
     Raises:
-      ValueError: at construction for a Python number out of range; at the first `update` without any batch size, or
-        for gradients unlike the parameters.
+      ValueError: at construction for a Python number out of range, or for `absolute_damping` or `batch_size` where they
+        have no effect; with "newton" at the first `update` without any batch size; for gradients unlike the parameters.
       TypeError: at construction for a schedule where none may be; at `init` for parameters that are not floating point.
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
-      >>> tx = rf.scale_by_rf_rms(decay=0.5, damping=0.0, batch_size=4)
+      >>> tx = rf.scale_by_rf_rms(damping=0.0)
       >>> params = jnp.zeros(2)
-      >>> state = tx.init(params)
-      >>> direction, state = tx.update(jnp.array([1.0, 2.0]), state)
+      >>> direction, state = tx.update(jnp.array([1.0, 2.0]), tx.init(params))
       >>> print(state.nu, direction)
-      [2.5 8.5] [0.4        0.23529412]
+      [1. 4.] [1.264911   0.63245547]
 
     References:
       Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
       https://arxiv.org/abs/2402.03496
     """
     at_construction = batch_size
-    _require_valid(decay=decay, damping=damping, batch_size=batch_size, initial_scale=initial_scale)
-    validate.require_floating_dtype("nu_dtype", nu_dtype)
+    validate.require_fraction("decay", decay)
+    _require_valid(damping, absolute_damping, step_size, batch_size, nu_dtype=nu_dtype)
 
     def init(params: optax.Params) -> ScaleByRfRmsState:
         trees.require_inexact(params)
-        return ScaleByRfRmsState(jnp.zeros([], jnp.int32), _initial_nu(params, initial_scale, nu_dtype))
+        return ScaleByRfRmsState(jnp.zeros([], jnp.int32), _zeros_like_real(params, nu_dtype))
 
     def update(
         updates: optax.Updates,
@@ -89,51 +104,43 @@ def scale_by_rf_rms(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByRfRmsState]:
         del params, extra_args
-        batch_size = schedules.resolve_batch_size(batch_size, at_construction)
-        nu = _update_nu(state.nu, updates, curvature, decay=decay, batch_size=batch_size, count=state.count)
-        root_free_direction = functools.partial(
-            update_rule.root_free_direction, damping=schedules.value_at(damping, state.count)
-        )
-        direction = trees.map_gradients(root_free_direction, updates, nu)
-        return direction, ScaleByRfRmsState(optax.safe_increment(state.count), nu)
+        count = optax.safe_increment(state.count)
+        nu = _update_nu(state.nu, updates, curvature, schedules.value_at(decay, state.count), count)
+        step = _step(step_size, damping, absolute_damping, batch_size, at_construction, state.count)
+        direction = trees.map_gradients(lambda g, s: step(upcast(g), s).astype(g.dtype), updates, nu)
+        return direction, ScaleByRfRmsState(count, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class ScaleByRfAdamState(NamedTuple):
-    """State of `scale_by_rf_adam`: the step count, the gradient's average m and the accumulator s."""
-
-    count: jax.Array  # type: ignore[assignment]
-    mu: Any
-    nu: Any
-
-
 def scale_by_rf_adam(
-    b1: ArrayLike = 0.4,
-    b2: optax.ScalarOrSchedule = 0.9,
-    damping: optax.ScalarOrSchedule = 1e-6,
+    b1: ArrayLike = 0.9,
+    b2: optax.ScalarOrSchedule = 0.95,
     *,
+    damping: optax.ScalarOrSchedule = 0.1,
+    absolute_damping: optax.ScalarOrSchedule = 0.0,
+    step_size: StepSize = "adamw",
     batch_size: ArrayLike | None = None,
-    initial_scale: ArrayLike = 1.0,
-    bias_correction: bool = False,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales the gradient's moving average by a moving average of its squares, without the square root.
 
-        m ← b1·m + (1 − b1)·g        s ← b2·s + (1 − b2)·B·g²        direction = m / (s + λ)
+        m ← b1·m + (1 − b1)·g        s ← b2·s + (1 − b2)·g²
+        direction = m̂ / (s + ρ·mean(s)), as long as Adam's m̂ / √s
 
-    See `scale_by_rf_rms` for B, the arithmetic, complex and non-finite gradients. A non-finite gradient shows in one
-    direction, and leaves its entries of m and s as they were.
+    m̂ is m corrected for its start at zero. See `scale_by_rf_rms` for the mean, for `step_size="newton"`, the
+    arithmetic, complex and non-finite gradients, and gradients of zero. A non-finite gradient shows in one direction,
+    and leaves its entries of m as they were.
 
     Args:
       b1: decay of m, in [0, 1). A number or a traced scalar.
-      b2: 1 − β₂, decay of s, in [0, 1). A number, a traced scalar or a schedule.
-      damping: λ ≥ 0. A number, a traced scalar or a schedule.
-      batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
-      initial_scale: s before the first step, ≥ 0.
-      bias_correction: whether to divide m by 1 − b1ᵗ and s by 1 − b2ᵗ, for an `initial_scale` of 0. Off by default: s
-        starts at one, so unlike Adam's it is not biased towards zero. The correction of s assumes a constant b2.
+      b2: decay of s, in [0, 1). A number, a traced scalar or a schedule.
+      damping: ρ ≥ 0, relative to the mean of s over the parameter. A number, a traced scalar or a schedule.
+      absolute_damping: λ ≥ 0, as the paper's, for `step_size="newton"`. A number, a traced scalar or a schedule.
+      step_size: "adamw", so that AdamW's learning rate serves, or "newton".
+      batch_size: B > 0, how many terms the loss averages, for `step_size="newton"`. A `batch_size=` passed to `update`
+        wins.
       mu_dtype: floating-point dtype of m; by default each parameter's own.
       nu_dtype: floating-point dtype of s; by default each parameter's own.
 
@@ -141,17 +148,16 @@ def scale_by_rf_adam(
       A transformation whose `update` takes the extra arguments `batch_size` and `curvature` (see `scale_by_rf_rms`).
 
     Raises:
-      ValueError: at construction for a Python number out of range, or for bias correction with a schedule for b2; at
-        the first `update` without any batch size, or for gradients unlike the parameters.
-      TypeError: at construction for a schedule where none may be; at `init` for parameters that are not floating point.
+      ValueError: see `scale_by_rf_rms`.
+      TypeError: see `scale_by_rf_rms`.
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
-      >>> tx = rf.scale_by_rf_adam(b1=0.5, b2=0.5, damping=0.0, batch_size=4)
+      >>> tx = rf.scale_by_rf_adam(damping=0.0)
       >>> params = jnp.zeros(2)
       >>> direction, state = tx.update(jnp.array([1.0, 2.0]), tx.init(params))
-      >>> print(state.mu, state.nu, direction)
-      [0.5 1. ] [2.5 8.5] [0.2        0.11764706]
+      >>> print(direction)
+      [1.2649111  0.63245547]
 
     References:
       Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
@@ -160,16 +166,13 @@ def scale_by_rf_adam(
     at_construction = batch_size
     validate.require_constant(b1=b1)
     validate.require_fraction("b1", b1)
-    _require_valid(b2=b2, damping=damping, batch_size=batch_size, initial_scale=initial_scale)
-    validate.require_floating_dtype("mu_dtype", mu_dtype)
-    validate.require_floating_dtype("nu_dtype", nu_dtype)
-    if bias_correction and callable(b2):
-        raise ValueError("bias_correction assumes a constant b2, got a schedule. Pass bias_correction=False.")
+    validate.require_fraction("b2", b2)
+    _require_valid(damping, absolute_damping, step_size, batch_size, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
 
     def init(params: optax.Params) -> ScaleByRfAdamState:
         trees.require_inexact(params)
-        mu = _initial_mu(params, mu_dtype)
-        return ScaleByRfAdamState(jnp.zeros([], jnp.int32), mu, _initial_nu(params, initial_scale, nu_dtype))
+        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype_like(p, mu_dtype)), params)
+        return ScaleByRfAdamState(jnp.zeros([], jnp.int32), mu, _zeros_like_real(params, nu_dtype))
 
     def update(
         updates: optax.Updates,
@@ -181,60 +184,57 @@ def scale_by_rf_adam(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByRfAdamState]:
         del params, extra_args
-        batch_size = schedules.resolve_batch_size(batch_size, at_construction)
-        nu = _update_nu(state.nu, updates, curvature, decay=b2, batch_size=batch_size, count=state.count)
-        averages, mu = trees.map_pairs(lambda g, m: update_rule.first_moment(m, g, decay=b1), updates, state.mu)
         count = optax.safe_increment(state.count)
-        averaged_direction = functools.partial(
-            update_rule.averaged_direction,
-            damping=schedules.value_at(damping, state.count),
-            m_weight=update_rule.total_weight(b1, count) if bias_correction else 1.0,
-            s_weight=update_rule.total_weight(b2, count) if bias_correction else 1.0,
-        )
-        return trees.map_gradients(averaged_direction, updates, averages, nu), ScaleByRfAdamState(count, mu, nu)
+        nu = _update_nu(state.nu, updates, curvature, schedules.value_at(b2, state.count), count)
+        averages, mu = trees.map_pairs(lambda g, m: first_moment(m, g, decay=b1), updates, state.mu)
+        step = _step(step_size, damping, absolute_damping, batch_size, at_construction, state.count)
+        weight = total_weight(b1, count)
+        direct = lambda g, m, s: step(m / weight.astype(m.dtype), s).astype(g.dtype)
+        return trees.map_gradients(direct, updates, averages, nu), ScaleByRfAdamState(count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _require_valid(*, damping: Any, batch_size: Any, initial_scale: Any, **decay: Any) -> None:
-    for name, value in decay.items():
-        validate.require_fraction(name, value)
-    validate.require_constant(initial_scale=initial_scale, batch_size=batch_size)
+def _require_valid(
+    damping: Any, absolute_damping: Any, step_size: Any, batch_size: Any, **dtypes: DTypeLike | None
+) -> None:
     validate.require_at_least("damping", damping, 0)
-    validate.require_at_least("initial_scale", initial_scale, 0)
-    validate.require_positive("batch_size", batch_size)
+    schedules.require_step_size(step_size, absolute_damping, batch_size)
+    for name, dtype in dtypes.items():
+        validate.require_floating_dtype(name, dtype)
 
 
-def _initial_nu(params: optax.Params, initial_scale: ArrayLike, dtype: DTypeLike | None) -> Any:
-    def initial(param: jax.Array) -> jax.Array:
-        nu_dtype = real_dtype(jnp.result_type(param)) if dtype is None else dtype
-        return jnp.full_like(param, initial_scale, nu_dtype)
-
-    return jax.tree.map(initial, params)
+def _zeros_like_real(params: optax.Params, dtype: DTypeLike | None) -> Any:
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype or real_dtype(jnp.result_type(p))), params)
 
 
-def _initial_mu(params: optax.Params, dtype: DTypeLike | None) -> Any:
-    def initial(param: jax.Array) -> jax.Array:
-        return jnp.zeros_like(param, dtype_like(param, dtype))
-
-    return jax.tree.map(initial, params)
+def _step(
+    step_size: StepSize,
+    damping: optax.ScalarOrSchedule,
+    absolute_damping: optax.ScalarOrSchedule,
+    batch_size: ArrayLike | None,
+    at_construction: ArrayLike | None,
+    count: jax.Array,
+) -> Any:
+    """Returns the function of an average and an accumulator that makes a step."""
+    rho = schedules.value_at(damping, count)
+    if step_size == "adamw":
+        return functools.partial(root_free_step, damping=rho)
+    return functools.partial(
+        newton_step,
+        damping=rho,
+        absolute_damping=schedules.value_at(absolute_damping, count),
+        batch_size=schedules.resolve_batch_size(batch_size, at_construction),
+    )
 
 
 def _update_nu(
-    nu: Any,
-    updates: optax.Updates,
-    curvature: optax.Updates | None,
-    *,
-    decay: optax.ScalarOrSchedule,
-    batch_size: ArrayLike,
-    count: jax.Array,
+    nu: Any, updates: optax.Updates, curvature: optax.Updates | None, decay: ArrayLike, count: jax.Array
 ) -> Any:
     trees.require_like(updates, nu, name="gradients")
     if curvature is None:
         curvature = updates
     else:
         trees.require_like(curvature, nu, name="curvature", sample_axis=True)
-    second_moment = functools.partial(
-        update_rule.second_moment, decay=schedules.value_at(decay, count), batch_size=batch_size, count=count
-    )
-    return trees.map_accumulators(second_moment, nu, curvature)
+    square = functools.partial(average_square, decay=decay, seen=count, count=count)
+    return trees.map_accumulators(square, nu, curvature)

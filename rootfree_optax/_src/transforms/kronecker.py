@@ -12,17 +12,16 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.blocks.rule import BlockRule, Step
-from rootfree_optax._src.blocks.sirf import ExactRefresh
 from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.common.compat import match_varying_axes
-from rootfree_optax._src.common.schedules import Interval, RefreshEvery
+from rootfree_optax._src.common.schedules import Interval, RefreshEvery, Staggered
 from rootfree_optax._src.layout import Layout, Plan
 from rootfree_optax._src.layout.rules import dtypes_of
 from rootfree_optax._src.layout.stack import Stack
 from rootfree_optax._src.mesh.stacks_on_mesh import MeshAxes, WholeStacks, place_stacks, require_mesh_axes
-from rootfree_optax._src.stacks.refresh import LazyStacks
 from rootfree_optax._src.stacks.state import StackState, StackStep, init_stacks
-from rootfree_optax._src.stacks.step import step_stacks
+from rootfree_optax._src.stacks.step import LazyStacks, measure_largest_scale, step_stacks
+from rootfree_optax._src.transforms.reports import KroneckerReport, report
 
 
 class ScaleByKroneckerState(NamedTuple):
@@ -33,10 +32,21 @@ class ScaleByKroneckerState(NamedTuple):
       stacks: what is kept for each stack of the plan. A plan without any block has one empty array in its place:
         `optax.tree.map_params` initialises on such a tree, and takes what it finds there for a leaf that stands for all
         stacks of a real state.
+      rest: what is kept for the parameters without factors, by key path.
+      refreshes: how many times a refresh of all blocks has been due; with `staggered`, how many rounds are over.
     """
 
     count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
     stacks: tuple[StackState, ...] | jax.Array
+    rest: Any
+    refreshes: jax.Array
+
+
+def find_kronecker_states(tree: Any) -> list[ScaleByKroneckerState]:
+    """Returns the states of all Kronecker transformations anywhere in a tree."""
+    is_state = lambda node: isinstance(node, ScaleByKroneckerState)
+    found = [node for node in jax.tree.leaves(tree, is_leaf=is_state) if is_state(node)]
+    return [state for node in found for state in (node, *find_kronecker_states(node.rest))]
 
 
 def scale_by_kronecker(
@@ -44,31 +54,36 @@ def scale_by_kronecker(
     *,
     weight: optax.ScalarOrSchedule = 0.1,
     damping: optax.ScalarOrSchedule = 0.0,
+    absolute_damping: optax.ScalarOrSchedule = 0.0,
     batch_size: ArrayLike | None = 1,
     momentum: ArrayLike | None = None,
     nesterov: bool = False,
     mu_dtype: DTypeLike | None = None,
     refresh_every: RefreshEvery = 1,
     statistics_every: Interval | None = None,
-    layout: Layout = Layout(),  # noqa: B008  # a frozen value
+    layout: Layout = Layout(diagonal=None),  # noqa: B008  # a frozen value
     mesh_axes: MeshAxes = None,
+    rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions gradients block by block, as a rule says.
 
-        v ← momentum·v + G,    direction = rule.precondition(v, …)
+        M ← momentum·M + (1 − momentum)·G,    direction = rule.precondition(M̂, …)
+
+    with M̂ corrected for its start at zero.
 
     Blocks of one shape form one stack, and a rule is mapped over whole stacks: the program does not grow with the
-    model's depth. A non-finite gradient leaves its entries of v as they were.
+    model's depth. A non-finite gradient leaves its entries of M as they were.
 
     Args:
       rule: what is done with a block, see `BlockRule`.
       weight: β₂, what rules find as `step.weight`. A number, a traced scalar or a schedule.
-      damping: λ ≥ 0, what rules find as `step.damping`. A number, a traced scalar or a schedule.
+      damping: at least 0, what rules find as `step.damping`. A number, a traced scalar or a schedule.
+      absolute_damping: λ ≥ 0, what rules find as `step.absolute_damping`. A number, a traced scalar or a schedule.
       batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins; None requires one.
-      momentum: in [0, 1): the gradients' heavy-ball average takes the gradient's place in the direction, not in the
-        curvature. A number or a traced scalar; None averages nothing and keeps no v.
-      nesterov: whether it is Nesterov's, G + momentum·v.
-      mu_dtype: floating-point dtype of v; by default the widest dtype of the parameters in a stack.
+      momentum: in [0, 1): the gradients' average takes the gradient's place in the direction, not in the curvature. A
+        number or a traced scalar; None averages nothing and keeps no M.
+      nesterov: whether it is Nesterov's, (1 − momentum)·G + momentum·M.
+      mu_dtype: floating-point dtype of M; by default the widest dtype of the parameters in a stack.
       refresh_every: T ≥ 1, preconditioners are refreshed at every T-th update, the first one included; or
         `staggered(T)`, or a callable from the number of past updates to whether this one refreshes, as `growing(T)`.
       statistics_every: c ≥ 1, statistics take in every c-th gradient; or a callable, as above. None: they take in none.
@@ -76,6 +91,8 @@ def scale_by_kronecker(
       mesh_axes: name of a mesh axis, or a tuple of names, over which the blocks of every stack are divided, state and
         work; None divides nothing. The mesh is that of `jax.set_mesh`, or else the one that the arrays are on; inside
         `jax.shard_map` over these axes the state is a device's own part. See `state_shardings`.
+      rest: what updates the parameters without factors, see `Layout.diagonal`, as a dictionary by key path. Required
+        where the layout leaves any out.
 
     Returns:
       A transformation whose `update` takes two extra arguments: `batch_size`, and `curvature`, a tree like the
@@ -94,6 +111,7 @@ def scale_by_kronecker(
     if not isinstance(rule, BlockRule):
         raise TypeError(f"rule must be a BlockRule, got {rule!r}.")
     validate.require_at_least("damping", damping, 0)
+    validate.require_at_least("absolute_damping", absolute_damping, 0)
     validate.require_constant(batch_size=batch_size, momentum=momentum)
     validate.require_positive("batch_size", batch_size)
     validate.require_fraction("momentum", momentum)
@@ -101,25 +119,32 @@ def scale_by_kronecker(
     validate.require_interval("refresh_every", refresh_every)
     validate.require_interval("statistics_every", statistics_every)
     require_mesh_axes(mesh_axes)
+    for_rest = optax.with_extra_args_support(optax.identity() if rest is None else rest)
     if momentum is None and nesterov:
         raise ValueError("momentum must be given for nesterov=True, got None. Pass a number, such as 0.9.")
 
     def init(params: optax.Params) -> ScaleByKroneckerState:
         plan = layout.plan(params)
-        count = jnp.zeros([], jnp.int32)
+        count, refreshes = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)  # two buffers, so both can be donated
+        rest_state = for_rest.init(_select_rest(plan, params, rest))
         if not plan.stacks:
-            return ScaleByKroneckerState(count, jnp.zeros([0]))
+            state = ScaleByKroneckerState(count, jnp.zeros([0]), rest_state, refreshes)
+            report(KroneckerReport(plan, rule, refresh_every, statistics_every, (), state))
+            return state
         _require_supported(rule, plan)
         placed = place_stacks(plan, mesh_axes, params)
         widest = _widest_dtypes(plan, params)
         factor_dtypes = [
-            dtypes_of(getattr(stack, "factor_dtypes", None), len(stack.shape), dtype)
+            dtypes_of(stack.factor_dtypes, len(stack.shape), dtype)
             for stack, dtype in zip(plan.stacks, widest, strict=True)
         ]
         momentum_dtypes = None if momentum is None else [mu_dtype or dtype for dtype in widest]
-        given = (plan.stacks, placed.own_lengths, rule, factor_dtypes, momentum_dtypes, placed.anchor(params))
+        anchor = placed.anchor(params)
+        given = (plan.stacks, placed.own_lengths, rule, factor_dtypes, momentum_dtypes, placed.axes, anchor)
         states = match_varying_axes(placed.on_shards(init_stacks, len(given))(*given), params, placed.axes)
-        return ScaleByKroneckerState(count, states)
+        state = ScaleByKroneckerState(count, states, rest_state, refreshes)
+        report(KroneckerReport(plan, rule, refresh_every, statistics_every, placed.axes, state))
+        return state
 
     def update(
         updates: optax.Updates,
@@ -130,12 +155,18 @@ def scale_by_kronecker(
         curvature: optax.Updates | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByKroneckerState]:
-        del extra_args
         batch_size = schedules.resolve_batch_size(batch_size, at_construction)
         count = optax.safe_increment(state.count)
         plan = layout.plan(updates if params is None else params)
+        rest_updates, rest_state = {}, state.rest
+        if plan.rest:
+            others = None if params is None else _select_rest(plan, params, rest)
+            rest_updates, rest_state = for_rest.update(
+                _select_rest(plan, updates, rest), rest_state, others, **extra_args
+            )
         if not plan.stacks:
-            return plan.unpack((), updates), ScaleByKroneckerState(count, state.stacks)
+            updates = plan.unpack((), updates, rest=rest_updates)
+            return updates, state._replace(count=count, rest=rest_state)
         placed = _place_state(plan, mesh_axes, rule, state.stacks, updates, params)
         gradients = placed.pack(updates, "gradients")
         step = StackStep(
@@ -146,7 +177,9 @@ def scale_by_kronecker(
                 state.count,
                 schedules.value_at(weight, state.count),
                 schedules.value_at(damping, state.count),
+                schedules.value_at(absolute_damping, state.count),
                 batch_size,
+                measure_largest_scale(rule, state.stacks, placed.local_axes),
             ),
             observe=None if statistics_every is None else schedules.is_due(statistics_every, state.count),
             refresh=schedules.is_due(refresh_every, state.count),
@@ -155,9 +188,29 @@ def scale_by_kronecker(
         )
         samples = _pack_samples(placed, curvature, updates, gradients)
         directions, states = placed.on_shards(step_stacks)(step, gradients, samples, state.stacks)
-        return placed.unpack(directions, updates), ScaleByKroneckerState(count, states)
+        is_done = count % step.refresh.period == 0 if isinstance(step.refresh, Staggered) else step.refresh
+        refreshes = state.refreshes + jnp.asarray(is_done, state.refreshes.dtype)
+        updates = placed.unpack(directions, updates, rest_updates)
+        return updates, ScaleByKroneckerState(count, states, rest_state, refreshes)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _select_rest(plan: Plan, tree: Any, rest: optax.GradientTransformation | None) -> dict[str, Any]:
+    """Returns the arrays of the parameters without factors, by key path.
+
+    Raises:
+      ValueError: if there are any, but nothing that updates them.
+    """
+    if not plan.rest:
+        return {}
+    if rest is None:
+        raise ValueError(
+            f"the layout gives no factors to {plan.rest[0].path!r}, so rest must update such parameters. "
+            "Pass rest=optax.scale_by_adam(), or Layout(diagonal=None) for factors everywhere."
+        )
+    leaves = trees.named_leaves(tree)
+    return {parameter.path: leaves[parameter.path] for parameter in plan.rest}
 
 
 def _require_supported(rule: BlockRule, plan: Plan) -> None:
@@ -210,12 +263,12 @@ def _place_state(
 
 
 def _has_shapes(rule: BlockRule, state: StackState, stack: Stack) -> bool:
-    factors = jax.tree.leaves(rule.factors(state.block))
+    factors = jax.tree.leaves(getattr(state.block, "factors", None))
     return not factors or [part.shape[1:] for part in factors] == [shape[1:] for shape in stack.part_shapes]
 
 
 def _describe_misfit(rule: BlockRule, states: Sequence[StackState], plan: Plan) -> str:
-    found = [[part.shape for part in jax.tree.leaves(rule.factors(state.block))] for state in states]
+    found = [[part.shape for part in jax.tree.leaves(getattr(state.block, "factors", None))] for state in states]
     expected = [stack.part_shapes for stack in plan.stacks]
     return (
         "the state must come from init on parameters of the shapes that update is given, with the same layout. The "
@@ -244,93 +297,3 @@ def _pack_samples(
     has_samples = bool(both) and all(jnp.ndim(given[path]) == jnp.ndim(expected[path]) + 1 for path in both)
     pack = functools.partial(placed.pack, curvature, "curvature", sample_axis=has_samples)
     return pack() if placed.axes else pack
-
-
-def scale_by_sirf_shampoo(
-    momentum: ArrayLike | None = 0.6,
-    statistics_decay: optax.ScalarOrSchedule = 0.9,
-    *,
-    damping: optax.ScalarOrSchedule = 2e-4,
-    nesterov: bool = True,
-    batch_size: ArrayLike | None = None,
-    mu_dtype: DTypeLike | None = None,
-    refresh_every: RefreshEvery = 1,
-    statistics_every: Interval | None = None,
-    trust_radius: ArrayLike | None = None,
-    cache_preconditioner: bool = False,
-    layout: Layout = Layout(),  # noqa: B008  # a frozen value
-    mesh_axes: MeshAxes = None,
-    precision: jax.lax.PrecisionLike = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Preconditions gradients by structured Kronecker factors, without inverses or roots (SIRF-Shampoo).
-
-        v ← momentum·v + G
-        stepₙ = Π̂( X₍ₙ₎X₍ₙ₎ᵀ + λ·Π_{j≠n} Tr(KⱼᵀKⱼ)·KₙᵀKₙ ) / (2 Π_{j≠n} dⱼ) − I/2,   X = √B·G ×₁ K₁ᵀ … ×_N K_Nᵀ
-        Kₙ ← Kₙ (I + 2β₂·stepₙ)^(−1/2)
-        direction = v ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ
-
-    G is a block of the gradient with axes of lengths d₁…d_N, and KₙKₙᵀ approximates the inverse of the loss's curvature
-    along axis n. Only matrix products are used, so factors may be in bfloat16. See `rf.published` for the paper's own
-    refresh, `ExactRefresh` for this one.
-
-    β₂ is 1 − statistics_decay, or more in the first refreshes, so that all weigh alike: see `average_equally`.
-
-    Args:
-      momentum: in [0, 1), heavy-ball momentum of the gradients. None averages nothing and keeps no v.
-      statistics_decay: in (0, 1), how much of the curvature a refresh keeps. A number, a traced scalar or a schedule.
-      damping: λ ≥ 0. A number, a traced scalar or a schedule.
-      nesterov: whether momentum is Nesterov's; ignored without momentum.
-      batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
-      mu_dtype: floating-point dtype of v, see `scale_by_kronecker`.
-      refresh_every: T ≥ 1, `staggered(T)`, `growing(T)` or a callable, see `scale_by_kronecker`.
-      statistics_every: c ≥ 1: a refresh takes the mean curvature of every c-th gradient since the last one; or a
-        callable. The sums are as large as the factors, and each gradient in them costs two products an axis. None takes
-        the curvature of the refresh's own gradient, and keeps no sums.
-      trust_radius: r > 0, how long a block's direction may be in the metric of the curvature, where its length is
-        √(B·mean(v·D)): about 1 / √(1 − momentum²) if the estimate is right, and more for a gradient that factors of
-        some steps ago did not expect. None shortens nothing.
-      cache_preconditioner: whether K Kᵀ is kept in the state, as large as K, which halves the products of a step
-        without refresh. For structures that are closed under transposition: dense, diagonal and block-diagonal ones.
-      layout: how parameters become blocks, and the structure and dtype of their factors.
-      mesh_axes: mesh axes over which stacks are divided, see `scale_by_kronecker`.
-      precision: of every matrix product, see `jax.lax.Precision`.
-
-    Returns:
-      A transformation whose `update` takes the extra arguments `batch_size` and `curvature`, see `scale_by_kronecker`.
-
-    Raises:
-      ValueError: see `scale_by_kronecker`.
-      TypeError: see `scale_by_kronecker`.
-
-    Example:
-      >>> import jax.numpy as jnp, rootfree_optax as rf
-      >>> tx = rf.scale_by_sirf_shampoo(None, batch_size=1, damping=0.0)
-      >>> params = {"kernel": jnp.zeros((2, 3))}
-      >>> state = tx.init(params)
-      >>> direction, state = tx.update({"kernel": jnp.eye(2, 3)}, state)
-      >>> k1, k2 = rf.factors(state, params)["kernel"]
-      >>> k1.shape, k2.shape
-      ((2, 2), (3, 3))
-
-    References:
-      Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
-      https://arxiv.org/abs/2402.03496
-    """
-    validate.require_below_one("statistics_decay", statistics_decay)
-    validate.require_constant(trust_radius=trust_radius)
-    validate.require_positive("trust_radius", trust_radius)
-    rule = ExactRefresh(trust_radius, statistics_every is not None, cache_preconditioner, precision)
-    new_weight = lambda count: 1 - schedules.value_at(statistics_decay, count)
-    return scale_by_kronecker(
-        rule,
-        weight=schedules.average_equally(new_weight, refresh_every, largest=0.2),
-        damping=damping,
-        batch_size=batch_size,
-        momentum=momentum,
-        nesterov=nesterov and momentum is not None,
-        mu_dtype=mu_dtype,
-        refresh_every=refresh_every,
-        statistics_every=statistics_every,
-        layout=layout,
-        mesh_axes=mesh_axes,
-    )

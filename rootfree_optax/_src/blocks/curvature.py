@@ -1,0 +1,502 @@
+"""Scale-free Kronecker preconditioning of ONE block: what is kept of its curvature, and three steps from it.
+
+A block is a tensor G with axes 1…N of lengths d₁…d_N. Along each axis
+
+    Sₙ ← b₂ Sₙ + (1 − b₂) Hₙ,   Hₙ = G₍ₙ₎ (⊗_{j≠n} S̃ⱼ⁻¹) G₍ₙ₎ᵀ / Π_{j≠n} dⱼ          statistics, of every gradient
+    S̃ₙ = Sₙ + (ρ·tr(Sₙ)/dₙ)·I,   KₙKₙᵀ = S̃ₙ⁻¹                                        refresh, by products alone
+
+These are the Kronecker factors that are nearest to the gradients' covariance by the Kullback–Leibler divergence. The
+steps along a momentum M differ by the power of S̃, and by whether the momentum is orthogonalized in between:
+
+    root-free    D = M ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ                  SIRF-Shampoo
+    whitening    D = M ×₁ S̃₁^(−1/2) … ×_N S̃_N^(−1/2)            KL-Shampoo
+    spectral     D = msign(M ×ₙ S̃ₙ^(−q)) ×ₙ S̃ₙ^(−q)             FISMO at q = 1/2, Mousse at q = 1/8, Muon at q = 0
+
+Nothing depends on the gradients' scale: they are divided by a power of two near their size before anything else.
+"""
+
+import abc
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from rootfree_optax._src.blocks.apply import apply_factors
+from rootfree_optax._src.blocks.rule import BlockRule, Step
+from rootfree_optax._src.common.schedules import StepSize
+from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
+from rootfree_optax._src.numerics.finite import max_abs
+from rootfree_optax._src.numerics.orthogonalize import orthogonalize
+from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered, saturate
+from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
+
+Factors: TypeAlias = tuple[Parts, ...]
+
+# A gradient that is this many times larger or smaller than the average, as a power of two, changes the scale.
+_LARGEST_SURPRISE = 2
+# Below this rms of the momentum beside the gradients' a step is shortened in proportion: it is mostly noise by then.
+_LEAST_EVIDENCE = 0.05
+# A block whose gradients are below this part of the whole tree's is rounding noise.
+_LEAST_PART = 1e-6
+# Of S's Frobenius norm, the least damping that factors in half precision need: K resolves 2⁻⁸, and S⁻¹ is its square.
+_LOW_PRECISION_FLOOR = 2.0**-14
+
+
+class CurvatureState(NamedTuple):
+    """What a block keeps of its curvature; None for what is off.
+
+    Attributes:
+      statistics: the parts of each Sₙ, of gradients divided by 2ᵉ, in the accumulation dtype.
+      factors: the parts of each Kₙ.
+      preconditioners: the parts of each S̃ₙ^(−q), where it is neither Kₙ nor made of it at every step.
+      exponent: e, an integer: the gradients are divided by 2ᵉ.
+      power: the average of mean(G²)/4ᵉ.
+      seen: how many gradients S averages, the first one twice. Zero before the first.
+      retained: which part of the S of the last refresh is still in S.
+      refreshes: how many refreshes there have been.
+      refused: how many of them were refused, because they came out non-finite.
+      shortened: how many steps were shortened.
+    """
+
+    statistics: Factors
+    factors: Factors
+    preconditioners: Factors | None
+    exponent: jax.Array
+    power: jax.Array
+    seen: jax.Array
+    retained: jax.Array
+    refreshes: jax.Array
+    refused: jax.Array
+    shortened: jax.Array
+
+
+class Scaled(NamedTuple):
+    """A gradient in units in which a block's gradients are near one.
+
+    Attributes:
+      gradient: x = G / 2ᵉ; zero where G is no evidence.
+      exponent: e, an int32.
+      power: mean(x²).
+      is_evidence: whether G is finite and not all zero.
+    """
+
+    gradient: jax.Array
+    exponent: jax.Array
+    power: jax.Array
+    is_evidence: jax.Array
+
+
+def scale_by_exponent(array: jax.Array, exponent: jax.Array) -> jax.Array:
+    """Returns array·2ᵉ, exactly, for −126 ≤ e ≤ 126; a larger e counts as that."""
+    return array * power_of_two(jnp.clip(exponent, -126, 126)).astype(array.dtype)
+
+
+def scale_gradient(gradient: jax.Array, exponent: jax.Array, power: jax.Array, *, largest_surprise: float) -> Scaled:
+    """Returns a gradient divided by 2ᵉ, where e follows gradients that are far from the average.
+
+    Without that, a moving average would remember gradients of another size for many times its memory: a gradient a
+    thousand times as large counts a million times as much.
+
+    Args:
+      gradient: G, any shape.
+      exponent: e so far, an int32.
+      power: the average of mean(x²) so far, positive.
+      largest_surprise: by how many powers of two the root of mean(x²) may differ from the average's.
+    """
+    g = upcast(gradient)
+    largest = jnp.max(jnp.abs(g))
+    top = exponent_of(largest)
+    unit = scale_by_exponent(g, -top)  # its squares neither overflow nor vanish
+    mean_square = jnp.mean(jnp.square(unit))
+    is_evidence = (mean_square > 0) & jnp.isfinite(largest)
+    mean_square = jnp.where(is_evidence, mean_square, 1)
+    surprise = (top - exponent).astype(g.dtype) + 0.5 * (jnp.log2(mean_square) - jnp.log2(power.astype(g.dtype)))
+    excess = jnp.round(surprise - jnp.clip(surprise, -largest_surprise, largest_surprise)).astype(exponent.dtype)
+    new_exponent = jnp.where(is_evidence, exponent + excess, exponent)
+    shift = jnp.clip(top - new_exponent, -60, 60)
+    return Scaled(
+        jnp.where(is_evidence, scale_by_exponent(unit, shift), 0),
+        new_exponent,
+        scale_by_exponent(mean_square, 2 * shift),
+        is_evidence,
+    )
+
+
+def curvatures_along(
+    gradient: jax.Array,
+    structures: Sequence[Structure],
+    factors: Factors,
+    *,
+    precision: jax.lax.PrecisionLike = None,
+) -> Factors:
+    """Returns Hₙ = Π̂( Z₍ₙ₎Z₍ₙ₎ᵀ ) / Π_{j≠n} dⱼ with Z = G ×_{j≠n} Kⱼᵀ, for each axis n.
+
+    Args:
+      gradient: G, [d₁, …, d_N], or [samples, d₁, …, d_N] for a mean over samples.
+      structures: the structure of each axis.
+      factors: the parts of each Kₙ.
+      precision: of every product.
+
+    Returns:
+      The parts for each axis, in the accumulation dtype.
+    """
+    first_axis = gradient.ndim - len(structures)
+    samples = math.prod(gradient.shape[:first_axis])
+    size = math.prod(gradient.shape[first_axis:])
+    curvatures = []
+    for n, structure in enumerate(structures):
+        z = gradient
+        for j, (other, parts) in enumerate(zip(structures, factors, strict=True)):
+            if j != n:
+                z = other.apply_transposed(parts, z, first_axis + j, precision=precision)
+        outer = structure.project_outer(z.astype(factors[n][0].dtype), first_axis + n, precision=precision)
+        curvatures.append(times_scalar(outer, structure.dim / (size * samples)))
+    return tuple(curvatures)
+
+
+class CurvatureRule(BlockRule):
+    """What the three steps share: statistics, the refresh of K, and the step's length.
+
+    Silence is not evidence: a gradient that is all zero, or not finite, leaves the curvature as it was.
+
+    With `step_size="adamw"` a step has the length of AdamW's, so that its learning rate serves: D is scaled to a root
+    mean square of `rms`, or less where the momentum is below `_LEAST_EVIDENCE` of the gradients' size, as after the
+    block's gradients have stopped, and where the block's gradients are rounding noise beside the tree's. With "newton"
+    it is D itself for the curvature B·S, no longer than the trust radius.
+    """
+
+    step_size: StepSize
+    rms: float
+    trust_radius: ArrayLike | None
+    precision: jax.lax.PrecisionLike
+
+    @property
+    @abc.abstractmethod
+    def degrees(self) -> tuple[float, float]:
+        """The powers of the momentum and of the inverse curvature that D is made of."""
+
+    def squared_length(self, momentum: jax.Array, direction: jax.Array) -> jax.Array:
+        """Returns mean((M ×ₙ Kₙᵀ)²), a scalar, from M and its direction."""
+        raise TypeError(f"{type(self).__name__} bounds its steps itself, and takes no trust_radius.")
+
+    def scale(self, state: CurvatureState) -> jax.Array:
+        """Returns the base-2 logarithm of the root mean square of the block's gradients; −∞ before the first."""
+        log = state.exponent.astype(jnp.float32) + 0.5 * jnp.log2(state.power)
+        return jnp.where(state.seen > 0, log, -jnp.inf)
+
+    @abc.abstractmethod
+    def precondition_momentum(
+        self, state: CurvatureState, momentum: jax.Array, structures: Sequence[Structure]
+    ) -> jax.Array:
+        """Returns D, of any length, in the accumulation dtype."""
+
+    def derive_factors(self, factors: Factors, structures: Sequence[Structure]) -> tuple[Factors, Factors | None]:
+        """Returns the factors to keep, of equal K Kᵀ, and the preconditioners that are made of them; None for none."""
+        del structures
+        return factors, None
+
+    def init(self, structures: Sequence[Structure], dtypes: Sequence[jnp.dtype]) -> CurvatureState:
+        """Returns statistics and factors of I, until the first gradient."""
+        wide = tuple(s.identity(accumulation_dtype(dtype)) for s, dtype in zip(structures, dtypes, strict=True))
+        narrow = tuple(s.identity(dtype) for s, dtype in zip(structures, dtypes, strict=True))
+        zero, one, number = jnp.zeros([], jnp.float32), jnp.ones([], jnp.float32), jnp.zeros([], jnp.int32)
+        _, preconditioners = jax.eval_shape(lambda: self.derive_factors(narrow, structures))
+        return CurvatureState(
+            statistics=wide,
+            factors=narrow,
+            preconditioners=None if preconditioners is None else narrow,
+            exponent=number,
+            power=one,
+            seen=zero,
+            retained=one,
+            refreshes=number,
+            refused=number,
+            shortened=number,
+        )
+
+    def waits(self, state: CurvatureState) -> jax.Array:
+        """Returns whether there was no gradient yet."""
+        return state.seen == 0
+
+    def start(
+        self, state: CurvatureState, gradient: jax.Array, *, structures: Sequence[Structure], step: Step
+    ) -> CurvatureState:
+        """Sets every Sₙ to the multiple of I that the block's first gradient suggests.
+
+        The rows of an embedding that a mini-batch does not touch tell nothing of the curvature of those that it does,
+        so that only entries count that are not zero.
+        """
+        scaled = scale_gradient(gradient, state.exponent, state.power, largest_surprise=0.5)
+        touched = jnp.mean((scaled.gradient != 0).astype(scaled.power.dtype))
+        mean = (scaled.power / touched) ** (1 / len(structures))
+        damped = (1 + jnp.asarray(step.damping, mean.dtype)) * mean
+        statistics = tuple(times_scalar(s.identity(mean.dtype), mean) for s in structures)
+        factors = tuple(
+            jax.tree.map(lambda i, k: (i * jax.lax.rsqrt(damped)).astype(k.dtype), s.identity(mean.dtype), k)
+            for s, k in zip(structures, state.factors, strict=True)
+        )
+        return state._replace(
+            statistics=statistics,
+            factors=factors,
+            exponent=scaled.exponent,
+            power=scaled.power.astype(state.power.dtype),
+            seen=jnp.ones_like(state.seen),
+        )
+
+    def observe(
+        self, state: CurvatureState, gradient: jax.Array, *, structures: Sequence[Structure], step: Step
+    ) -> CurvatureState:
+        """Averages the curvature of a gradient into S; all gradients weigh alike until there are 1/(1 − b₂) of them."""
+        with jax.named_scope("statistics"):
+            scaled = scale_gradient(gradient, state.exponent, state.power, largest_surprise=_LARGEST_SURPRISE)
+            weight = jnp.maximum(jnp.asarray(step.weight, state.seen.dtype), 1 / (state.seen + 1))
+            weight = jnp.where(scaled.is_evidence, weight, 0)
+            new = curvatures_along(scaled.gradient, structures, state.factors, precision=self.precision)
+            average = lambda old, h: old + weight.astype(old.dtype) * (h.astype(old.dtype) - old)
+            return state._replace(
+                statistics=jax.tree.map(average, state.statistics, new),
+                exponent=scaled.exponent,
+                power=average(state.power, scaled.power),
+                seen=state.seen + scaled.is_evidence.astype(state.seen.dtype),
+                retained=state.retained * (1 - weight),
+            )
+
+    def refresh(
+        self, state: CurvatureState, gradient: jax.Array, *, structures: Sequence[Structure], step: Step
+    ) -> CurvatureState:
+        """Renews every K from the one before, K ← K (KᵀS̃K)^(−1/2); factors that come out non-finite are refused."""
+        del gradient
+        with jax.named_scope("refresh"):
+            # What S has lost is the least that S̃ can have shrunk by, and a margin for what K was off by.
+            shift = 0.8 * jnp.minimum(state.retained, 1)
+            mean_inverse = [s.squared_norm(k) / s.dim for s, k in zip(structures, state.factors, strict=True)]
+            absolute = scale_by_exponent(
+                jnp.asarray(step.absolute_damping / step.batch_size, state.power.dtype), -2 * state.exponent
+            )
+            factors = []
+            for n, (structure, s, k) in enumerate(zip(structures, state.statistics, state.factors, strict=True)):
+                others = [t for j, t in enumerate(mean_inverse) if j != n]
+                damping = self._damping(structure, s, k, step.damping) + math.prod(others, start=absolute)
+                damped = structure.add_identity(s, damping)
+                excess = structure.add_identity(structure.congruence(k, damped, precision=self.precision), -shift)
+                factors.append(structure.times_inverse_root(k, excess, shift=shift, precision=self.precision))
+            kept, derived = self.derive_factors(tuple(factors), structures)
+            sizes = [max_abs(parts) for parts in (*kept, *(derived or ()))]
+            is_finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, sizes))
+            keep = is_finite & (state.seen > 0)
+            rounded = lambda new, old: round_dithered(saturate(new, new.dtype), old.dtype, step.count)
+            select = lambda new, old: jax.tree.map(lambda n, o: jnp.where(keep, rounded(n, o), o), new, old)
+            return state._replace(
+                factors=select(kept, state.factors),
+                preconditioners=None if derived is None else select(derived, state.preconditioners),
+                retained=jnp.where(keep, 1, state.retained),
+                refreshes=state.refreshes + keep.astype(jnp.int32),
+                refused=state.refused + (~is_finite).astype(jnp.int32),
+            )
+
+    @staticmethod
+    def _damping(structure: Structure, s: Parts, k: Parts, damping: ArrayLike) -> jax.Array:
+        """Returns ρ·tr(S)/d, a scalar, or the least that a K in half precision needs."""
+        relative = jnp.asarray(damping, s[0].dtype) * structure.trace(s) / structure.dim
+        if not is_low_precision(k[0].dtype):
+            return relative
+        return jnp.maximum(relative, _LOW_PRECISION_FLOOR * jnp.sqrt(structure.squared_norm(s)))
+
+    def precondition(
+        self,
+        state: CurvatureState,
+        momentum: jax.Array,
+        *,
+        gradient: jax.Array,
+        structures: Sequence[Structure],
+        step: Step,
+    ) -> tuple[jax.Array, CurvatureState]:
+        """Returns D at the length that `step_size` says."""
+        del gradient
+        with jax.named_scope("apply"):
+            scaled = scale_by_exponent(upcast(momentum), -state.exponent)
+            direction = self.precondition_momentum(state, scaled, structures)
+            if self.step_size == "newton":
+                length, is_short = self._newton_length(state, scaled, direction, step)
+            else:
+                length, is_short = self._adamw_length(state, scaled, direction, step)
+            return direction * length, state._replace(shortened=state.shortened + is_short.astype(jnp.int32))
+
+    def _adamw_length(
+        self, state: CurvatureState, momentum: jax.Array, direction: jax.Array, step: Step
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns what to multiply D by, and whether evidence is too small for the full length."""
+        dtype = direction.dtype
+        rms_of = lambda array: jnp.sqrt(jnp.mean(jnp.square(array)))
+        evidence = rms_of(momentum) / (_LEAST_EVIDENCE * jnp.sqrt(state.power).astype(dtype))
+        part = jnp.exp2(self.scale(state) - step.largest_scale).astype(dtype) / _LEAST_PART
+        shortening = jnp.minimum(1, jnp.minimum(evidence, part))
+        largest = jnp.max(jnp.abs(direction))
+        unit = jnp.where(largest > 0, largest, 1)
+        size = rms_of(direction / unit) * unit
+        return shortening * self.rms / jnp.where(largest > 0, size, 1), shortening < 1
+
+    def _newton_length(
+        self, state: CurvatureState, momentum: jax.Array, direction: jax.Array, step: Step
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns what makes D, of the scaled momentum, one of M and the curvature B·S, and whether it is shortened.
+
+        A step that is L long in the metric of the curvature, L = rms(M ×ₙ Kₙᵀ), is shortened to min(1, (r/L)²) of it:
+        with the gradient at hand in the curvature, Sherman's and Morrison's formula gives L² rather than L.
+        """
+        dtype = direction.dtype
+        in_momentum, in_curvature = self.degrees
+        scale = jnp.exp2((in_momentum - 2 * in_curvature) * state.exponent.astype(dtype))
+        length = scale * jnp.asarray(step.batch_size, dtype) ** -in_curvature
+        if self.trust_radius is None:
+            return length, jnp.zeros([], bool)
+        excess = self.squared_length(momentum, direction) / jnp.square(jnp.asarray(self.trust_radius, dtype))
+        return length / jnp.maximum(excess, 1), excess > 1
+
+    def supports(self, structure: Structure) -> str | None:
+        """Returns why a structure has no statistics of its own, if it is not closed under transposition."""
+        if structure.is_symmetric:
+            return None
+        return (
+            "this method needs structures that are closed under transposition (dense, diagonal, block-diagonal). Use "
+            "rf.published.sirf_shampoo for others."
+        )
+
+
+_register = functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["trust_radius"],
+)
+
+
+@functools.partial(_register, meta_fields=["step_size", "rms", "precision"])
+@dataclasses.dataclass(frozen=True)
+class RootFree(CurvatureRule):
+    """The root-free step, D = M ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ (Lin et al. 2024).
+
+    Args:
+      step_size: "adamw" or "newton", see `CurvatureRule`.
+      rms: the root mean square of a step of AdamW's length.
+      trust_radius: r > 0, for Newton's step.
+      precision: of every matrix product, see `jax.lax.Precision`.
+    """
+
+    step_size: StepSize = "adamw"
+    rms: float = 0.2
+    trust_radius: ArrayLike | None = None
+    precision: jax.lax.PrecisionLike = None
+
+    @property
+    def degrees(self) -> tuple[float, float]:
+        """The powers of the momentum and of the inverse curvature that D is made of."""
+        return 1.0, 1.0
+
+    def squared_length(self, momentum: jax.Array, direction: jax.Array) -> jax.Array:
+        """Returns mean⟨M, D⟩."""
+        return jnp.mean(momentum * direction)
+
+    def precondition_momentum(
+        self, state: CurvatureState, momentum: jax.Array, structures: Sequence[Structure]
+    ) -> jax.Array:
+        """Returns M ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ."""
+        return apply_factors(
+            momentum, state.factors, structures=structures, transposed_first=True, precision=self.precision
+        )
+
+
+@functools.partial(_register, meta_fields=["step_size", "rms", "precision"])
+@dataclasses.dataclass(frozen=True)
+class Whitening(CurvatureRule):
+    """The whitening step, D = M ×₁ S̃₁^(−1/2) … ×_N S̃_N^(−1/2) (KL-Shampoo, Lin et al., arXiv 2509.03378).
+
+    K is kept symmetric positive definite, so that it is S̃^(−1/2).
+
+    Args:
+      step_size: "adamw" or "newton", see `CurvatureRule`.
+      rms: the root mean square of a step of AdamW's length.
+      trust_radius: r > 0, for Newton's step.
+      precision: of every matrix product, see `jax.lax.Precision`.
+    """
+
+    step_size: StepSize = "adamw"
+    rms: float = 0.2
+    trust_radius: ArrayLike | None = None
+    precision: jax.lax.PrecisionLike = None
+
+    @property
+    def degrees(self) -> tuple[float, float]:
+        """The powers of the momentum and of the inverse curvature that D is made of."""
+        return 1.0, 0.5
+
+    def squared_length(self, momentum: jax.Array, direction: jax.Array) -> jax.Array:
+        """Returns mean(D²)."""
+        return jnp.mean(jnp.square(direction))
+
+    def derive_factors(self, factors: Factors, structures: Sequence[Structure]) -> tuple[Factors, Factors | None]:
+        """Returns the symmetric factors of equal K Kᵀ."""
+        return tuple(
+            [s.symmetric_root(k, precision=self.precision) for s, k in zip(structures, factors, strict=True)]
+        ), None
+
+    def precondition_momentum(
+        self, state: CurvatureState, momentum: jax.Array, structures: Sequence[Structure]
+    ) -> jax.Array:
+        """Returns M ×₁ K₁ … ×_N K_N."""
+        return apply_factors(
+            momentum, state.factors, structures=structures, transposed_first=False, precision=self.precision
+        )
+
+
+@functools.partial(_register, meta_fields=["power", "step_size", "rms", "precision"])
+@dataclasses.dataclass(frozen=True)
+class Spectral(CurvatureRule):
+    """The spectral step, D = msign(M ×ₙ S̃ₙ^(−q)) ×ₙ S̃ₙ^(−q): Muon in the metric of the curvature's power 2q.
+
+    At q = 1/2 it is FISMO's (arXiv 2601.21750), at q = 1/8 Mousse's (arXiv 2603.09697), both with other statistics. A
+    tensor of more axes is orthogonalized as the matrix [all but the last] × [last].
+
+    Args:
+      power: q, one of 1/2, 1/4, 1/8.
+      step_size: "adamw" or "newton", see `CurvatureRule`.
+      rms: the root mean square of a step of AdamW's length.
+      trust_radius: r > 0, for Newton's step.
+      precision: of every matrix product, see `jax.lax.Precision`.
+    """
+
+    power: float = 0.125
+    step_size: StepSize = "adamw"
+    rms: float = 0.2
+    trust_radius: ArrayLike | None = None
+    precision: jax.lax.PrecisionLike = None
+
+    @property
+    def degrees(self) -> tuple[float, float]:
+        """The powers of the momentum and of the inverse curvature that D is made of."""
+        return 0.0, self.power
+
+    def derive_factors(self, factors: Factors, structures: Sequence[Structure]) -> tuple[Factors, Factors | None]:
+        """Returns the factors, and S̃^(−q) for q < 1/2: roots of the symmetric root."""
+        if self.power == 0.5:
+            return factors, None
+        powers = [s.symmetric_root(k, precision=self.precision) for s, k in zip(structures, factors, strict=True)]
+        for _ in range({0.25: 1, 0.125: 2}[self.power]):
+            powers = [s.positive_root(p, precision=self.precision) for s, p in zip(structures, powers, strict=True)]
+        return factors, tuple(powers)
+
+    def precondition_momentum(
+        self, state: CurvatureState, momentum: jax.Array, structures: Sequence[Structure]
+    ) -> jax.Array:
+        """Returns msign(M ×ₙ Kₙᵀ) ×ₙ Kₙ, or the same with S̃ₙ^(−q) in place of Kₙ."""
+        matrices = state.factors if state.preconditioners is None else state.preconditioners
+        w = momentum
+        for axis, (structure, parts) in enumerate(zip(structures, matrices, strict=True)):
+            w = structure.apply_transposed(parts, w, axis, precision=self.precision)
+        matrix = orthogonalize(w.reshape(-1, w.shape[-1]), precision=self.precision)
+        return apply_factors(
+            matrix.reshape(w.shape), matrices, structures=structures, transposed_first=False, precision=self.precision
+        )

@@ -1,0 +1,96 @@
+"""Reading the factors out of an optimizer's state."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+
+from rootfree_optax._src.layout import Layout, Stack
+from rootfree_optax._src.layout.stack import padded_lengths
+from rootfree_optax._src.transforms.kronecker import find_kronecker_states
+
+
+def factors(
+    state: Any,
+    params: optax.Params,
+    layout: Layout = Layout(),  # noqa: B008  # a frozen value
+) -> dict[str, tuple[jax.Array, ...]]:
+    """Returns the factors of every block as dense matrices, by the block's name.
+
+    For SIRF-Shampoo these are the Kₙ, with KₙKₙᵀ ≈ Sₙ⁻¹, for RF-Shampoo the Sₙ. Of a rule of your own, they are what
+    the block's state has as its attribute `factors`: for each axis the parts of a matrix.
+
+    Args:
+      state: the state of a Kronecker transformation, or any tree that holds exactly one, such as the state of a whole
+        optimizer, or the inner state of `optax.partition` for one label.
+      params: the parameters that the transformation was given: arrays or `jax.ShapeDtypeStruct`s, with None or
+        `optax.MaskedNode()` for those that another transformation has. A state of more parameters than these is taken
+        for one whose stacks are padded to a mesh.
+      layout: the transformation's own.
+
+    Returns:
+      {name: (K₁, …, K_N)} with Kₙ [dₙ, dₙ]. A parameter of one block goes by its key path, one of several blocks by
+      that and an index, as in 'dense/kernel[0, 1]'.
+
+    Raises:
+      ValueError: if the state holds no factors of these shapes, or those of several transformations.
+
+    Example:
+      >>> import jax.numpy as jnp, rootfree_optax as rf
+      >>> params = {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}
+      >>> state = rf.sirf_shampoo(1e-3, batch_size=1).init(params)
+      >>> {name: [k.shape for k in matrices] for name, matrices in rf.factors(state, params).items()}
+      {'bias': [(3, 3)], 'kernel': [(4, 4), (3, 3)]}
+    """
+    plan = layout.plan(params)
+    found = _find_factors(state, plan.stacks)
+    return {
+        block.name: _dense_factors(found[block.stack], plan.stacks[block.stack], block.position)
+        for block in plan.blocks
+    }
+
+
+def _find_factors(state: Any, stacks: Sequence[Stack]) -> list[Any]:
+    """Returns each stack's factors from anywhere in a state."""
+    if not stacks:
+        return []
+    expected = [shape for stack in stacks for shape in stack.part_shapes]
+    candidates = [
+        [getattr(of_stack.block, "factors", None) for of_stack in node.stacks]
+        for node in find_kronecker_states(state)
+        if isinstance(node.stacks, tuple)
+    ]
+    shapes = [[part.shape for part in jax.tree.leaves(candidate)] for candidate in candidates]
+    pairs = list(zip(candidates, shapes, strict=True))
+    exact = [candidate for candidate, found in pairs if found == expected]
+    padded = [candidate for candidate, found in pairs if padded_lengths(stacks, found) is not None]
+    match exact or padded:
+        case []:
+            raise ValueError(
+                "the state must hold the factors of one transformation of these parameters with this layout: arrays of "
+                f"the shapes {expected}, got {shapes or 'no Kronecker transformation'}. Pass the layout that the "
+                "transformation has, and the parameters that it was given."
+            )
+        case [found]:
+            return found
+        case several:
+            raise ValueError(
+                f"the state must hold one transformation with factors of the shapes {expected}, got {len(several)}. "
+                "Pass the state of one of them, such as state.inner_states['label']."
+            )
+
+
+def _dense_factors(factors: Any, stack: Stack, position: int) -> tuple[jax.Array, ...]:
+    """Returns the dense matrix [dₙ, dₙ] of each axis of the block at `position` of a stack."""
+    block = jax.tree.map(lambda part: _replicated_row(part, position), factors)
+    return tuple(structure.to_dense(parts) for structure, parts in zip(stack.structures, block, strict=True))
+
+
+def _replicated_row(part: jax.Array, position: int) -> jax.Array:
+    sharding = jax.typeof(part).sharding
+    if all(axis is None for axis in sharding.spec):
+        return part[position]
+    # A row of what carries a sharding in its type must be told where to go.
+    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return part.at[position].get(out_sharding=everywhere)

@@ -1,0 +1,241 @@
+"""Root-free diagonal transformations as published: RF-RMSProp's and RF-Adam's rescaling of the gradient."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from rootfree_optax._src.blocks import diagonal as update_rule
+from rootfree_optax._src.blocks.momentum import total_weight
+from rootfree_optax._src.common import schedules, trees, validate
+from rootfree_optax._src.numerics.dtypes import dtype_like, real_dtype
+
+
+class ScaleByRfRmsState(NamedTuple):
+    """State of `scale_by_rf_rms`: the step count and the accumulator s, a tree like the parameters."""
+
+    count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
+    nu: Any
+
+
+def scale_by_rf_rms(
+    decay: optax.ScalarOrSchedule = 0.8,
+    damping: optax.ScalarOrSchedule = 5e-4,
+    *,
+    batch_size: ArrayLike | None = None,
+    initial_scale: ArrayLike = 1.0,
+    nu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Rescales gradients by a moving average of their squares, without the square root.
+
+        s ← decay·s + (1 − decay)·B·g²        direction = g / (s + λ)
+
+    g is the gradient of a loss that is a mean over B terms; B·g² then estimates the diagonal of the loss's curvature,
+    and the direction is a damped Newton-like step, unaffected by a rescaling of the parameters as λ → 0. Complex
+    gradients use |g|². All arithmetic is in at least float32.
+
+    A non-finite gradient leaves its entries of s as they were, as does a B·g² that overflows; the direction shows the
+    non-finite gradient, so that `optax.apply_if_finite` works.
+
+    Args:
+      decay: 1 − β₂, in [0, 1): how much of s is kept at each step. A number, a traced scalar or a schedule.
+      damping: λ ≥ 0. A number, a traced scalar or a schedule.
+      batch_size: B > 0, how many terms the loss averages (the global batch size). A `batch_size=` passed to `update`
+        wins; it may change from step to step without recompiling.
+      initial_scale: s before the first step, ≥ 0. The default of one matches a preconditioner that starts at the
+        identity; zero reproduces RMSProp's start.
+      nu_dtype: floating-point dtype of s; by default each parameter's own. A half-precision s is rounded so
+        that it follows the moving average even where 1 − decay is below its resolution.
+
+    Returns:
+      A transformation whose `update` takes two extra arguments: `batch_size`, and `curvature`, a tree like the
+      gradients (or with one more leading axis of samples, averaged over) that takes g's place in B·g².
+
+    Raises:
+      ValueError: at construction for a Python number out of range; at the first `update` without any batch size, or
+        for gradients unlike the parameters.
+      TypeError: at construction for a schedule where none may be; at `init` for parameters that are not floating point.
+
+    Example:
+      >>> import jax.numpy as jnp, rootfree_optax as rf
+      >>> tx = rf.published.scale_by_rf_rms(decay=0.5, damping=0.0, batch_size=4)
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> direction, state = tx.update(jnp.array([1.0, 2.0]), state)
+      >>> print(state.nu, direction)
+      [2.5 8.5] [0.4        0.23529412]
+
+    References:
+      Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
+      https://arxiv.org/abs/2402.03496
+    """
+    at_construction = batch_size
+    _require_valid(decay=decay, damping=damping, batch_size=batch_size, initial_scale=initial_scale)
+    validate.require_floating_dtype("nu_dtype", nu_dtype)
+
+    def init(params: optax.Params) -> ScaleByRfRmsState:
+        trees.require_inexact(params)
+        return ScaleByRfRmsState(jnp.zeros([], jnp.int32), _initial_nu(params, initial_scale, nu_dtype))
+
+    def update(
+        updates: optax.Updates,
+        state: ScaleByRfRmsState,
+        params: optax.Params | None = None,
+        *,
+        batch_size: ArrayLike | None = None,
+        curvature: optax.Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByRfRmsState]:
+        del params, extra_args
+        batch_size = schedules.resolve_batch_size(batch_size, at_construction)
+        nu = _update_nu(state.nu, updates, curvature, decay=decay, batch_size=batch_size, count=state.count)
+        root_free_direction = functools.partial(
+            update_rule.root_free_direction, damping=schedules.value_at(damping, state.count)
+        )
+        direction = trees.map_gradients(root_free_direction, updates, nu)
+        return direction, ScaleByRfRmsState(optax.safe_increment(state.count), nu)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class ScaleByRfAdamState(NamedTuple):
+    """State of `scale_by_rf_adam`: the step count, the gradient's average m and the accumulator s."""
+
+    count: jax.Array  # type: ignore[assignment]
+    mu: Any
+    nu: Any
+
+
+def scale_by_rf_adam(
+    b1: ArrayLike = 0.4,
+    b2: optax.ScalarOrSchedule = 0.9,
+    damping: optax.ScalarOrSchedule = 1e-6,
+    *,
+    batch_size: ArrayLike | None = None,
+    initial_scale: ArrayLike = 1.0,
+    bias_correction: bool = False,
+    mu_dtype: DTypeLike | None = None,
+    nu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Rescales the gradient's moving average by a moving average of its squares, without the square root.
+
+        m ← b1·m + (1 − b1)·g        s ← b2·s + (1 − b2)·B·g²        direction = m / (s + λ)
+
+    See `scale_by_rf_rms` for B, the arithmetic, complex and non-finite gradients. A non-finite gradient shows in one
+    direction, and leaves its entries of m and s as they were.
+
+    Args:
+      b1: decay of m, in [0, 1). A number or a traced scalar.
+      b2: 1 − β₂, decay of s, in [0, 1). A number, a traced scalar or a schedule.
+      damping: λ ≥ 0. A number, a traced scalar or a schedule.
+      batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins.
+      initial_scale: s before the first step, ≥ 0.
+      bias_correction: whether to divide m by 1 − b1ᵗ and s by 1 − b2ᵗ, for an `initial_scale` of 0. Off by default: s
+        starts at one, so unlike Adam's it is not biased towards zero. The correction of s assumes a constant b2.
+      mu_dtype: floating-point dtype of m; by default each parameter's own.
+      nu_dtype: floating-point dtype of s; by default each parameter's own.
+
+    Returns:
+      A transformation whose `update` takes the extra arguments `batch_size` and `curvature` (see `scale_by_rf_rms`).
+
+    Raises:
+      ValueError: at construction for a Python number out of range, or for bias correction with a schedule for b2; at
+        the first `update` without any batch size, or for gradients unlike the parameters.
+      TypeError: at construction for a schedule where none may be; at `init` for parameters that are not floating point.
+
+    Example:
+      >>> import jax.numpy as jnp, rootfree_optax as rf
+      >>> tx = rf.published.scale_by_rf_adam(b1=0.5, b2=0.5, damping=0.0, batch_size=4)
+      >>> params = jnp.zeros(2)
+      >>> direction, state = tx.update(jnp.array([1.0, 2.0]), tx.init(params))
+      >>> print(state.mu, state.nu, direction)
+      [0.5 1. ] [2.5 8.5] [0.2        0.11764706]
+
+    References:
+      Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
+      https://arxiv.org/abs/2402.03496
+    """
+    at_construction = batch_size
+    validate.require_constant(b1=b1)
+    validate.require_fraction("b1", b1)
+    _require_valid(b2=b2, damping=damping, batch_size=batch_size, initial_scale=initial_scale)
+    validate.require_floating_dtype("mu_dtype", mu_dtype)
+    validate.require_floating_dtype("nu_dtype", nu_dtype)
+    if bias_correction and callable(b2):
+        raise ValueError("bias_correction assumes a constant b2, got a schedule. Pass bias_correction=False.")
+
+    def init(params: optax.Params) -> ScaleByRfAdamState:
+        trees.require_inexact(params)
+        mu = _initial_mu(params, mu_dtype)
+        return ScaleByRfAdamState(jnp.zeros([], jnp.int32), mu, _initial_nu(params, initial_scale, nu_dtype))
+
+    def update(
+        updates: optax.Updates,
+        state: ScaleByRfAdamState,
+        params: optax.Params | None = None,
+        *,
+        batch_size: ArrayLike | None = None,
+        curvature: optax.Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByRfAdamState]:
+        del params, extra_args
+        batch_size = schedules.resolve_batch_size(batch_size, at_construction)
+        nu = _update_nu(state.nu, updates, curvature, decay=b2, batch_size=batch_size, count=state.count)
+        averages, mu = trees.map_pairs(lambda g, m: update_rule.first_moment(m, g, decay=b1), updates, state.mu)
+        count = optax.safe_increment(state.count)
+        averaged_direction = functools.partial(
+            update_rule.averaged_direction,
+            damping=schedules.value_at(damping, state.count),
+            m_weight=total_weight(b1, count) if bias_correction else 1.0,
+            s_weight=total_weight(b2, count) if bias_correction else 1.0,
+        )
+        return trees.map_gradients(averaged_direction, updates, averages, nu), ScaleByRfAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _require_valid(*, damping: Any, batch_size: Any, initial_scale: Any, **decay: Any) -> None:
+    for name, value in decay.items():
+        validate.require_fraction(name, value)
+    validate.require_constant(initial_scale=initial_scale, batch_size=batch_size)
+    validate.require_at_least("damping", damping, 0)
+    validate.require_at_least("initial_scale", initial_scale, 0)
+    validate.require_positive("batch_size", batch_size)
+
+
+def _initial_nu(params: optax.Params, initial_scale: ArrayLike, dtype: DTypeLike | None) -> Any:
+    def initial(param: jax.Array) -> jax.Array:
+        nu_dtype = real_dtype(jnp.result_type(param)) if dtype is None else dtype
+        return jnp.full_like(param, initial_scale, nu_dtype)
+
+    return jax.tree.map(initial, params)
+
+
+def _initial_mu(params: optax.Params, dtype: DTypeLike | None) -> Any:
+    def initial(param: jax.Array) -> jax.Array:
+        return jnp.zeros_like(param, dtype_like(param, dtype))
+
+    return jax.tree.map(initial, params)
+
+
+def _update_nu(
+    nu: Any,
+    updates: optax.Updates,
+    curvature: optax.Updates | None,
+    *,
+    decay: optax.ScalarOrSchedule,
+    batch_size: ArrayLike,
+    count: jax.Array,
+) -> Any:
+    trees.require_like(updates, nu, name="gradients")
+    if curvature is None:
+        curvature = updates
+    else:
+        trees.require_like(curvature, nu, name="curvature", sample_axis=True)
+    second_moment = functools.partial(
+        update_rule.second_moment, decay=schedules.value_at(decay, count), batch_size=batch_size, count=count
+    )
+    return trees.map_accumulators(second_moment, nu, curvature)
