@@ -23,29 +23,20 @@ class SoapState(NamedTuple):
       factors: the parts of each axis's eigenvectors Q.
       statistics: the parts of each axis's average L of G₍ₙ₎G₍ₙ₎ᵀ.
       nu: the average of the squared gradient in the eigenvectors' coordinates, [d₁, …, d_N].
-      nu_weight: the sum of the weights in `nu`.
-      mu_weight: the sum of the weights in the momentum.
+      weight: the sum of the weights in both averages.
       is_started: whether the block has seen a gradient.
     """
 
     factors: tuple
     statistics: tuple
     nu: jax.Array
-    nu_weight: jax.Array
-    mu_weight: jax.Array
+    weight: jax.Array
     is_started: jax.Array
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["b1"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Soap(rf.BlockRule):
-    """Adam in the eigenvectors of Shampoo's statistics; β₂ is 1 − weight, ε the damping.
-
-    Args:
-      b1: decay of the heavy-ball momentum that the rule is given.
-    """
-
-    b1: ArrayLike = 0.95
+    """Adam in the eigenvectors of Shampoo's statistics; β₂ is 1 − weight, ε the damping."""
 
     def supports(self, structure):
         """Refuses structures whose eigenvectors are not in them."""
@@ -54,10 +45,10 @@ class Soap(rf.BlockRule):
     def init(self, structures, dtypes):
         """Returns the state of a block that has seen no gradient."""
         dtype = functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
-        zero, nu = jnp.zeros([], dtype), jnp.zeros([structure.dim for structure in structures], dtype)
+        nu = jnp.zeros([structure.dim for structure in structures], dtype)
         identities = tuple(structure.identity(dtype) for structure in structures)
         zeros = tuple(structure.zeros(dtype) for structure in structures)
-        return SoapState(identities, zeros, nu, zero, zero, jnp.zeros([], bool))
+        return SoapState(identities, zeros, nu, jnp.zeros([], dtype), jnp.zeros([], bool))
 
     def waits(self, state):
         """Returns whether the block has seen no gradient."""
@@ -76,14 +67,14 @@ class Soap(rf.BlockRule):
         """Averages G₍ₙ₎G₍ₙ₎ᵀ and the squared rotated gradient; one that is not finite is left out."""
         samples = _as_samples(gradient, state)
         squares = jnp.sum(jnp.square(_rotate(samples, state.factors, structures)), axis=0)
-        old = (state.statistics, state.nu, state.nu_weight)
-        new = (_outer_products(samples, structures), squares, jnp.ones_like(state.nu_weight))
+        old = (state.statistics, state.nu, state.weight)
+        new = (_outer_products(samples, structures), squares, jnp.ones_like(state.weight))
         weight = jnp.asarray(step.weight, state.nu.dtype)
         new = jax.tree.map(lambda o, n: (1 - weight) * o + weight * n, old, new)
         is_finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new)]
         keep = functools.reduce(jnp.logical_and, is_finite, state.is_started)
-        statistics, nu, nu_weight = jax.tree.map(lambda o, n: jnp.where(keep, n, o), old, new)
-        return state._replace(statistics=statistics, nu=nu, nu_weight=nu_weight)
+        statistics, nu, weight = jax.tree.map(lambda o, n: jnp.where(keep, n, o), old, new)
+        return state._replace(statistics=statistics, nu=nu, weight=weight)
 
     def refresh(self, state, gradient, *, structures, step):
         """Takes a power step, Q ← qr(L Q), with the columns in the order of their Rayleigh quotients qᵀLq."""
@@ -98,14 +89,12 @@ class Soap(rf.BlockRule):
 
     def precondition(self, state, momentum, *, gradient, structures, step):
         """Returns Adam's direction in the eigenvectors' coordinates, mapped back."""
-        dtype = state.nu.dtype
-        weight = jnp.where(state.is_started, 1 + jnp.asarray(self.b1, dtype) * state.mu_weight, 0)
-        rotated = _rotate(momentum[None].astype(dtype), state.factors, structures)[0] / jnp.maximum(weight, 1)
-        root = jnp.sqrt(state.nu / jnp.where(state.nu_weight > 0, state.nu_weight, 1))
-        direction = rotated / (root + jnp.asarray(step.damping, dtype))
+        [rotated] = _rotate(momentum[None], state.factors, structures)
+        root = jnp.sqrt(state.nu / jnp.where(state.weight > 0, state.weight, 1))
+        direction = rotated / (root + jnp.asarray(step.damping, root.dtype))
         for axis, (structure, q) in enumerate(zip(structures, state.factors, strict=True)):
             direction = structure.apply(q, direction, axis)
-        return direction, state._replace(mu_weight=weight)
+        return direction, state
 
 
 def _is_matrix(parts):
@@ -134,9 +123,9 @@ def scale_by_soap(
     damping: optax.ScalarOrSchedule = 1e-8,
     *,
     refresh_every: int = 10,
-    layout: rf.Layout = rf.Layout(),  # noqa: B008  # a frozen value
+    layout: rf.Layout = rf.Layout(diagonal=None, merge_dims=None),  # noqa: B008  # a frozen value
     mesh_axes: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales gradients by Adam in the eigenvectors of Shampoo's statistics."""
     options = {"refresh_every": refresh_every, "statistics_every": 1, "layout": layout, "mesh_axes": mesh_axes}
-    return rf.scale_by_kronecker(Soap(b1), weight=1 - b2, damping=damping, momentum=b1, **options)
+    return rf.scale_by_kronecker(Soap(), weight=1 - b2, damping=damping, momentum=b1, **options)

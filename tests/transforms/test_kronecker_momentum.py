@@ -10,7 +10,9 @@ import rootfree_optax as rf
 from rootfree_optax._src.blocks.rf import CholeskyInverse
 from rootfree_optax._src.blocks.sirf import ExactRefresh, PublishedRefresh
 
-RULES = pytest.mark.parametrize("rule", [ExactRefresh(), PublishedRefresh(), CholeskyInverse()], ids=lambda rule: type(rule).__name__)
+RULES = pytest.mark.parametrize(
+    "rule", [ExactRefresh(), PublishedRefresh(), CholeskyInverse()], ids=lambda rule: type(rule).__name__
+)
 
 
 @RULES
