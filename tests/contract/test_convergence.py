@@ -1,4 +1,4 @@
-"""Every whole optimizer finds the minimum of small problems; complex parameters follow NumPy or are refused.
+"""Every whole optimizer finds the minimum of small problems; complex parameters turn with their phases.
 
 Optax's own suites have the same problems: where its wheel ships them, see test_optax_suites.py, ours are
 skipped.
@@ -13,10 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import make_gradients, make_params, refuses, run
+from checks import assert_close, make_gradients, make_params, refuses, run
 from contract import ALL, OPTIMIZERS, Case, over, tolerance_of
-
-import rootfree_optax as rf
 
 
 def squared_distance(params: Any, minimum: Any) -> jax.Array:
@@ -64,55 +62,17 @@ def test_converges(case: Case, problem: str) -> None:
         np.testing.assert_allclose(p, e, rtol=0, atol=3e-2)
 
 
-def numpy_updates(
-    settings: dict[str, Any], param: np.ndarray, gradients: list[np.ndarray], *, is_coupled: bool
-) -> list[np.ndarray]:
-    """Returns the updates of a diagonal method on complex arrays, in double precision.
-
-    Args:
-      settings: the hyperparameters that the method has.
-      param: the parameter.
-      gradients: of each step.
-      is_coupled: whether weight decay enters the momentum.
-    """
-    b1, decay = settings.get("b1", 0.0), settings.get("b2", settings.get("decay"))
-    s, m, v = np.ones(param.shape), np.zeros_like(param), np.zeros_like(param)
-    history = []
-    s = s * settings.get("initial_scale", 1.0)
-    for t, g in enumerate(gradients, start=1):
-        s = decay * s + (1 - decay) * settings["batch_size"] * (g.real**2 + g.imag**2)
-        m = b1 * m + (1 - b1) * g
-        correction = [1 - b1**t, 1 - decay**t] if settings.get("bias_correction") else [1, 1]
-        direction = m / correction[0] / (s / correction[1] + settings["damping"])
-        weight_decay = settings.get("weight_decay", 0.0) * param
-        v = settings.get("momentum", 0.0) * v + direction + is_coupled * weight_decay
-        update = v + (1 - is_coupled) * weight_decay
-        update = -settings["learning_rate"] * update if "learning_rate" in settings else update
-        param = param + update
-        history.append(update)
-    return history
-
-
 @over(ALL)
-def test_complex_parameters_follow_numpy_or_are_refused_by_path(case: Case) -> None:
-    params = jax.tree.map(lambda p: p * (1 - 0.5j), make_params("complex64"))
-    if not case.elementwise:
+def test_complex_parameters_are_refused_by_path_or_turn_with_their_phases(case: Case) -> None:
+    """What is preconditioned by |g|² commutes with a rotation of every entry in the complex plane."""
+    params = make_params()
+    if not case.diagonal:
         with refuses(TypeError, "complex", "layer/"):
-            case().init(params)
+            case().init(jax.tree.map(lambda p: p.astype(jnp.complex64), params))
         return
     gradients = make_gradients(params, 3)
-    values = {"learning_rate": 0.1, "b1": 0.8, "b2": 0.9, "decay": 0.9, "damping": 0.1, "momentum": 0.7}
-    values |= {"weight_decay": 0.2, "batch_size": 4}
-    values = {name: value for name, value in values.items() if name in case.numeric}
-    history, _ = run(case(**values), params, gradients)
-
-    kernel = lambda tree: np.asarray(tree["layer"]["kernel"]).astype(np.complex128)
-    expected = numpy_updates(
-        {**case.settings, **values},
-        kernel(params),
-        [kernel(g) for g in gradients],
-        is_coupled=case.make is rf.published.rf_rmsprop,
-    )
-    for updates, wanted in zip(history, expected, strict=True):
-        assert updates["layer"]["kernel"].dtype == jnp.complex64
-        np.testing.assert_allclose(kernel(updates), wanted, rtol=0, atol=tolerance_of(case) * np.max(np.abs(wanted)))
+    phases = jax.tree.map(lambda g: jnp.exp(1j * g.astype(jnp.complex64)), gradients[0])
+    turned = lambda tree: jax.tree.map(lambda leaf, phase: leaf.astype(jnp.complex64) * phase, tree, phases)
+    expected, _ = run(case(), params, gradients)
+    history, _ = run(case(), turned(params), [turned(gradient) for gradient in gradients])
+    assert_close(history, [turned(updates) for updates in expected], tolerance_of(case))

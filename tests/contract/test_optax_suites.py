@@ -2,7 +2,8 @@
 
 Each file is read, its tables of optimizers are replaced by one of ours, and what remains is executed as a module:
 the test classes then are Optax's, word for word. Tests that do not use the tables are left out, for they are not
-about us. By default they run on two optimizers, with `pytest -m contract` on the others. A file in which a table is no longer found is an error, never an empty suite.
+about us. By default they run on two optimizers, with `pytest -m contract` on the others. A file in which a table is no
+longer found is an error, never an empty suite.
 """
 
 import ast
@@ -143,7 +144,7 @@ def factory_of(case: Case) -> Callable[..., optax.GradientTransformationExtraArg
 
         return optax.GradientTransformationExtraArgs(init, tx.update)
 
-    return case.make if case.elementwise else make
+    return case.make if case.diagonal else make
 
 
 def tables_of(case: Case) -> dict[str, Any]:

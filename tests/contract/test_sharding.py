@@ -67,9 +67,9 @@ def test_sharded_equals_replicated_and_the_state_keeps_its_types(case: Case, kin
             assert_close(jax.device_get(updates), jax.device_get(wanted), tolerance_of(case))
     assert_close(jax.device_get(state), jax.device_get(expected_state), tolerance_of(case))
     arrays = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim > 0]
-    if case.elementwise or kind is AxisType.Explicit:  # else the compiler chooses how factors are laid out
+    if case.diagonal or kind is AxisType.Explicit:  # else the compiler chooses how factors are laid out
         assert_sharded_like(arrays(state), arrays(initial))
-    if case.elementwise:
+    if case.diagonal:
         by_shape = {leaf.shape: leaf for leaf in jax.tree.leaves(params)}
         assert_sharded_like(arrays(state), [by_shape[leaf.shape] for leaf in arrays(state)])
 

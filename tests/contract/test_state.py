@@ -80,7 +80,7 @@ def test_updates_have_the_gradients_dtype(case: Case, param: str, gradient: str)
 
 @over(ALL)
 def test_each_leaf_of_a_mixed_tree_is_updated_as_if_alone(case: Case) -> None:
-    dtypes = ["float16", "bfloat16", "float32", *(["complex64"] if case.elementwise else [])]
+    dtypes = ["float16", "bfloat16", "float32", *(["complex64"] if case.diagonal else [])]
     params = {dtype: make_params(dtype)["layer"] for dtype in dtypes}
     gradients = make_gradients(params, 2)
     together, _ = run(case(), params, gradients)
@@ -166,7 +166,7 @@ def test_tree_map_params_reaches_the_parameter_like_state(case: Case) -> None:
     optax.tree.map_params(tx, lambda leaf, param: reached.append((leaf, param)), state, params)
     assert all(leaf.shape == param.shape for leaf, param in reached)
     assert {id(leaf) for leaf, _ in reached} <= {id(leaf) for leaf in jax.tree.leaves(state)}
-    if case.elementwise:
+    if case.diagonal:
         counts = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.integer)]
         assert len(reached) == len(jax.tree.leaves(state)) - len(counts) > 0
 

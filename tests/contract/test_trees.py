@@ -41,7 +41,7 @@ def test_a_gradient_of_none_gives_no_update_and_leaves_its_state(case: Case) -> 
     expected, expected_after = update(second, state, params)
     assert_close(updates["layer"], expected["layer"], tolerance_alone(case))
     assert_close(leaves_under(after, "layer"), leaves_under(expected_after, "layer"), tolerance_alone(case))
-    if case.elementwise:
+    if case.diagonal:
         assert len(leaves_under(after, "layer")) == 2 * len(leaves_under(after, "scale")) > 0
 
 
