@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kronecker_runs import draw, run
+from kronecker_runs import draw, run, scale_by_exact
 
 import rootfree_optax as rf
 from rootfree_optax._src.structures import structure_factory
@@ -54,15 +54,8 @@ def best_steps(structures, gradients):
 )
 def test_every_step_is_the_best_within_the_structure(name, dtype, tolerance):
     gradients = draw({"w": (6, 5), "other": (6, 5)}, steps=30)  # one stack of two blocks
-    tx = rf.scale_by_sirf_shampoo(
-        BETA,
-        DAMPING,
-        None,
-        batch_size=BATCH_SIZE,
-        layout=rf.Layout(structure=name),
-        preconditioner_dtype=dtype,
-        initial_scale=1.0,
-    )
+    layout = rf.Layout(structure=name, factor_dtype=dtype)
+    tx = scale_by_exact(weight=BETA, damping=DAMPING, batch_size=BATCH_SIZE, layout=layout)
     directions, _ = run(tx, gradients)
     structures = [structure_factory(name)(d) for d in (6, 5)]
     for block, found in directions.items():

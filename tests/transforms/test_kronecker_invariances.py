@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from kronecker_runs import scale_by_published, sirf_published
+from kronecker_runs import factors_of, quick_jit, scale_by_exact, scale_by_published, sirf_published, with_factors
 
 import rootfree_optax as rf
 from rootfree_optax._src.structures import structure_factory
@@ -28,8 +28,18 @@ def numpy_multiply(tensor, matrices):
     return tensor
 
 
-class ShampooState(NamedTuple):
+class Block(NamedTuple):
+    """What `with_factors` replaces: factors of a block, of a stack, of a state."""
+
     factors: tuple
+
+
+class StackState(NamedTuple):
+    block: Block
+
+
+class ShampooState(NamedTuple):
+    stacks: tuple[StackState, ...]
 
 
 def root_based_shampoo(learning_rate: float, *, preconditioner_lr: float, batch_size: int, **others: Any):
@@ -37,19 +47,19 @@ def root_based_shampoo(learning_rate: float, *, preconditioner_lr: float, batch_
     del others
 
     def init(params):
-        return ShampooState((tuple((jnp.eye(d)[None],) for d in params.shape),))
+        return ShampooState((StackState(Block(tuple((jnp.eye(d)[None],) for d in params.shape))),))
 
     def update(gradient, state, params=None):
         del params
         new, direction = [], gradient
-        for axis, (s,) in enumerate(state.factors[0]):
+        for axis, (s,) in enumerate(factors_of(state)[0]):
             unfolded = jnp.moveaxis(gradient, axis, 0).reshape(s.shape[-1], -1)
             s = (1 - preconditioner_lr) * s[0] + preconditioner_lr * batch_size * unfolded @ unfolded.T
             values, vectors = jnp.linalg.eigh(s)
             root = (vectors * jnp.expand_dims(values ** (-0.5 / gradient.ndim), 0)) @ vectors.T
             direction = jnp.moveaxis(jnp.tensordot(root, direction, (1, axis)), 0, axis)
             new.append((s[None],))
-        return -learning_rate * direction, ShampooState((tuple(new),))
+        return -learning_rate * direction, with_factors(state, [new])
 
     return optax.chain(optax.GradientTransformation(init, update))
 
@@ -69,7 +79,7 @@ def mismatch(tx, start, reparameterised_factors, changes):
     inputs = jnp.asarray(rng.standard_normal((BATCH, start.size)), jnp.float32)
     targets = jnp.asarray(rng.standard_normal(BATCH), jnp.float32)
 
-    @jax.jit
+    @quick_jit
     def iterates(factors, start, changes):
         def loss(param):
             errors = inputs @ multiply(param, changes).reshape(-1) - targets
@@ -83,10 +93,10 @@ def mismatch(tx, start, reparameterised_factors, changes):
 
         first, *others = tx.init(start)
         factors = jax.tree.map(lambda part: jnp.expand_dims(part, 0), factors)
-        _, history = jax.lax.scan(step, (start, (first._replace(factors=(factors,)), *others)), length=STEPS)
+        _, history = jax.lax.scan(step, (start, (with_factors(first, [factors]), *others)), length=STEPS)
         return history
 
-    original = jax.tree.map(lambda part: np.asarray(part)[0], jax.jit(tx.init)(start)[0].factors[0])
+    original = jax.tree.map(lambda part: np.asarray(part)[0], factors_of(tx.init(start)[0])[0])
     identities, inverses = [np.eye(len(a), dtype=np.float32) for a in changes], [np.linalg.inv(a) for a in changes]
     expected = np.asarray(iterates(original, start, identities))
     found = np.asarray(iterates(reparameterised_factors, numpy_multiply(start, inverses), changes))
@@ -125,7 +135,7 @@ def test_inverse_free_iterates_do_not_depend_on_coordinates_within_the_structure
         tuple(np.float32(part + 0.2 * rng.standard_normal(part.shape)) for part in s.identity(np.float32))
         for s in structures
     )
-    to_dense = jax.jit(lambda inverse: [s.to_dense(parts) for s, parts in zip(structures, inverse, strict=True)])
+    to_dense = quick_jit(lambda inverse: [s.to_dense(parts) for s, parts in zip(structures, inverse, strict=True)])
     changes = [np.linalg.inv(matrix) for matrix in to_dense(inverse)]
     assert all(1.2 < np.linalg.cond(matrix) < 20 for matrix in changes)
     tx = sirf_published(0.05, riemannian_momentum=0.5, layout=rf.Layout(structure=names), **SETTING)
@@ -141,6 +151,15 @@ def test_nor_for_three_axes():
     assert mismatch(tx, start_of(shape), inverse, changes) < TOLERANCE
 
 
+def test_nor_does_the_exact_refresh():
+    shape = (5, 4)
+    changes = dense_changes(shape)
+    inverse = tuple((np.linalg.inv(a),) for a in changes)
+    layout = rf.Layout(structure="dense")
+    tx = optax.chain(scale_by_exact(weight=0.2, damping=0.0, batch_size=BATCH, layout=layout), optax.scale(-0.05))
+    assert mismatch(tx, start_of(shape), inverse, changes) < TOLERANCE
+
+
 def congruent(changes):
     """Returns S' = AᵀSA of S = I."""
     return tuple((a.T @ a,) for a in changes)
@@ -149,7 +168,7 @@ def congruent(changes):
 def test_nor_do_those_with_inverses():
     shape = (5, 4)
     changes = dense_changes(shape)
-    tx = rf.rf_shampoo(0.05, layout=rf.Layout(structure="dense"), **SETTING)
+    tx = rf.published.rf_shampoo(0.05, layout=rf.Layout(structure="dense"), **SETTING)
     assert mismatch(tx, start_of(shape), congruent(changes), changes) < TOLERANCE
 
 
@@ -186,14 +205,14 @@ def test_the_two_forms_agree_to_second_order(shape, structure):
 
     def direction(tx, factors):
         factors = tuple((jnp.asarray(factor[None], jnp.float32),) for factor in factors)
-        return tx.update(gradient, tx.init(gradient)._replace(factors=(factors,)))[0]
+        return tx.update(gradient, with_factors(tx.init(gradient), [factors]))[0]
 
-    @jax.jit
+    @quick_jit
     @jax.vmap
     def directions(preconditioner_lr):
         setting = {"damping": 0.8, "batch_size": 4, "layout": rf.Layout(structure=structure)}
         inverse_free = scale_by_published(preconditioner_lr, riemannian_momentum=None, **setting)
-        with_inverses = rf.scale_by_rf_shampoo(preconditioner_lr, **setting)
+        with_inverses = rf.published.scale_by_rf_shampoo(preconditioner_lr, **setting)
         return direction(inverse_free, ks), direction(with_inverses, curvatures)
 
     inverse_free, with_inverses = jax.device_get(directions(jnp.array([0.04, 0.02, 0.01, 0.0])))

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from double_precision import double_precision
+from kronecker_runs import quick_jit
 
-from rootfree_optax._src.blocks import rf as inverse_update
+from rootfree_optax._src.blocks.rf import CholeskyInverse, RfState, cholesky, solve
+from rootfree_optax._src.blocks.rule import Step
 from rootfree_optax._src.structures import structure_factory
 
 # Shape, structures, and the number of samples of the curvature (0: it is the gradient).
@@ -26,7 +28,7 @@ def unfold(tensor, axis):
     return np.moveaxis(tensor, axis, 0).reshape(tensor.shape[axis], -1)
 
 
-def numpy_refresh(samples, matrices, names, *, preconditioner_lr, damping, batch_size):
+def numpy_refresh(samples, matrices, names, *, weight, damping, batch_size):
     """Returns the new S of each axis, by the definition of H with the Kronecker product written out."""
     inverses = [np.linalg.inv(s) for s in matrices]
     new = []
@@ -36,7 +38,7 @@ def numpy_refresh(samples, matrices, names, *, preconditioner_lr, damping, batch
         gram = np.mean([unfold(g, n) @ kronecker @ unfold(g, n).T for g in samples], axis=0)
         traces = np.prod([np.trace(inverse) for inverse in others])
         h = (batch_size * gram + damping * traces * np.eye(len(s))) / kronecker.shape[0]
-        new.append((1 - preconditioner_lr) * s + preconditioner_lr * (np.diag(np.diag(h)) if name == "diagonal" else h))
+        new.append((1 - weight) * s + weight * (np.diag(np.diag(h)) if name == "diagonal" else h))
     return new
 
 
@@ -64,19 +66,20 @@ def dense(factors):
 def compiled(names, shape):
     structures = tuple(structure_factory(name)(d) for name, d in zip(names, shape, strict=True))
 
-    @jax.jit
-    def step(curvature, gradient, factors, **setting):
-        (new,) = inverse_update.refresh(curvature, factors, structures=structures, **setting)
-        return new, inverse_update.precondition(gradient, new, structures=structures)
+    @quick_jit
+    def step(curvature, gradient, factors, **numbers):
+        rule, given = CholeskyInverse(), {"structures": structures, "step": Step(jnp.int32(0), **numbers)}
+        state = rule.refresh(RfState(tuple((s,) for (s,) in factors), jnp.int32(0)), curvature, **given)
+        return state, rule.precondition(state, gradient, gradient=gradient, **given)[0]
 
     return step
 
 
-SETTING = {"preconditioner_lr": 0.3, "damping": 0.05, "batch_size": 8.0}
+SETTING = {"weight": 0.3, "damping": 0.05, "batch_size": 8.0}
 SETTINGS = [
     SETTING,
     SETTING | {"damping": 0.0, "batch_size": 1.0},
-    SETTING | {"damping": 3.0, "preconditioner_lr": 1.0},
+    SETTING | {"damping": 3.0, "weight": 1.0},
 ]
 
 
@@ -90,24 +93,29 @@ def test_agrees_with_numpy(case):
             factors = random_factors(rng, names, shape)
             gradient = rng.standard_normal(shape)
             curvature = rng.standard_normal((samples, *shape)) if samples else gradient
-            new, direction = step(curvature, gradient, factors, **setting)
+            (new, _), direction = step(curvature, gradient, factors, **setting)
             expected = numpy_refresh(curvature if samples else [gradient], dense(factors), names, **setting)
             assert all(np.abs(e - s).max() > 0.05 for e, s in zip(expected, dense(factors), strict=True))
             chex.assert_trees_all_close(dense(new), expected, rtol=1e-10, atol=1e-11)
             np.testing.assert_allclose(direction, numpy_direction(gradient, expected), rtol=1e-10, atol=1e-11)
 
 
-def test_a_refresh_that_is_not_finite_leaves_the_factors():
+def test_a_refresh_that_is_not_finite_is_refused_and_counted():
+    """And a direction of a gradient that is not finite is that gradient: a solve would make NaN of all its entries."""
     names, shape = ("dense", "diagonal"), (4, 3)
     factors = jax.tree.map(jnp.float32, random_factors(np.random.default_rng(0), names, shape))
     gradient = np.ones(shape, np.float32)
     step = compiled(names, shape)
     new, _ = step(gradient, gradient, factors, **SETTING)
-    assert all(np.abs(a - b).max() > 1e-2 for (a,), (b,) in zip(new, factors, strict=True))
+    assert new.refused == 0
+    assert all(np.abs(a - b).max() > 1e-2 for (a,), (b,) in zip(new.factors, factors, strict=True))
     for value in (np.nan, np.inf, -np.inf, 1e20):
         gradient[1, 2] = value
-        new, _ = step(gradient, gradient, factors, **SETTING)
-        chex.assert_trees_all_equal(new, factors)
+        new, direction = step(gradient, gradient, factors, **SETTING)
+        assert new.refused == 1
+        chex.assert_trees_all_equal(new.factors, factors)
+        if not np.isfinite(value):
+            np.testing.assert_array_equal(direction, gradient)
 
 
 def test_half_precision_gradients_are_computed_with_in_float32():
@@ -118,7 +126,7 @@ def test_half_precision_gradients_are_computed_with_in_float32():
     for size in (1e4, 1e-7):
         gradient = np.float16(size * np.random.default_rng(1).standard_normal(shape))
         setting = SETTING | {"batch_size": 1 / size**2}
-        new, direction = step(gradient, gradient, factors, **setting)
+        (new, _), direction = step(gradient, gradient, factors, **setting)
         wide = gradient.astype(np.float64)
         expected = numpy_refresh([wide], dense(factors), names, **setting)
         assert direction.dtype == jnp.float32
@@ -129,7 +137,7 @@ def test_half_precision_gradients_are_computed_with_in_float32():
 
 def test_a_cpu_factorizes_one_matrix_at_a_time():
     """Several batches at once would wait for each other's threads for ever, on a machine of few."""
-    factorize = jax.jit(jax.vmap(inverse_update.cholesky))
+    factorize = quick_jit(jax.vmap(cholesky))
     matrices = jnp.stack([jnp.diag(jnp.array([4.0, scale])) for scale in (1.0, 9.0, 16.0)])
     np.testing.assert_allclose(factorize(matrices), np.sqrt(matrices))
     text = factorize.lower(matrices).as_text()
@@ -140,7 +148,7 @@ def test_a_cpu_factorizes_one_matrix_at_a_time():
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_cpu_solves_with_one_matrix_at_a_time(transposed):
-    solve = jax.jit(jax.vmap(lambda lower, tensor: inverse_update.solve(lower, tensor, 1, transposed=transposed)))
+    solve_all = jax.jit(jax.vmap(lambda lower, tensor: solve(lower, tensor, 1, transposed=transposed)))
     rng = np.random.default_rng(0)
     lowers = np.tril(rng.normal(size=(3, 4, 4))) + 3 * np.eye(4)
     tensors = rng.normal(size=(3, 2, 4, 5))
@@ -149,9 +157,11 @@ def test_a_cpu_solves_with_one_matrix_at_a_time(transposed):
         for lower, tensor in zip(lowers, tensors, strict=True)
     ]
     arguments = jnp.asarray(lowers, jnp.float32), jnp.asarray(tensors, jnp.float32)
-    np.testing.assert_allclose(solve(*arguments), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(solve_all(*arguments), expected, rtol=1e-4, atol=1e-5)
     operands = [
-        line for line in solve.lower(*arguments).as_text().splitlines() if "triangular_solve" in line or "trsm" in line
+        line
+        for line in solve_all.lower(*arguments).as_text().splitlines()
+        if "triangular_solve" in line or "trsm" in line
     ]
     assert operands
     assert all("tensor<3x4x4xf32>" not in line for line in operands)
