@@ -96,7 +96,23 @@ class Structure(abc.ABC):
         Raises:
           ValueError: if the set is not symmetric.
         """
-        raise ValueError(f"K Kᵀ needs a structure that is closed under transposition, got {self.name!r}.")
+        raise self.not_symmetric("K Kᵀ")
+
+    def symmetric_root(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
+        """Returns the parts of (K Kᵀ)^(1/2), which is symmetric positive semidefinite, if the set is symmetric.
+
+        Raises:
+          ValueError: if the set is not symmetric.
+        """
+        raise self.not_symmetric("(K Kᵀ)^(1/2)")
+
+    def positive_root(self, parts: Parts) -> Parts:
+        """Returns the parts of M^(1/2) for symmetric positive semidefinite M, if the set is symmetric.
+
+        Raises:
+          ValueError: if the set is not symmetric.
+        """
+        raise self.not_symmetric("M^(1/2)")
 
     def times_inverse_root(
         self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: PrecisionLike = None
@@ -144,6 +160,10 @@ class Structure(abc.ABC):
     @abc.abstractmethod
     def flops(self, columns: int) -> Flops:
         """Returns the cost of the operations, for a tensor of d × `columns` entries."""
+
+    def not_symmetric(self, matrix: str) -> ValueError:
+        """Returns the error of an operation whose result, `matrix`, is in symmetric sets alone."""
+        return ValueError(f"{matrix} needs a structure that is closed under transposition, got {self.name!r}.")
 
     def __repr__(self) -> str:
         return f"{self.name}({self.dim})"

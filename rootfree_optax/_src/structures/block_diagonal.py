@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.lax import PrecisionLike
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax._src.numerics import inverse_root
+from rootfree_optax._src.numerics import inverse_root, polar
 from rootfree_optax._src.numerics.dtypes import upcast
 from rootfree_optax._src.numerics.products import einsum
 from rootfree_optax._src.structures.base import Flops, Parts, Structure, other_axes
@@ -103,6 +103,14 @@ class BlockDiagonal(Structure):
 
     def square(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
         return self._product("...ij,...kj->...ik", parts, parts, precision)
+
+    def symmetric_root(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
+        if self.size == 1:
+            return (jnp.abs(upcast(parts[0])),)
+        return (polar.symmetric_root(parts[0], precision=precision),)
+
+    def positive_root(self, parts: Parts) -> Parts:
+        return (jnp.sqrt(upcast(parts[0])) if self.size == 1 else polar.positive_root(parts[0]),)
 
     def project_inner(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
         return self._product("...ji,...jk->...ik", parts, parts, precision)

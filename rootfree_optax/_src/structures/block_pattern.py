@@ -112,11 +112,22 @@ class BlockPattern(Structure):
         )
 
     def square(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
-        """Returns the parts of K Kᵀ, if there is no coupling."""
         if self.couplings:
-            return super().square(parts, precision=precision)
+            raise self.not_symmetric("K Kᵀ")
         segments = [s.square((part,), precision=precision) for s, part in zip(self.segments, parts, strict=True)]
         return (*itertools.chain(*segments),)
+
+    def symmetric_root(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
+        if self.couplings:
+            raise self.not_symmetric("(K Kᵀ)^(1/2)")
+        roots = [s.symmetric_root((part,), precision=precision) for s, part in zip(self.segments, parts, strict=True)]
+        return (*itertools.chain(*roots),)
+
+    def positive_root(self, parts: Parts) -> Parts:
+        if self.couplings:
+            raise self.not_symmetric("M^(1/2)")
+        roots = [segment.positive_root((part,)) for segment, part in zip(self.segments, parts, strict=True)]
+        return (*itertools.chain(*roots),)
 
     def times_inverse_root(
         self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: PrecisionLike = None
