@@ -27,8 +27,8 @@ from rootfree_optax._src.transforms.kronecker import ScaleByKroneckerState, scal
 __version__ = "0.1.0"
 
 __all__ = [
-    "BlockFlops",
     "EMBEDDINGS",
+    "BlockFlops",
     "BlockRule",
     "Group",
     "Layout",
