@@ -84,15 +84,6 @@ def averaged_direction(
     return root_free_direction(average, curvature, damping=damping).astype(gradient.dtype)
 
 
-def total_weight(decay: ArrayLike, count: jax.Array) -> jax.Array:
-    """Returns 1 − decay^count, what the weights of a moving average from zero add up to after `count` ≥ 1 steps.
-
-    Computed as −expm1(count·log1p(−(1 − decay))), because 1 − decay^count cancels for decay near 1.
-    """
-    rate = jnp.log1p(-jnp.asarray(1 - decay, jnp.float32))
-    return -jnp.expm1(count.astype(jnp.float32) * rate)
-
-
 def average_square(
     s: jax.Array, curvature: jax.Array, *, decay: ArrayLike, seen: jax.Array, count: jax.Array
 ) -> jax.Array:

@@ -43,3 +43,12 @@ def average_heavy_ball(
     average = add_scaled(update, momentum, velocity)
     new = keep_finite(velocity, average, update)
     return add_scaled(update, momentum, average) if nesterov else average, new
+
+
+def total_weight(decay: ArrayLike, count: jax.Array) -> jax.Array:
+    """Returns 1 − decay^count, what the weights of a moving average from zero add up to after `count` ≥ 1 steps.
+
+    Computed as −expm1(count·log1p(−(1 − decay))), because 1 − decay^count cancels for decay near 1.
+    """
+    rate = jnp.log1p(-jnp.asarray(1 - decay, jnp.float32))
+    return -jnp.expm1(count.astype(jnp.float32) * rate)

@@ -85,6 +85,9 @@ class BlockRule(abc.ABC):
     def init(self, structures: Sequence[Structure], dtypes: Sequence[jnp.dtype]) -> BlockState:
         """Returns what a block keeps, before its first gradient: a tree of arrays, with None for what is off.
 
+        A NamedTuple with a field `factors`, the parts of each axis's factor, is read by `rf.factors` and `rf.info`, and
+        compared with the parameters' shapes at every update.
+
         Args:
           structures: the structure of each axis, with its length `structure.dim`.
           dtypes: the dtype of each axis's factor.
@@ -153,10 +156,6 @@ class BlockRule(abc.ABC):
         Rules find the largest of all blocks as `step.largest_scale`: a block far below it is rounding noise.
         """
         del state
-
-    def factors(self, state: BlockState) -> Any:
-        """Returns the parts of each axis's factor, for those who read them out of a state; None without factors."""
-        return getattr(state, "factors", None)
 
     def waits(self, state: BlockState) -> jax.Array:
         """Returns whether the block still waits for its first gradient, a scalar. A rule with `start` says so here."""

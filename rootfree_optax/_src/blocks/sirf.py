@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.blocks.apply import apply_factors, clip_to_trust_radius
-from rootfree_optax._src.blocks.folding import fold, fold_axes, unfold_means
+from rootfree_optax._src.blocks.apply import apply_factors, clip_to_trust_radius, fold, fold_axes, unfold_means
 from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Step
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
 from rootfree_optax._src.numerics.finite import max_abs

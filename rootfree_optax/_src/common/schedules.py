@@ -122,6 +122,19 @@ def resolve_batch_size(at_update: ArrayLike | None, at_construction: ArrayLike |
     return at_construction
 
 
+def complement(decay: optax.ScalarOrSchedule, every: Interval) -> optax.ScalarOrSchedule:
+    """Returns 1 − decayᶜ, the weight of the newest of values that come every c-th step, for a decay per step.
+
+    Args:
+      decay: in (0, 1), a number, a traced scalar or a schedule.
+      every: c ≥ 1; where it is not a Python int it counts as one.
+    """
+    power = every if isinstance(every, int) else 1
+    if callable(decay):
+        return lambda count: 1 - decay(count) ** power
+    return 1 - decay**power
+
+
 def average_equally(weight: optax.ScalarOrSchedule, refresh_every: RefreshEvery, *, largest: float) -> optax.Schedule:
     """Makes all refreshes so far weigh alike, until there are 1/β₂ of them: an average that is right from the start.
 

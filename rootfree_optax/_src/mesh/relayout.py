@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -62,23 +61,3 @@ def move(mesh: AnyMesh, array: jax.Array, stops: Sequence[PartitionSpec]) -> jax
     for spec in stops:
         array = jax.lax.with_sharding_constraint(array, NamedSharding(mesh if context.empty else context, spec))
     return array
-
-
-def replicate(tree: Any) -> Any:
-    """Replicates arrays that carry a sharding in their type: blocks are cut across its boundaries."""
-
-    def replicate_leaf(leaf: jax.Array) -> jax.Array:
-        spec = jax.typeof(leaf).sharding.spec
-        return leaf if all(axis is None for axis in spec) else jax.sharding.reshard(leaf, PartitionSpec())
-
-    return jax.tree.map(replicate_leaf, tree)
-
-
-def shard_like(tree: Any, reference: Any) -> Any:
-    """Gives arrays the shardings that others carry in their types."""
-
-    def shard(leaf: jax.Array, like: jax.Array) -> jax.Array:
-        spec = jax.typeof(like).sharding.spec
-        return leaf if all(axis is None for axis in spec) else jax.sharding.reshard(leaf, spec)
-
-    return jax.tree.map(shard, tree, reference)

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from rootfree_optax._src.layout import Plan
 from rootfree_optax._src.layout.stack import Stack
-from rootfree_optax._src.mesh.relayout import move, replicate, route, shard_like, split_within_blocks
+from rootfree_optax._src.mesh.relayout import move, route, split_within_blocks
 from rootfree_optax._src.mesh.shard_map import Axes, axes_of_type, map_shards, partition
 from rootfree_optax._src.mesh.state_shardings import AnyMesh, mesh_in_use
 
@@ -102,7 +102,7 @@ class WholeStacks:
           like: the tree that was packed.
           rest: the arrays of the parameters without factors, by key path.
         """
-        return shard_like(self.plan.unpack(stacks, like, rest=rest, equal_kernels=True), like)
+        return _shard_like(self.plan.unpack(stacks, like, rest=rest, equal_kernels=True), like)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +187,7 @@ class LocalStacks(DividedStacks):
     def pack(self, tree: Any, name: str, *, sample_axis: bool = False) -> Stacks:
         """Returns this device's parts of the stacks."""
         index = jax.lax.axis_index(self.axes)
-        whole = self._pack_padded(replicate(tree), name, sample_axis)
+        whole = self._pack_padded(_replicate(tree), name, sample_axis)
         lengths = self.own_lengths
         return tuple(
             jax.lax.dynamic_slice_in_dim(stack, index * length, length)
@@ -196,7 +196,7 @@ class LocalStacks(DividedStacks):
 
     def unpack(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] | None = None) -> Any:
         """Returns the whole tree, on every device."""
-        return shard_like(self._unpack_padded([self._sum_parts(part) for part in stacks], like, rest), like)
+        return _shard_like(self._unpack_padded([self._sum_parts(part) for part in stacks], like, rest), like)
 
     def _sum_parts(self, part: jax.Array) -> jax.Array:
         """Returns the stack of all parts. Uses psum because its result is typed as replicated; all_gather's is not."""
@@ -204,6 +204,26 @@ class LocalStacks(DividedStacks):
         zeros = jnp.zeros((length * self.shards, *part.shape[1:]), part.dtype)
         start = jax.lax.axis_index(self.axes) * length
         return jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(zeros, part, start, 0), self.axes)
+
+
+def _replicate(tree: Any) -> Any:
+    """Replicates arrays that carry a sharding in their type: blocks are cut across its boundaries."""
+
+    def replicate(leaf: jax.Array) -> jax.Array:
+        spec = jax.typeof(leaf).sharding.spec
+        return leaf if all(axis is None for axis in spec) else jax.sharding.reshard(leaf, PartitionSpec())
+
+    return jax.tree.map(replicate, tree)
+
+
+def _shard_like(tree: Any, reference: Any) -> Any:
+    """Gives arrays the shardings that others carry in their types."""
+
+    def shard(leaf: jax.Array, like: jax.Array) -> jax.Array:
+        spec = jax.typeof(like).sharding.spec
+        return leaf if all(axis is None for axis in spec) else jax.sharding.reshard(leaf, spec)
+
+    return jax.tree.map(shard, tree, reference)
 
 
 def _pack(plan: Plan, tree: Any, name: str, sample_axis: bool, **relayout: Any) -> Stacks:
@@ -222,7 +242,7 @@ def _pad(stack: jax.Array, length: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def _pack_whole(plan: Plan, tree: Any, name: str, sample_axis: bool) -> Stacks:
-    return _pack(plan, replicate(tree), name, sample_axis)
+    return _pack(plan, _replicate(tree), name, sample_axis)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3), inline=True)

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax._src.blocks.diagonal import total_weight
-from rootfree_optax._src.blocks.momentum import add_scaled, average_heavy_ball
+from rootfree_optax._src.blocks.momentum import add_scaled, average_heavy_ball, total_weight
 from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.numerics.dtypes import dtype_like
 
@@ -126,7 +125,7 @@ def heavy_ball(
         del params, extra_args
 
         step = optax.safe_increment(state.step)
-        scale = (1 - momentum) / total_weight(momentum, step + nesterov) if average else 1.0
+        scale = (1 - momentum) / total_weight(momentum, step + int(nesterov)) if average else 1.0
         add = functools.partial(_add, momentum, scale, nesterov)
         updates, velocity = trees.map_pairs(add, updates, state.momentum)
         return updates, HeavyBallState(step, velocity)

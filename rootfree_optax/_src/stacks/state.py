@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -104,8 +104,3 @@ def is_padding(stack: Stack, length: int, axes: tuple[str, ...]) -> jax.Array:
     """Returns which of this device's blocks of a stack, `length` of them, are padding."""
     first = jax.lax.axis_index(axes) * length if axes else 0
     return first + jnp.arange(length) >= stack.count
-
-
-def map_blocks(function: Any, stack: Stack, numbers: Step) -> Any:
-    """Returns a function of a whole stack for one of a block that also takes its structures and the step's numbers."""
-    return jax.vmap(functools.partial(function, structures=stack.structures, step=numbers))

@@ -1,15 +1,27 @@
-"""One step of all stacks: blocks start, take in statistics, are refreshed, and precondition."""
+"""One step of all stacks: blocks start, take in statistics, are refreshed when it is due, and precondition."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from rootfree_optax._src.blocks.diagonal import total_weight
-from rootfree_optax._src.blocks.momentum import average_heavy_ball
-from rootfree_optax._src.blocks.rule import BlockRule, BlockState
+from rootfree_optax._src.blocks.momentum import average_heavy_ball, total_weight
+from rootfree_optax._src.blocks.rule import BlockRule, BlockState, Step
+from rootfree_optax._src.common.schedules import Staggered
 from rootfree_optax._src.layout.stack import Stack
 from rootfree_optax._src.numerics.dtypes import upcast
-from rootfree_optax._src.stacks.refresh import LazyStacks, observe_when_due, refresh_when_due, start_blocks
-from rootfree_optax._src.stacks.state import StackState, StackStep, map_blocks
+from rootfree_optax._src.numerics.finite import max_abs
+from rootfree_optax._src.stacks.state import StackState, StackStep
+
+Blocks: TypeAlias = tuple[BlockState, ...]
+LazyStacks: TypeAlias = tuple[jax.Array, ...] | Callable[[], tuple[jax.Array, ...]]
+
+# Numbers in the factors that are refreshed at once: below that, products are too small to be fast.
+_MIN_ENTRIES_PER_REFRESH = 2**18
 
 
 def step_stacks(
@@ -23,7 +35,7 @@ def step_stacks(
       samples: for each stack what the curvature is estimated from, [blocks, *shape] or [blocks, samples, *shape].
       states: of the stacks.
     """
-    blocks = start_blocks(step, samples, tuple([state.block for state in states]))
+    blocks = start_blocks(step, samples, states)
     blocks = observe_when_due(step, samples, blocks)
     blocks = refresh_when_due(step, samples, blocks)
     stepped = [_precondition(step, *of_stack) for of_stack in zip(step.stacks, gradients, blocks, states, strict=True)]
@@ -36,13 +48,155 @@ def _precondition(
     average, momentum = gradient, old.momentum
     if step.momentum is not None:
         average, momentum = average_heavy_ball(old.momentum, gradient, step.momentum, nesterov=step.nesterov)
-        weight = total_weight(step.momentum, step.numbers.count + 1 + step.nesterov)
+        weight = total_weight(step.momentum, step.numbers.count + (2 if step.nesterov else 1))
         average = average * (jnp.asarray(1 - step.momentum, average.dtype) / weight.astype(average.dtype))
     direction, block = map_blocks(step.rule.precondition, stack, step.numbers)(block, average, gradient=gradient)
     flat = upcast(direction).reshape(len(direction), -1)
     mean_square = jnp.einsum("bi,bi->b", flat, flat).astype(jnp.float32) / flat.shape[1]
     is_idle = jnp.all(gradient == 0, tuple(range(1, gradient.ndim)))
     return direction, StackState(block, momentum, mean_square, is_idle, old.size)
+
+
+def map_blocks(function: Any, stack: Stack, numbers: Step) -> Any:
+    """Returns a function of a whole stack for one of a block that also takes its structures and the step's numbers."""
+    return jax.vmap(functools.partial(function, structures=stack.structures, step=numbers))
+
+
+def force(stacks: LazyStacks) -> tuple[jax.Array, ...]:
+    """Returns stacks, computed here if they are lazy."""
+    return stacks() if callable(stacks) else stacks
+
+
+def start_blocks(step: StackStep, samples: LazyStacks, states: Sequence[StackState]) -> Blocks:
+    """Returns the blocks' states after those that see their first gradient have started.
+
+    Args:
+      step: the step.
+      samples: the stacks that the curvature is estimated from.
+      states: of the stacks.
+    """
+    blocks = tuple([state.block for state in states])
+    if type(step.rule).start is BlockRule.start:
+        return blocks
+    waiting = [jax.vmap(step.rule.waits)(block) for block in blocks]
+    # Only as long as a block waits: the search is a pass over all gradients. Padding would wait for ever.
+    own = [w & (state.size > 0) for w, state in zip(waiting, states, strict=True)]
+    search = lambda: tuple(map(jax.vmap(_is_first), force(samples), waiting))
+    firsts = jax.lax.cond(_any(own), search, lambda: tuple(map(jnp.zeros_like, waiting)))
+
+    def start_block(
+        block: BlockState, sample: jax.Array, is_first: jax.Array, structures: Sequence[Any], step: Any
+    ) -> BlockState:
+        started = start(block, sample, structures=structures, step=step)
+        return jax.tree.map(lambda new, old: old if new is old else jnp.where(is_first, new, old), started, block)
+
+    start = step.rule.start
+    change = lambda: tuple(
+        [
+            map_blocks(start_block, stack, step.numbers)(*of_stack)
+            for stack, *of_stack in zip(step.stacks, blocks, force(samples), firsts, strict=True)
+        ]
+    )
+    return jax.lax.cond(_any(firsts), change, lambda: blocks)
+
+
+def _is_first(sample: jax.Array, waits: jax.Array) -> jax.Array:
+    """Returns whether a waiting block's gradient tells something: it is finite, and not all zero."""
+    largest = max_abs((sample,))
+    return waits & (largest > 0) & jnp.isfinite(largest)
+
+
+def _any(flags: Sequence[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.logical_or, map(jnp.any, flags))
+
+
+def observe_when_due(step: StackStep, samples: LazyStacks, blocks: Blocks) -> Blocks:
+    """Returns the blocks' states after their statistics have taken in a gradient, where that is due."""
+    if step.observe is None:
+        return blocks
+    observe = lambda: tuple(
+        [
+            map_blocks(step.rule.observe, stack, step.numbers)(*of_stack)
+            for stack, *of_stack in zip(step.stacks, blocks, force(samples), strict=True)
+        ]
+    )
+    return observe() if step.observe is True else jax.lax.cond(step.observe, observe, lambda: blocks)
+
+
+def refresh_when_due(step: StackStep, samples: LazyStacks, blocks: Blocks) -> Blocks:
+    """Returns the blocks' states after a refresh of all, or of those whose turn it is, where that is due."""
+    if isinstance(step.refresh, Staggered):
+        return _refresh_in_turn(step, step.refresh.period, force(samples), blocks)
+    refresh = lambda: tuple(
+        [
+            _refresh_in_portions(step, stack, sample, block)
+            for stack, sample, block in zip(step.stacks, force(samples), blocks, strict=True)
+        ]
+    )
+    return refresh() if step.refresh is True else jax.lax.cond(step.refresh, refresh, lambda: blocks)
+
+
+def _refresh_in_portions(step: StackStep, stack: Stack, sample: jax.Array, block: BlockState) -> BlockState:
+    refresh = map_blocks(step.rule.refresh, stack, step.numbers)
+    size, length = _portion(stack, len(sample)), len(sample)
+    if size == length:
+        # A loop of one turn would keep the compiler from working on the arrays as they are.
+        return refresh(block, sample)
+    turn = functools.partial(_take_turn, refresh, size, sample)
+    return jax.lax.fori_loop(0, -(-length // size), turn, block)
+
+
+def _portion(stack: Stack, length: int) -> int:
+    """Returns how many blocks of a stack are refreshed at once: a sixteenth to an eighth, if that is work enough.
+
+    A refresh needs several times the memory that it changes, so that one of everything at once would decide how much
+    memory a model's training needs.
+    """
+    entries = sum([math.prod(shape) for s in stack.structures for shape in s.part_shapes])
+    enough = -(-_MIN_ENTRIES_PER_REFRESH // entries)
+    if enough >= length:
+        return length
+    sizes = range(max(enough, -(-length // 16)), max(enough, -(-length // 8)) + 1)
+    return min(length, min(sizes, key=lambda size: -length % size))
+
+
+def _refresh_in_turn(step: StackStep, period: int, samples: tuple[jax.Array, ...], blocks: Blocks) -> Blocks:
+    """Returns the blocks' states after some of each stack were refreshed, so that all are once in every period.
+
+    Of a stack of n blocks it is ⌈n/T⌉ at each step, from one on that differs between stacks, until all have had their
+    turn; then none for the rest of the period.
+    """
+    sizes = [-(-len(sample) // period) for sample in samples]
+    turns = [-(-len(sample) // size) for sample, size in zip(samples, sizes, strict=True)]
+    begins = itertools.accumulate(turns, initial=0)  # so that stacks of few turns have them at different steps
+    refreshed = []
+    for stack, sample, size, own_turns, begin, block in zip(
+        step.stacks, samples, sizes, turns, list(begins)[:-1], blocks, strict=True
+    ):
+        index = (step.numbers.count - begin) % period
+        refresh = map_blocks(step.rule.refresh, stack, step.numbers)
+        turn = functools.partial(_take_turn, refresh, size, sample, index)
+        is_due = index < own_turns
+        refreshed.append(turn(block) if own_turns == period else jax.lax.cond(is_due, turn, lambda old: old, block))
+    return tuple(refreshed)
+
+
+def _take_turn(
+    refresh: Callable[..., BlockState], size: int, sample: jax.Array, index: jax.Array | int, old: BlockState
+) -> BlockState:
+    """Returns a stack's state after the index-th turn, of `size` blocks; the last turn has what is left."""
+    length = len(sample)
+    if size == length:
+        return refresh(old, sample)
+    first = jnp.minimum(index * size, length - size)
+    rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
+    before = jax.tree.map(rows, old)
+    after = refresh(before, rows(sample))
+    if length % size:
+        is_due = first + jnp.arange(size) >= index * size  # others had an earlier turn
+        after = jax.tree.map(functools.partial(jax.vmap(jnp.where), is_due), after, before)
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=0)
+    return jax.tree.map(write, old, after)
 
 
 def measure_largest_scale(rule: BlockRule, states: tuple[StackState, ...], local_axes: tuple[str, ...]) -> jax.Array:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax._src.blocks.diagonal import adam_step, first_moment, second_moment, total_weight
+from rootfree_optax._src.blocks.diagonal import adam_step, first_moment, second_moment
+from rootfree_optax._src.blocks.momentum import total_weight
 from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.numerics.dtypes import dtype_like, real_dtype, upcast
 

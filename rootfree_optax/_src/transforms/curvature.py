@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -294,13 +293,9 @@ def _scale_by_curvature(
             "a bound already. Leave it out."
         )
 
-    def weight(count: jax.Array) -> jax.Array:
-        decay = jnp.asarray(schedules.value_at(statistics_decay, count), jnp.float32)
-        return 1 - decay ** (statistics_every if isinstance(statistics_every, int) else 1)
-
     return scale_by_kronecker(
         rule,
-        weight=weight,
+        weight=schedules.complement(statistics_decay, statistics_every),
         momentum=momentum,
         nesterov=nesterov and momentum is not None,
         absolute_damping=absolute_damping,

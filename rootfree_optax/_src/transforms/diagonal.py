@@ -13,8 +13,8 @@ from rootfree_optax._src.blocks.diagonal import (
     first_moment,
     newton_step,
     root_free_step,
-    total_weight,
 )
+from rootfree_optax._src.blocks.momentum import total_weight
 from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.common.schedules import StepSize
 from rootfree_optax._src.numerics.dtypes import dtype_like, real_dtype, upcast

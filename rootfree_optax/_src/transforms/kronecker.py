@@ -19,9 +19,8 @@ from rootfree_optax._src.layout import Layout, Plan
 from rootfree_optax._src.layout.rules import dtypes_of
 from rootfree_optax._src.layout.stack import Stack
 from rootfree_optax._src.mesh.stacks_on_mesh import MeshAxes, WholeStacks, place_stacks, require_mesh_axes
-from rootfree_optax._src.stacks.refresh import LazyStacks
 from rootfree_optax._src.stacks.state import StackState, StackStep, init_stacks
-from rootfree_optax._src.stacks.step import measure_largest_scale, step_stacks
+from rootfree_optax._src.stacks.step import LazyStacks, measure_largest_scale, step_stacks
 from rootfree_optax._src.transforms.reports import KroneckerReport, report
 
 
@@ -62,7 +61,7 @@ def scale_by_kronecker(
     mu_dtype: DTypeLike | None = None,
     refresh_every: RefreshEvery = 1,
     statistics_every: Interval | None = None,
-    layout: Layout = Layout(),  # noqa: B008  # a frozen value
+    layout: Layout = Layout(diagonal=None),  # noqa: B008  # a frozen value
     mesh_axes: MeshAxes = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -159,8 +158,12 @@ def scale_by_kronecker(
         batch_size = schedules.resolve_batch_size(batch_size, at_construction)
         count = optax.safe_increment(state.count)
         plan = layout.plan(updates if params is None else params)
-        others = None if params is None else _select_rest(plan, params, rest)
-        rest_updates, rest_state = for_rest.update(_select_rest(plan, updates, rest), state.rest, others, **extra_args)
+        rest_updates, rest_state = {}, state.rest
+        if plan.rest:
+            others = None if params is None else _select_rest(plan, params, rest)
+            rest_updates, rest_state = for_rest.update(
+                _select_rest(plan, updates, rest), rest_state, others, **extra_args
+            )
         if not plan.stacks:
             updates = plan.unpack((), updates, rest=rest_updates)
             return updates, state._replace(count=count, rest=rest_state)
@@ -260,12 +263,12 @@ def _place_state(
 
 
 def _has_shapes(rule: BlockRule, state: StackState, stack: Stack) -> bool:
-    factors = jax.tree.leaves(rule.factors(state.block))
+    factors = jax.tree.leaves(getattr(state.block, "factors", None))
     return not factors or [part.shape[1:] for part in factors] == [shape[1:] for shape in stack.part_shapes]
 
 
 def _describe_misfit(rule: BlockRule, states: Sequence[StackState], plan: Plan) -> str:
-    found = [[part.shape for part in jax.tree.leaves(rule.factors(state.block))] for state in states]
+    found = [[part.shape for part in jax.tree.leaves(getattr(state.block, "factors", None))] for state in states]
     expected = [stack.part_shapes for stack in plan.stacks]
     return (
         "the state must come from init on parameters of the shapes that update is given, with the same layout. The "

@@ -9,6 +9,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.blocks import diagonal as update_rule
+from rootfree_optax._src.blocks.momentum import total_weight
 from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.numerics.dtypes import dtype_like, real_dtype
 
@@ -188,8 +189,8 @@ def scale_by_rf_adam(
         averaged_direction = functools.partial(
             update_rule.averaged_direction,
             damping=schedules.value_at(damping, state.count),
-            m_weight=update_rule.total_weight(b1, count) if bias_correction else 1.0,
-            s_weight=update_rule.total_weight(b2, count) if bias_correction else 1.0,
+            m_weight=total_weight(b1, count) if bias_correction else 1.0,
+            s_weight=total_weight(b2, count) if bias_correction else 1.0,
         )
         return trees.map_gradients(averaged_direction, updates, averages, nu), ScaleByRfAdamState(count, mu, nu)
 
