@@ -49,6 +49,19 @@ def run(tx: optax.GradientTransformationExtraArgs, params: Any, gradients: Any, 
     return history, state
 
 
+def scan(tx: optax.GradientTransformationExtraArgs, params: Any, gradients: Any) -> tuple[Any, Any]:
+    """Returns what `run` does, from one program for all steps: for a transformation of traced numbers."""
+
+    def step(carry: Any, gradient: Any) -> tuple[Any, Any]:
+        params, state = carry
+        updates, state = tx.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), updates
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients)
+    (_, state), history = jax.lax.scan(step, (params, tx.init(params)), stacked)
+    return [jax.tree.map(lambda leaf, t=t: leaf[t], history) for t in range(len(gradients))], state
+
+
 def types(tree: Any) -> Any:
     """Returns the type of every array: shape, dtype, weak type and, on an explicit mesh, sharding."""
     return jax.tree.map(lambda leaf: (jax.typeof(leaf), leaf.weak_type), tree)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, make_gradients, make_params, refuses, run
+from checks import assert_close, make_gradients, make_params, refuses, run, scan
 from contract import ALL, CONSTRUCTORS, HYPERPARAMETERS, OPTIMIZERS, Case, numeric_parameters, over, tolerance_of
 
 DTYPES = pytest.mark.parametrize(
@@ -51,14 +51,14 @@ def test_step_sizes_damping_and_weight_decay_may_be_schedules(case: Case) -> Non
     assert expected & set(case.parameters) <= set(numeric_parameters(case.make, schedule=True))
 
 
-@over(ALL)
+@over(ALL, wiring=True)
 @DTYPES
 def test_traced_numbers_equal_python_numbers(case: Case, dtype: Any) -> None:
     params = make_params(dtype)
     gradients = make_gradients(params, 2)
     values = first_values(case)
     expected = run(case(**values), params, gradients)
-    actual = jax.jit(lambda traced: run(case(**traced), params, gradients))(as_arrays(values))
+    actual = jax.jit(lambda traced: scan(case(**traced), params, gradients))(as_arrays(values))
     assert_close(actual, expected, tolerance_of(case, dtype))
 
 
@@ -133,10 +133,11 @@ def test_vmap_over_hyperparameters_equals_a_loop_and_each_has_an_effect(case: Ca
     gradients = make_gradients(params, 3)
     values = first_values(case)
     settings = [values, *({**values, name: HYPERPARAMETERS[name][1]} for name in case.numeric)]
-    of_setting = jax.jit(lambda traced: run(case(**traced), params, gradients))
+    of_setting = jax.jit(lambda traced: scan(case(**traced), params, gradients))
     singly = [of_setting(as_arrays(setting)) for setting in settings]
+    assert_close(singly[0], run(case(**values), params, gradients), tolerance_of(case))
     stacked = {name: jnp.asarray([setting[name] for setting in settings], jnp.float32) for name in values}
-    together = jax.jit(jax.vmap(lambda traced: run(case(**traced), params, gradients)))(stacked)
+    together = jax.jit(jax.vmap(lambda traced: scan(case(**traced), params, gradients)))(stacked)
     for i, expected in enumerate(singly):
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), expected, tolerance_of(case))
     base, *others = (np.concatenate([u.ravel() for u in jax.tree.leaves(updates[-1])]) for updates, _ in singly)
