@@ -1,7 +1,6 @@
 """What the tests of the Kronecker transformation and of its rules share."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,16 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checks import quick_jit
 
 import rootfree_optax as rf
 from rootfree_optax._src.blocks.sirf import ExactRefresh, SirfState
 
 SETTING = {"preconditioner_lr": 0.3, "damping": 0.1, "batch_size": 4}
 EXACT_SETTING = {"weight": 0.1, "damping": 0.01, "batch_size": 4}
-
-# Programs of a few steps take longer to compile than to run: they are compiled without most optimizations.
-SHORT = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-quick_jit = functools.partial(jax.jit, compiler_options=SHORT)
 
 scale_by_published, sirf_published = rf.published.scale_by_sirf_shampoo, rf.published.sirf_shampoo
 both_forms = pytest.mark.parametrize("make", [scale_by_published, rf.published.scale_by_rf_shampoo])

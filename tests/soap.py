@@ -44,7 +44,7 @@ class Soap(rf.BlockRule):
 
     def init(self, structures, dtypes):
         """Returns the state of a block that has seen no gradient."""
-        dtype = functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+        dtype = max([jnp.dtype(jnp.float32), *dtypes], key=lambda dtype: dtype.itemsize)
         nu = jnp.zeros([structure.dim for structure in structures], dtype)
         identities = tuple(structure.identity(dtype) for structure in structures)
         zeros = tuple(structure.zeros(dtype) for structure in structures)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, make_gradients, make_params, refuses, run
+from checks import assert_close, make_gradients, make_params, quick_jit, refuses, run, scan
 from contract import ALL, CONSTRUCTORS, HYPERPARAMETERS, OPTIMIZERS, Case, numeric_parameters, over, tolerance_of
 
 DTYPES = pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def as_arrays(values: dict[str, float]) -> dict[str, jax.Array]:
 
 def update_of(case: Case) -> Callable[..., tuple[Any, Any]]:
     """Returns the update as a function of the hyperparameters too, so that one program serves all their values."""
-    update = jax.jit(lambda traced, gradient, state, params: case(**traced).update(gradient, state, params))
+    update = quick_jit(lambda traced, gradient, state, params: case(**traced).update(gradient, state, params))
     return lambda values, *arguments: update(as_arrays(values), *arguments)
 
 
@@ -51,14 +51,14 @@ def test_step_sizes_damping_and_weight_decay_may_be_schedules(case: Case) -> Non
     assert expected & set(case.parameters) <= set(numeric_parameters(case.make, schedule=True))
 
 
-@over(ALL)
+@over(ALL, wiring=True)
 @DTYPES
 def test_traced_numbers_equal_python_numbers(case: Case, dtype: Any) -> None:
     params = make_params(dtype)
     gradients = make_gradients(params, 2)
     values = first_values(case)
     expected = run(case(**values), params, gradients)
-    actual = jax.jit(lambda traced: run(case(**traced), params, gradients))(as_arrays(values))
+    actual = quick_jit(lambda traced: scan(case(**traced), params, gradients))(as_arrays(values))
     assert_close(actual, expected, tolerance_of(case, dtype))
 
 
@@ -114,7 +114,7 @@ def test_injected_hyperparameters_equal_constants_and_can_be_changed(case: Case,
     state = injected.init(params)
     assert set(state.hyperparams) == set(case.numeric)
 
-    update, update_injected = update_of(case), jax.jit(injected.update)
+    update, update_injected = update_of(case), quick_jit(injected.update)
     expected = update(values, first, case(**values).init(params), params)
     actual, state = update_injected(first, state, params)
     assert_close((actual, state.inner_state), expected, tolerance_of(case, dtype))
@@ -133,10 +133,11 @@ def test_vmap_over_hyperparameters_equals_a_loop_and_each_has_an_effect(case: Ca
     gradients = make_gradients(params, 3)
     values = first_values(case)
     settings = [values, *({**values, name: HYPERPARAMETERS[name][1]} for name in case.numeric)]
-    of_setting = jax.jit(lambda traced: run(case(**traced), params, gradients))
+    of_setting = quick_jit(lambda traced: scan(case(**traced), params, gradients))
     singly = [of_setting(as_arrays(setting)) for setting in settings]
+    assert_close(singly[0], run(case(**values), params, gradients), tolerance_of(case))
     stacked = {name: jnp.asarray([setting[name] for setting in settings], jnp.float32) for name in values}
-    together = jax.jit(jax.vmap(lambda traced: run(case(**traced), params, gradients)))(stacked)
+    together = quick_jit(jax.vmap(lambda traced: scan(case(**traced), params, gradients)))(stacked)
     for i, expected in enumerate(singly):
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), expected, tolerance_of(case))
     base, *others = (np.concatenate([u.ravel() for u in jax.tree.leaves(updates[-1])]) for updates, _ in singly)
@@ -173,7 +174,7 @@ def test_a_state_dtype_that_is_not_real_floating_point_is_refused(case: Case) ->
 def test_a_missing_batch_size_is_refused_with_both_remedies(case: Case, jitted: bool) -> None:
     params = make_params()
     tx = case(batch_size=None)
-    update = jax.jit(tx.update) if jitted else tx.update
+    update = quick_jit(tx.update) if jitted else tx.update
     with refuses(ValueError, "batch_size", "construct", "update(grads, state, params, batch_size="):
         update(params, tx.init(params), params)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, make_gradients, make_params, refuses, run
+from checks import assert_close, make_gradients, make_params, quick_jit, refuses, run
 from contract import ALL, CONSTRUCTORS, OPTIMIZERS, Case, over, tolerance_alone, tolerance_of
 
 
@@ -28,8 +28,8 @@ def test_accumulated_micro_batches_equal_one_large_batch(case: Case) -> None:
 
     # MultiSteps divides a float32 by an int32, so it needs jax's standard promotion.
     with jax.numpy_dtype_promotion("standard"):
-        update = jax.jit(tx.update)
-        accumulate = jax.jit(functools.partial(accumulating.update, batch_size=k * b))
+        update = quick_jit(tx.update)
+        accumulate = quick_jit(functools.partial(accumulating.update, batch_size=k * b))
         for batch in inputs:
             expected, state = update(jax.grad(loss)(large, batch), state, large)
             large = optax.apply_updates(large, expected)

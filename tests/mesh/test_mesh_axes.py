@@ -55,10 +55,17 @@ def own_factors(state: Any) -> Any:
     ]
 
 
-def at_intervals(*args: Any, **others: Any) -> optax.GradientTransformationExtraArgs:
+def at_intervals(learning_rate: float, *, weight_decay: float, **options: Any) -> optax.GradientTransformationExtraArgs:
     """The exact refresh with all that the state may hold."""
-    beside = {"statistics_every": 1, "trust_radius": 2.0, "cache_preconditioner": True}
-    return rf.sirf_shampoo(*args, **beside, **{"momentum": 0.9, **others})
+    rule = ExactRefresh(trust_radius=2.0, observes=True, cache_preconditioner=True)
+    exact = rf.scale_by_kronecker(rule, weight=0.2, momentum=0.9, statistics_every=1, **options)
+    return optax.chain(exact, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate))
+
+
+def spectral(learning_rate: float, *, batch_size: int, **options: Any) -> optax.GradientTransformationExtraArgs:
+    """SIRF-Muon, whose steps do not depend on the batch size."""
+    del batch_size
+    return rf.sirf_muon(learning_rate, **options)
 
 
 @functools.cache
@@ -75,10 +82,20 @@ def expected(make: Any) -> tuple[Any, Any]:
         (rf.published.sirf_shampoo, AxisType.Auto, (4, 2), TENSOR, "data"),
         (at_intervals, AxisType.Auto, (8,), FSDP, "data"),
         (at_intervals, AxisType.Explicit, (4, 2), TENSOR, ("data", "model")),
+        (spectral, AxisType.Auto, (8,), FSDP, "data"),
         (rf.published.rf_shampoo, AxisType.Auto, (2, 4), TENSOR, ("model", "data")),
         (rf.published.rf_shampoo, AxisType.Explicit, (1,), FSDP, "data"),
     ],
-    ids=["fsdp", "tensor-explicit", "tensor-over-data", "intervals", "intervals-explicit", "inverses", "one-device"],
+    ids=[
+        "fsdp",
+        "tensor-explicit",
+        "tensor-over-data",
+        "intervals",
+        "intervals-explicit",
+        "spectral",
+        "inverses",
+        "one-device",
+    ],
 )
 def test_ten_steps_equal_those_on_one_device(make: Any, kind: AxisType, sizes: Any, specs: Any, axes: Any) -> None:
     mesh = mesh_of(kind, *sizes, devices=int(np.prod(sizes)))
@@ -123,7 +140,7 @@ def test_updates_are_laid_out_as_gradients_are_where_no_type_says_so(block_size:
     shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
     params = {"rows": jnp.ones((16, 24)), "columns": jnp.ones((24, 16)), "vector": jnp.ones(16)}
     params = jax.device_put(params, shardings)
-    tx = rf.sirf_shampoo(0.1, batch_size=1, layout=rf.Layout(block_size=block_size), mesh_axes="data")
+    tx = rf.sirf_shampoo(0.1, layout=rf.Layout(block_size=block_size), mesh_axes="data")
     state = jax.jit(tx.init, out_shardings=rf.state_shardings(tx, params))(params)
     updates, _ = jax.jit(tx.update)(params, state, params)
     for name, update in updates.items():
@@ -168,13 +185,14 @@ def test_a_shard_mapped_step_works_on_its_own_blocks() -> None:
 )
 def test_nothing_is_sent_within_a_step(structure: str, rule: rf.BlockRule) -> None:
     mesh = mesh_of(AxisType.Auto, 8)
-    layout = rf.Layout(block_size=4, structure=structure)
+    layout = rf.Layout(block_size=4, structure=structure, merge_dims=None, diagonal=None)
     params = {"kernel": jax.ShapeDtypeStruct((64, 4), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))}
     placed = place_stacks(layout.plan(params), "data", params)
     [stack] = placed.stacks
     by_block = NamedSharding(mesh, PartitionSpec("data"))
-    [state] = init_stacks(placed.stacks, placed.lengths, rule, [[jnp.float32] * 2], [jnp.float32], jnp.zeros(0))
-    state = jax.device_put(state, by_block)
+    dtypes = [[jnp.float32] * 2]
+    given = (placed.stacks, placed.own_lengths, rule, dtypes, [jnp.float32], placed.axes, placed.anchor(params))
+    [state] = placed.on_shards(init_stacks, len(given))(*given)
     gradient = jax.device_put(jnp.ones((16, 4, 4)), by_block)
 
     @jax.jit
@@ -184,7 +202,7 @@ def test_nothing_is_sent_within_a_step(structure: str, rule: rf.BlockRule) -> No
             placed.stacks,
             placed.axes,
             rule,
-            rf.Step(count, 0.1, 0.1, 4),
+            rf.Step(count, 0.1, 0.1, batch_size=4),
             observe=is_due,
             refresh=is_due,
             momentum=0.5,
@@ -249,7 +267,7 @@ def test_the_exact_refresh_and_its_start_are_divided_too(
 ) -> None:
     """On each device by itself, and with the same result as whole; padding blocks never start."""
     mesh = mesh_of(AxisType.Explicit, 8)
-    layout = rf.Layout(block_size=4, structure=structure)
+    layout = rf.Layout(block_size=4, structure=structure, merge_dims=None, diagonal=None)
     make = functools.partial(
         rf.scale_by_kronecker, rule, weight=0.2, damping=0.1, batch_size=4, layout=layout, refresh_every=2, **options
     )

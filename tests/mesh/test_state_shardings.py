@@ -14,14 +14,14 @@ import rootfree_optax as rf
 
 def mixed() -> optax.GradientTransformation:
     matrices = lambda tree: jax.tree.map(lambda leaf: "matrix" if leaf.ndim == 2 else "other", tree)
-    make = functools.partial(rf.sirf_shampoo, layout=LAYOUT, mesh_axes="data", refresh_every=2)
+    make = functools.partial(rf.sirf_shampoo, layout=LAYOUT, mesh_axes="data", refresh_every=2, step_size="newton")
     injected = optax.inject_hyperparams(
         make,
-        static_args=("layout", "refresh_every", "mesh_axes", "statistics_every", "cache_preconditioner", "nesterov"),
+        static_args=("layout", "refresh_every", "statistics_every", "mesh_axes", "step_size", "nesterov"),
     )
     matrix = injected(learning_rate=0.1, batch_size=4, damping=0.1)
     masked = optax.masked(optax.scale_by_adam(), lambda tree: jax.tree.map(lambda leaf: leaf.ndim == 1, tree))
-    other = optax.chain(masked, rf.rf_adamw(0.1, batch_size=4))
+    other = optax.chain(masked, rf.rf_adamw(0.1))
     return optax.MultiSteps(optax.partition({"matrix": matrix, "other": other}, matrices), every_k_schedule=2)
 
 
@@ -49,7 +49,7 @@ def test_state_shardings_of_the_diagonal_methods_are_the_parameters() -> None:
     mesh = mesh_of(AxisType.Auto, 4, 2)
     shardings = shardings_on(mesh, TENSOR)
     shapes = {name: jax.ShapeDtypeStruct(SHAPES[name], jnp.float32, sharding=s) for name, s in shardings.items()}
-    state = rf.state_shardings(rf.scale_by_rf_adam(batch_size=4), shapes)
+    state = rf.state_shardings(rf.scale_by_rf_adam(), shapes)
     assert state.count.spec == PartitionSpec()
     for tree in (state.mu, state.nu):
         for name, sharding in shardings.items():
