@@ -171,7 +171,7 @@ def _bytes_outside_stacks(state: Any, params: Any) -> Mapping[str, int]:
     These are the leaves whose key path ends as the parameter's. In what a Kronecker transformation keeps for parameters
     without factors, that is one key.
     """
-    ends = {}
+    ends: dict[Any, Any] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         ends |= {(jax.tree_util.DictKey(path),): (path, jnp.shape(leaf)), keys: (path, jnp.shape(leaf))}

@@ -44,18 +44,16 @@ def assert_sharded_like(tree: Any, reference: Any) -> None:
 
 @over(ALL)
 @pytest.mark.parametrize(
-    ("kind", "jitted"),
-    [(AxisType.Explicit, False), (AxisType.Explicit, True), (AxisType.Auto, True)],
-    ids=["explicit-eager", "explicit-jit", "auto-jit"],
+    "kind", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.contract)], ids=["explicit", "auto"]
 )
-def test_sharded_equals_replicated_and_the_state_keeps_its_types(case: Case, kind: AxisType, jitted: bool) -> None:
-    tx = case(batch_size=4)
+def test_sharded_equals_replicated_and_the_state_keeps_its_types(case: Case, kind: AxisType) -> None:
+    tx = case()
     params = replicated_params()
     gradients = make_gradients(params, 2)
     expected, expected_state = run(tx, params, gradients)
 
     mesh = make_mesh(kind)
-    update = jax.jit(tx.update) if jitted else tx.update
+    update = jax.jit(tx.update)
     with jax.set_mesh(mesh):
         params = jax.device_put(params, shardings_on(mesh))
         state = initial = tx.init(params)
@@ -69,14 +67,14 @@ def test_sharded_equals_replicated_and_the_state_keeps_its_types(case: Case, kin
             assert_close(jax.device_get(updates), jax.device_get(wanted), tolerance_of(case))
     assert_close(jax.device_get(state), jax.device_get(expected_state), tolerance_of(case))
     arrays = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim > 0]
-    if case.elementwise or kind is AxisType.Explicit:  # else the compiler chooses how factors are laid out
+    if case.diagonal or kind is AxisType.Explicit:  # else the compiler chooses how factors are laid out
         assert_sharded_like(arrays(state), arrays(initial))
-    if case.elementwise:
+    if case.diagonal:
         by_shape = {leaf.shape: leaf for leaf in jax.tree.leaves(params)}
         assert_sharded_like(arrays(state), [by_shape[leaf.shape] for leaf in arrays(state)])
 
 
-@over(ALL)
+@over(ALL, wiring=True)
 def test_jitted_init_has_the_types_of_eager_init_on_an_explicit_mesh(case: Case) -> None:
     tx = case()
     mesh = make_mesh(AxisType.Explicit)
@@ -85,7 +83,7 @@ def test_jitted_init_has_the_types_of_eager_init_on_an_explicit_mesh(case: Case)
         assert types(jax.jit(tx.init)(params)) == types(tx.init(params))
 
 
-@over(ALL)
+@over(ALL, wiring=True)
 @KINDS
 def test_init_from_sharded_shapes_equals_init_from_arrays(case: Case, kind: AxisType) -> None:
     tx = case()
@@ -97,12 +95,12 @@ def test_init_from_sharded_shapes_equals_init_from_arrays(case: Case, kind: Axis
     assert_sharded_like(from_shapes, state)
 
 
-@over(ALL)
+@over(ALL, wiring=True)
 def test_each_device_may_train_parameters_of_its_own_in_a_loop(case: Case) -> None:
     """Inside `jax.shard_map`, whose types say what varies between devices: the state's are the same from `init` on."""
     params = jax.tree.map(lambda p: jnp.stack([p, -2 * p]), replicated_params())
     gradients = jax.tree.map(lambda *steps: jnp.stack(steps, axis=1), *make_gradients(params, 3))
-    tx = case(batch_size=4)
+    tx = case()
 
     def train(params: Any, gradients: Any) -> Any:
         def step(carry: Any, gradient: Any) -> Any:
@@ -120,12 +118,12 @@ def test_each_device_may_train_parameters_of_its_own_in_a_loop(case: Case) -> No
     assert_close(jax.device_get(trained), jax.device_get(expected), tolerance_of(case))
 
 
-@over(tuple(case for case in ALL if not case.elementwise))
-@pytest.mark.parametrize("block_axes", [None, "x"])
+@over(ALL, having="mesh_axes", wiring=True)
+@pytest.mark.parametrize("mesh_axes", [None, "x"])
 @pytest.mark.parametrize("mapped", [{"x"}, {"x", "y"}], ids=["x", "x and y"])
-def test_a_state_made_inside_shard_map_serves_there(case: Case, block_axes: str | None, mapped: set[str]) -> None:
+def test_a_state_made_inside_shard_map_serves_there(case: Case, mesh_axes: str | None, mapped: set[str]) -> None:
     """With parameters that are the same everywhere, on a mesh of which some axes may stay automatic."""
-    tx = case(batch_size=4, block_axes=block_axes)
+    tx = case(mesh_axes=mesh_axes)
     params = replicated_params()
     first, second = make_gradients(params, 2)
 
@@ -135,17 +133,17 @@ def test_a_state_made_inside_shard_map_serves_there(case: Case, block_axes: str 
 
     mesh, spec = make_mesh(AxisType.Auto), PartitionSpec()
     inside = jax.shard_map(two_steps, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=mapped)
-    alone = case(batch_size=4)
-    _, state = alone.update(first, alone.init(params), params)
-    assert_close(jax.device_get(jax.jit(inside)(params)), alone.update(second, state, params)[0], tolerance_of(case))
+    update = jax.jit(case().update)
+    _, state = update(first, case().init(params), params)
+    assert_close(jax.device_get(jax.jit(inside)(params)), update(second, state, params)[0], tolerance_of(case))
 
 
-@over(tuple(case for case in ALL if not case.elementwise))
-@pytest.mark.parametrize("block_axes", [None, "y"])
-def test_parameters_may_be_sharded_over_explicit_axes_that_are_not_mapped(case: Case, block_axes: str | None) -> None:
-    tx, alone = case(batch_size=4, block_axes=block_axes), case(batch_size=4)
+@over(ALL, having="mesh_axes", wiring=True)
+@pytest.mark.parametrize("mesh_axes", [None, "y"])
+def test_parameters_may_be_sharded_over_explicit_axes_that_are_not_mapped(case: Case, mesh_axes: str | None) -> None:
+    tx, alone = case(mesh_axes=mesh_axes), case()
     params = {"a": jnp.asarray(np.random.default_rng(5).normal(size=(4, 16)), jnp.float32)}
-    expected, _ = alone.update(params, alone.init(params), params)
+    expected, _ = jax.jit(alone.update)(params, alone.init(params), params)
     mesh = make_mesh(AxisType.Explicit)
     whole = PartitionSpec()
     with jax.set_mesh(mesh):

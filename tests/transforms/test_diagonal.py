@@ -20,15 +20,16 @@ def gradients_of(seed: int, scale: float = 1.0) -> list[list[np.ndarray]]:
     return [[np.asarray(scale * rng.standard_normal(s), np.float32) for s in SHAPES] for _ in range(STEPS)]
 
 
-def numpy_rms(params, gradients, *, lr, decay, damping, momentum, weight_decay, batch_size, initial_scale):
+def numpy_rms(params, gradients, *, lr, decay, damping, momentum, weight_decay, batch_size, initial_scale=1.0, coupled):
+    """Returns the last parameters; weight decay enters the momentum if it is coupled."""
     params = [np.asarray(p, np.float64) for p in params]
     s = [np.full(p.shape, initial_scale) for p in params]
     v = [np.zeros(p.shape) for p in params]
     for step in gradients:
         for i, g in enumerate(np.asarray(leaf, np.float64) for leaf in step):
             s[i] = decay * s[i] + (1 - decay) * batch_size * g**2
-            v[i] = momentum * v[i] + g / (s[i] + damping) + weight_decay * params[i]
-            params[i] = params[i] - lr * v[i]
+            v[i] = momentum * v[i] + g / (s[i] + damping) + coupled * weight_decay * params[i]
+            params[i] = params[i] - lr * (v[i] + (not coupled) * weight_decay * params[i])
     return params
 
 
@@ -47,9 +48,9 @@ def numpy_adam(params, gradients, *, lr, b1, b2, damping, weight_decay, batch_si
 
 
 def run(tx, params, gradients, **extra):
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     for step in gradients:
-        updates, state = tx.update([jnp.asarray(g) for g in step], state, params, **extra)
+        updates, state = update([jnp.asarray(g) for g in step], state, params, **extra)
         params = optax.apply_updates(params, updates)
     return params, state
 
@@ -81,18 +82,35 @@ ADAM_SETTINGS = [
 
 
 @pytest.mark.parametrize("setting", RMS_SETTINGS)
-def test_rf_rmsprop_agrees_with_numpy(setting):
+def test_the_published_rf_rmsprop_agrees_with_numpy(setting):
+    gradients = gradients_of(seed=0)
+    params, _ = run(rf.published.rf_rmsprop(0.05, **setting), INITIAL, gradients)
+    expected = numpy_rms(INITIAL, gradients, lr=0.05, coupled=True, **setting)
+    chex.assert_trees_all_close(params, [np.float32(p) for p in expected], rtol=2e-5, atol=1e-6)
+
+
+def test_rf_rmsprop_agrees_with_numpy():
+    """With decoupled weight decay."""
+    setting = {name: value for name, value in RMS.items() if name != "initial_scale"}
     gradients = gradients_of(seed=0)
     params, _ = run(rf.rf_rmsprop(0.05, **setting), INITIAL, gradients)
-    expected = numpy_rms(INITIAL, gradients, lr=0.05, **setting)
+    expected = numpy_rms(INITIAL, gradients, lr=0.05, coupled=False, **setting)
     chex.assert_trees_all_close(params, [np.float32(p) for p in expected], rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("setting", ADAM_SETTINGS)
-def test_rf_adamw_agrees_with_numpy(setting):
+def test_the_published_rf_adamw_agrees_with_numpy(setting):
+    gradients = gradients_of(seed=1)
+    params, _ = run(rf.published.rf_adamw(0.05, **setting), INITIAL, gradients)
+    expected = numpy_adam(INITIAL, gradients, lr=0.05, **setting)
+    chex.assert_trees_all_close(params, [np.float32(p) for p in expected], rtol=2e-5, atol=1e-6)
+
+
+def test_rf_adamw_agrees_with_numpy():
+    setting = {name: value for name, value in ADAM.items() if name not in ("initial_scale", "bias_correction")}
     gradients = gradients_of(seed=1)
     params, _ = run(rf.rf_adamw(0.05, **setting), INITIAL, gradients)
-    expected = numpy_adam(INITIAL, gradients, lr=0.05, **setting)
+    expected = numpy_adam(INITIAL, gradients, lr=0.05, **ADAM)
     chex.assert_trees_all_close(params, [np.float32(p) for p in expected], rtol=2e-5, atol=1e-6)
 
 
@@ -158,7 +176,7 @@ def test_half_precision_accumulators_follow_a_slow_average(dtype):
     """Rounded to nearest, s would never leave one: (1 − decay)·(g² − s) is below its resolution."""
     decay, steps = 0.9995, 4000
     gradient = jnp.array([0.5, 1.0, 1.2])
-    tx = rf.scale_by_rf_rms(decay=decay, damping=0.0, batch_size=1, accumulator_dtype=dtype)
+    tx = rf.scale_by_rf_rms(decay=decay, damping=0.0, batch_size=1, nu_dtype=dtype)
     state = jax.lax.fori_loop(0, steps, lambda _, state: tx.update(gradient, state)[1], tx.init(jnp.zeros(3)))
     expected = decay**steps + (1 - decay**steps) * np.float64(gradient) ** 2
     assert state.nu.dtype == dtype

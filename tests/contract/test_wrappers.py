@@ -9,14 +9,14 @@ import numpy as np
 import optax
 import pytest
 from checks import assert_close, make_gradients, make_params, refuses, run
-from contract import ALL, OPTIMIZERS, Case, over, tolerance_alone, tolerance_of
+from contract import ALL, CONSTRUCTORS, OPTIMIZERS, Case, over, tolerance_alone, tolerance_of
 
 
 def loss(params: Any, inputs: jax.Array) -> jax.Array:
     return jnp.mean((params["scale"] * (inputs @ params["layer"]["kernel"] + params["layer"]["bias"][None])) ** 2)
 
 
-@over(ALL)
+@over(ALL, having="batch_size", wiring=True)
 def test_accumulated_micro_batches_equal_one_large_batch(case: Case) -> None:
     """MultiSteps over k batches of b terms is one step on their mean gradient with batch_size=k·b."""
     k, b = 3, 4
@@ -28,9 +28,10 @@ def test_accumulated_micro_batches_equal_one_large_batch(case: Case) -> None:
 
     # MultiSteps divides a float32 by an int32, so it needs jax's standard promotion.
     with jax.numpy_dtype_promotion("standard"):
+        update = jax.jit(tx.update)
         accumulate = jax.jit(functools.partial(accumulating.update, batch_size=k * b))
         for batch in inputs:
-            expected, state = tx.update(jax.grad(loss)(large, batch), state, large)
+            expected, state = update(jax.grad(loss)(large, batch), state, large)
             large = optax.apply_updates(large, expected)
             for i, micro in enumerate(batch.reshape(k, b, -1)):
                 updates, accumulated = accumulate(jax.grad(loss)(small, micro), accumulated, small)
@@ -40,7 +41,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(case: Case) -> None:
             assert_close(accumulated.inner_opt_state, state, tolerance_of(case))
 
 
-@over(ALL)
+@over(ALL, having="batch_size", wiring=True)
 def test_masked_and_partition_equal_the_subtree_alone(case: Case) -> None:
     params = make_params()
     gradients = make_gradients(params, 2)
@@ -59,7 +60,7 @@ def test_masked_and_partition_equal_the_subtree_alone(case: Case) -> None:
     assert_close(partitioned, expected, tolerance=1e-6)
 
 
-@over(ALL)
+@over(ALL, wiring=True)
 def test_integer_parameters_can_be_masked_away(case: Case) -> None:
     params = {**make_params(), "steps": jnp.zeros(2, jnp.int32)}
     tx = optax.masked(case(), lambda p: jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), p))
@@ -68,7 +69,7 @@ def test_integer_parameters_can_be_masked_away(case: Case) -> None:
     assert updates["steps"].dtype == jnp.int32
 
 
-@over(tuple(case for case in OPTIMIZERS if "mask" in case.parameters))
+@over(OPTIMIZERS, having="mask", wiring=True)
 @pytest.mark.parametrize("make_mask", [lambda mask: mask, lambda mask: lambda _: mask], ids=["tree", "callable"])
 def test_the_mask_restricts_weight_decay_alone(case: Case, make_mask: Any) -> None:
     params = make_params()
@@ -85,7 +86,7 @@ def test_the_mask_restricts_weight_decay_alone(case: Case, make_mask: Any) -> No
     assert np.all(decayed[0]["layer"]["bias"] != plain[0]["layer"]["bias"])
 
 
-@over(tuple({case.make: case for case in OPTIMIZERS}.values()))
+@over(CONSTRUCTORS, having="weight_decay")
 def test_weight_decay_without_parameters_is_refused(case: Case) -> None:
     params = make_params()
     tx = case(weight_decay=0.5)
@@ -93,7 +94,7 @@ def test_weight_decay_without_parameters_is_refused(case: Case) -> None:
         tx.update(params, tx.init(params))
 
 
-@over(ALL)
+@over(ALL, wiring=True)
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf], ids=str)
 def test_apply_if_finite_rejects_the_step_and_training_goes_on(case: Case, value: float) -> None:
     params = make_params()
@@ -101,8 +102,7 @@ def test_apply_if_finite_rejects_the_step_and_training_goes_on(case: Case, value
     bad["layer"]["kernel"] = bad["layer"]["kernel"].at[0, 0].set(value)
     expected, expected_state = run(case(), params, [good, last])
     guarded = optax.apply_if_finite(case(), 5)
-    jitted = optax.GradientTransformationExtraArgs(guarded.init, jax.jit(guarded.update))
-    (first, rejected, second), state = run(jitted, params, [good, bad, last])
+    (first, rejected, second), state = run(guarded, params, [good, bad, last])
     assert_close([first, second], expected, tolerance_of(case))
     assert_close(state.inner_state, expected_state, tolerance_of(case))
     assert_close(rejected, jax.tree.map(jnp.zeros_like, params))

@@ -10,18 +10,19 @@ import optax
 import pytest
 from checks import assert_close, refuses, shapes_and_dtypes, types
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from kronecker_runs import scale_by_published, sirf_published
 from meshes import FSDP, LAYOUT, SETTINGS, TENSOR, draw, mesh_of, shardings_on
 
 import rootfree_optax as rf
-from rootfree_optax._src.blocks import apply as preconditioning
-from rootfree_optax._src.blocks import factor_update
-from rootfree_optax._src.mesh import stacks_on_mesh as sharded_plan
-from rootfree_optax._src.stacks import refresh as refreshing
-from rootfree_optax._src.stacks import stacks
+from rootfree_optax._src.blocks.sirf import ExactRefresh, PublishedRefresh
+from rootfree_optax._src.mesh.stacks_on_mesh import place_stacks
+from rootfree_optax._src.stacks.state import StackStep, init_stacks
+from rootfree_optax._src.stacks.step import step_stacks
 
 STEPS = 10
 GRADIENTS = [draw(seed) for seed in range(1, STEPS + 1)]
+
+
+scale_by_published = functools.partial(rf.published.scale_by_sirf_shampoo, damping=0.1, batch_size=4, layout=LAYOUT)
 
 
 def train(tx: optax.GradientTransformationExtraArgs, shardings: Any = None) -> tuple[Any, Any]:
@@ -45,49 +46,57 @@ def train(tx: optax.GradientTransformationExtraArgs, shardings: Any = None) -> t
     return params, state
 
 
+def own_factors(state: Any) -> Any:
+    """Returns the factors of every stack, without padding."""
+    counts = [stack.count for stack in LAYOUT.plan(draw(0)).stacks]
+    return [
+        [[part[:count] for part in parts] for parts in stack.block.factors]
+        for count, stack in zip(counts, jax.device_get(state[0].stacks), strict=True)
+    ]
+
+
 def at_intervals(*args: Any, **others: Any) -> optax.GradientTransformationExtraArgs:
     """The exact refresh with all that the state may hold."""
-    beside = {"curvature_every": 1, "trust_radius": 2.0, "cache_products": True}
+    beside = {"statistics_every": 1, "trust_radius": 2.0, "cache_preconditioner": True}
     return rf.sirf_shampoo(*args, **beside, **{"momentum": 0.9, **others})
 
 
 @functools.cache
 def expected(make: Any) -> tuple[Any, Any]:
     params, state = train(make(0.1, **SETTINGS))
-    return jax.device_get((params, LAYOUT.plan(params).factors(state)))
+    return jax.device_get((params, own_factors(state)))
 
 
 @pytest.mark.parametrize(
     ("make", "kind", "sizes", "specs", "axes"),
     [
-        (sirf_published, AxisType.Auto, (8,), FSDP, "data"),
-        (sirf_published, AxisType.Explicit, (4, 2), TENSOR, ("data", "model")),
-        (sirf_published, AxisType.Auto, (4, 2), TENSOR, "data"),
+        (rf.published.sirf_shampoo, AxisType.Auto, (8,), FSDP, "data"),
+        (rf.published.sirf_shampoo, AxisType.Explicit, (4, 2), TENSOR, ("data", "model")),
+        (rf.published.sirf_shampoo, AxisType.Auto, (4, 2), TENSOR, "data"),
         (at_intervals, AxisType.Auto, (8,), FSDP, "data"),
         (at_intervals, AxisType.Explicit, (4, 2), TENSOR, ("data", "model")),
-        (rf.rf_shampoo, AxisType.Auto, (2, 4), TENSOR, ("model", "data")),
-        (rf.rf_shampoo, AxisType.Explicit, (1,), FSDP, "data"),
+        (rf.published.rf_shampoo, AxisType.Auto, (2, 4), TENSOR, ("model", "data")),
+        (rf.published.rf_shampoo, AxisType.Explicit, (1,), FSDP, "data"),
     ],
     ids=["fsdp", "tensor-explicit", "tensor-over-data", "intervals", "intervals-explicit", "inverses", "one-device"],
 )
 def test_ten_steps_equal_those_on_one_device(make: Any, kind: AxisType, sizes: Any, specs: Any, axes: Any) -> None:
     mesh = mesh_of(kind, *sizes, devices=int(np.prod(sizes)))
     with jax.set_mesh(mesh):
-        params, state = train(make(0.1, block_axes=axes, **SETTINGS), shardings_on(mesh, specs))
+        params, state = train(make(0.1, mesh_axes=axes, **SETTINGS), shardings_on(mesh, specs))
     plan = LAYOUT.plan(params)
     shards = int(np.prod([mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes)]))
-    counts = [stack.count for stack in plan.stacks for _ in stack.part_shapes]
-    for count, part in zip(counts, jax.tree.leaves(state[0].factors), strict=True):
-        assert part.shape[0] == -(-count // shards) * shards
-        assert part.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(axes)), part.ndim)
-        assert np.all(np.isfinite(part))
-    factors = {name: jax.device_get(value) for name, value in plan.factors(state).items()}
-    assert_close((jax.device_get(params), factors), expected(make))
+    for of_plan, stack in zip(plan.stacks, state[0].stacks, strict=True):
+        for leaf in jax.tree.leaves(stack):
+            assert leaf.shape[0] == -(-of_plan.count // shards) * shards
+            assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(axes)), leaf.ndim)
+            assert np.all(np.isfinite(leaf))
+    assert_close((jax.device_get(params), own_factors(state)), expected(make))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_the_state_is_sharded_from_init_on_and_updates_are_sharded_like_gradients(kind: AxisType) -> None:
-    tx = sirf_published(0.1, block_axes=("data", "model"), **SETTINGS)
+    tx = rf.published.sirf_shampoo(0.1, mesh_axes=("data", "model"), **SETTINGS)
     mesh = mesh_of(kind, 4, 2)
     shardings = shardings_on(mesh, TENSOR)
     params = jax.device_put(draw(0), shardings)
@@ -114,7 +123,7 @@ def test_updates_are_laid_out_as_gradients_are_where_no_type_says_so(block_size:
     shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
     params = {"rows": jnp.ones((16, 24)), "columns": jnp.ones((24, 16)), "vector": jnp.ones(16)}
     params = jax.device_put(params, shardings)
-    tx = rf.sirf_shampoo(0.1, batch_size=1, layout=rf.Layout(block_size=block_size), block_axes="data")
+    tx = rf.sirf_shampoo(0.1, batch_size=1, layout=rf.Layout(block_size=block_size), mesh_axes="data")
     state = jax.jit(tx.init, out_shardings=rf.state_shardings(tx, params))(params)
     updates, _ = jax.jit(tx.update)(params, state, params)
     for name, update in updates.items():
@@ -122,7 +131,7 @@ def test_updates_are_laid_out_as_gradients_are_where_no_type_says_so(block_size:
 
 
 def test_a_shard_mapped_step_works_on_its_own_blocks() -> None:
-    tx = sirf_published(0.1, block_axes="data", **SETTINGS)
+    tx = rf.published.sirf_shampoo(0.1, mesh_axes="data", **SETTINGS)
     mesh = mesh_of(AxisType.Auto, 8)
     everywhere = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), draw(0))
     params = jax.device_put(draw(0), everywhere)
@@ -145,98 +154,108 @@ def test_a_shard_mapped_step_works_on_its_own_blocks() -> None:
     for gradient in GRADIENTS:
         ranks = jax.tree.map(lambda g: np.stack([g * (1 + offset) for offset in offsets]), gradient)
         params, state = step(params, state, ranks)
-    wanted = expected(sirf_published)
-    factors = {name: jax.device_get(value) for name, value in LAYOUT.plan(params).factors(state).items()}
-    assert_close((jax.device_get(params), factors), wanted)
+    assert_close((jax.device_get(params), own_factors(state)), expected(rf.published.sirf_shampoo))
 
 
-@pytest.mark.parametrize("structure", ["dense", "triltoeplitz"])
-def test_nothing_is_sent_within_refresh_and_application(structure: str) -> None:
+@pytest.mark.parametrize(
+    ("structure", "rule"),
+    [
+        ("dense", ExactRefresh(trust_radius=2.0, observes=True, cache_preconditioner=True)),
+        ("dense", PublishedRefresh(riemannian_momentum=0.5)),
+        ("triltoeplitz", PublishedRefresh()),
+    ],
+    ids=["exact", "published", "toeplitz"],
+)
+def test_nothing_is_sent_within_a_step(structure: str, rule: rf.BlockRule) -> None:
     mesh = mesh_of(AxisType.Auto, 8)
     layout = rf.Layout(block_size=4, structure=structure)
     params = {"kernel": jax.ShapeDtypeStruct((64, 4), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))}
-    plan = sharded_plan.for_parameters(layout.plan(params), "data", params)
-    factors = stacks.initial_factors(plan, params)
+    placed = place_stacks(layout.plan(params), "data", params)
+    [stack] = placed.stacks
+    by_block = NamedSharding(mesh, PartitionSpec("data"))
+    [state] = init_stacks(placed.stacks, placed.lengths, rule, [[jnp.float32] * 2], [jnp.float32], jnp.zeros(0))
+    state = jax.device_put(state, by_block)
+    gradient = jax.device_put(jnp.ones((16, 4, 4)), by_block)
 
     @jax.jit
-    def both(gradients: Any, factors: Any, count: jax.Array) -> Any:
-        keywords = {"preconditioner_lr": 0.1, "damping": 0.1, "riemannian_momentum": 0.5, "batch_size": 4}
-        refresh = functools.partial(factor_update.refresh, count=count, **keywords)
-        state = refreshing.refresh_when(count % 2 == 0, plan, refresh, gradients, (factors, (), (), (), ()))
-        return state, stacks.precondition(plan, preconditioning.precondition, gradients, state[0])
+    def both(gradient: Any, state: Any, count: jax.Array) -> Any:
+        is_due = count % 2 == 0
+        step = StackStep(
+            placed.stacks,
+            placed.axes,
+            rule,
+            rf.Step(count, 0.1, 0.1, 4),
+            observe=is_due,
+            refresh=is_due,
+            momentum=0.5,
+            nesterov=True,
+        )
+        return placed.on_shards(step_stacks)(step, (gradient,), (gradient,), (state,))
 
-    [stack] = plan.stacks
-    gradient = jax.device_put(jnp.ones((16, 4, 4)), NamedSharding(mesh, PartitionSpec("data")))
-    program = both.lower((gradient,), factors, jnp.int32(0)).compile()
+    program = both.lower(gradient, state, jnp.int32(0)).compile()
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
         assert collective not in program.as_text()
     assert f"f32[{stack.count // 8},4,4]" in program.as_text()
 
 
-def test_block_axes_are_never_ignored() -> None:
-    tx = scale_by_published(batch_size=4, layout=LAYOUT, block_axes="data")
+def test_mesh_axes_are_never_ignored() -> None:
+    tx = scale_by_published(mesh_axes="data")
     params = jax.tree.map(jnp.asarray, draw(0))
-    with refuses(ValueError, "block_axes='data'", "there is none", "jax.set_mesh"):
+    with refuses(ValueError, "mesh_axes='data'", "there is none", "jax.set_mesh"):
         tx.init(params)
     with jax.set_mesh(jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))):
         for function in (tx.init, jax.jit(tx.init)):
             with refuses(ValueError, "the axes ('x',)"):
                 function(params)
-    with refuses(TypeError, "block_axes", "1"):
-        sirf_published(0.1, block_axes=1)
+    with refuses(TypeError, "mesh_axes", "1"):
+        rf.published.sirf_shampoo(0.1, mesh_axes=1)
     for wrong in ((), ("data", "data")):
         with refuses(ValueError, "at least one mesh axis and none twice"):
-            rf.rf_shampoo(0.1, block_axes=wrong)
+            rf.published.rf_shampoo(0.1, mesh_axes=wrong)
 
 
 def test_a_state_of_another_mesh_is_refused_and_a_padded_one_serves_on_a_mesh_of_one_device() -> None:
-    tx = scale_by_published(batch_size=4, layout=LAYOUT, block_axes="data", damping=0.1)
-    alone = scale_by_published(batch_size=4, layout=LAYOUT, damping=0.1)
+    tx = scale_by_published(mesh_axes="data")
+    alone = scale_by_published()
     params = jax.tree.map(jnp.asarray, draw(0))
     wanted, _ = jax.jit(alone.update)(params, alone.init(params))
     states = {}
     for size in (2, 8):
         with jax.set_mesh(mesh_of(AxisType.Auto, size, devices=size)):
             states[size] = jax.device_get(tx.init(params))
-    with jax.set_mesh(mesh_of(AxisType.Auto, 8)), refuses(ValueError, "8 devices of block_axes='data'", "another mesh"):
+    with jax.set_mesh(mesh_of(AxisType.Auto, 8)), refuses(ValueError, "8 devices of mesh_axes='data'", "another mesh"):
         jax.jit(tx.update)(params, states[2])
     with jax.set_mesh(mesh_of(AxisType.Auto, 1, devices=1)):
         direction, state = jax.jit(tx.update)(params, states[8])
     assert_close(jax.device_get(direction), wanted)
     assert shapes_and_dtypes(state) == shapes_and_dtypes(states[8])
-    shorter = states[8]._replace(factors=jax.tree.map(lambda part: part[:-1], states[8].factors))
+    shorter = states[8]._replace(stacks=jax.tree.map(lambda part: part[:-1], states[8].stacks))
     for state in (states[8], shorter):  # without axes nothing is padding
         with refuses(ValueError, "the same layout"):
             alone.update(params, state)
 
 
 @pytest.mark.parametrize(
-    ("structure", "options"),
+    ("structure", "rule", "options"),
     [
-        ("dense", {"cache_products": True}),
-        ("triltopleftdiag", {"momentum_of": "gradients", "nesterov": True}),
-        ("hierarchical1_1", {"cache_products": False}),
+        ("dense", ExactRefresh(cache_preconditioner=True), {}),
+        ("triltopleftdiag", ExactRefresh(), {"momentum": 0.9, "nesterov": True}),
+        ("hierarchical1_1", ExactRefresh(observes=True), {"statistics_every": 1}),
     ],
+    ids=["cached", "momentum", "statistics"],
 )
-def test_the_exact_refresh_its_start_and_cached_products_are_divided_too(
-    structure: str, options: dict[str, Any]
+def test_the_exact_refresh_and_its_start_are_divided_too(
+    structure: str, rule: rf.BlockRule, options: dict[str, Any]
 ) -> None:
     """On each device by itself, and with the same result as whole; padding blocks never start."""
     mesh = mesh_of(AxisType.Explicit, 8)
+    layout = rf.Layout(block_size=4, structure=structure)
     make = functools.partial(
-        sirf_published,
-        0.1,
-        batch_size=4,
-        layout=rf.Layout(block_size=4, structure=structure),
-        refresh="exact",
-        riemannian_momentum=None,
-        initial_scale="first_gradient",
-        update_every=2,
-        **options,
+        rf.scale_by_kronecker, rule, weight=0.2, damping=0.1, batch_size=4, layout=layout, refresh_every=2, **options
     )
-    whole, divided = make(), make(block_axes="data")
+    whole, divided = make(), make(mesh_axes="data")
     params = draw(0)
-    expected, state = whole.update(draw(1), whole.init(params), params)
+    expected, state = jax.jit(whole.update)(draw(1), whole.init(params), params)
     with jax.set_mesh(mesh):
         params = jax.device_put(params, shardings_on(mesh, FSDP))
         gradients = jax.device_put(draw(1), shardings_on(mesh, FSDP))
@@ -245,7 +264,6 @@ def test_the_exact_refresh_its_start_and_cached_products_are_divided_too(
     same = jax.tree.map(lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim), new, shardings)
     assert jax.tree.all(same)
     assert_close(jax.device_get(updates), jax.device_get(expected))
-    of_preconditioner = lambda state: getattr(state[0], "preconditioner", state[0])
-    for flags, divided_flags in zip(of_preconditioner(state).started, of_preconditioner(new).started, strict=True):
-        assert flags.all()
-        assert jax.device_get(divided_flags).sum() == len(flags)
+    for stack, part in zip(state.stacks, new.stacks, strict=True):
+        assert stack.block.is_calibrated.all()
+        assert jax.device_get(part.block.is_calibrated).sum() == len(stack.block.is_calibrated)

@@ -2,7 +2,8 @@
 
 Each file is read, its tables of optimizers are replaced by one of ours, and what remains is executed as a module:
 the test classes then are Optax's, word for word. Tests that do not use the tables are left out, for they are not
-about us. A file in which a table is no longer found is an error, never an empty suite.
+about us. By default they run on two optimizers, with `pytest -m contract` on the others. A file in which a table is no
+longer found is an error, never an empty suite.
 """
 
 import ast
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from contract import OPTIMIZERS, Case
+from contract import OPTIMIZERS, REPRESENTATIVES, Case
 
 
 class Suite:
@@ -89,6 +90,8 @@ class Suite:
             if isinstance(value, type) and issubclass(value, unittest.TestCase) and value.__module__ == module.__name__:
                 value.__name__ = value.__qualname__ = f"Test_{case.name}_{name}"
                 value.__module__ = __name__
+                if case.name not in REPRESENTATIVES:
+                    value.pytestmark = [pytest.mark.contract]
                 yield value
 
 
@@ -141,7 +144,7 @@ def factory_of(case: Case) -> Callable[..., optax.GradientTransformationExtraArg
 
         return optax.GradientTransformationExtraArgs(init, tx.update)
 
-    return case.make if case.complex_parameters else make
+    return case.make if case.diagonal else make
 
 
 def tables_of(case: Case) -> dict[str, Any]:

@@ -14,8 +14,11 @@ import rootfree_optax as rf
 
 def mixed() -> optax.GradientTransformation:
     matrices = lambda tree: jax.tree.map(lambda leaf: "matrix" if leaf.ndim == 2 else "other", tree)
-    make = functools.partial(rf.sirf_shampoo, layout=LAYOUT, block_axes="data", update_every=2)
-    injected = optax.inject_hyperparams(make, static_args=("layout", "update_every"))
+    make = functools.partial(rf.sirf_shampoo, layout=LAYOUT, mesh_axes="data", refresh_every=2)
+    injected = optax.inject_hyperparams(
+        make,
+        static_args=("layout", "refresh_every", "mesh_axes", "statistics_every", "cache_preconditioner", "nesterov"),
+    )
     matrix = injected(learning_rate=0.1, batch_size=4, damping=0.1)
     masked = optax.masked(optax.scale_by_adam(), lambda tree: jax.tree.map(lambda leaf: leaf.ndim == 1, tree))
     other = optax.chain(masked, rf.rf_adamw(0.1, batch_size=4))
