@@ -1,6 +1,7 @@
 """What the tests of the Kronecker transformation and of its rules share."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import quick_jit
+from layouts import whole
 
 import rootfree_optax as rf
 from rootfree_optax._src.blocks.sirf import ExactRefresh, SirfState
 
 SETTING = {"preconditioner_lr": 0.3, "damping": 0.1, "batch_size": 4}
 EXACT_SETTING = {"weight": 0.1, "damping": 0.01, "batch_size": 4}
+
+# Programs of a few steps take longer to compile than to run: they are compiled without most optimizations.
+SHORT = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+quick_jit = functools.partial(jax.jit, compiler_options=SHORT)
 
 scale_by_published, sirf_published = rf.published.scale_by_sirf_shampoo, rf.published.sirf_shampoo
 both_forms = pytest.mark.parametrize("make", [scale_by_published, rf.published.scale_by_rf_shampoo])
@@ -42,7 +47,7 @@ def scale_by_exact(from_one: bool = True, **changes: Any) -> optax.GradientTrans
     of_rule = {"observes": "statistics_every" in changes} | {n: v for n, v in changes.items() if n in names}
     others = {name: value for name, value in changes.items() if name not in names}
     rule = ExactFromOne(**of_rule) if from_one else ExactRefresh(**of_rule)
-    return rf.scale_by_kronecker(rule, **{**EXACT_SETTING, **others})
+    return rf.scale_by_kronecker(rule, **{"layout": whole(), **EXACT_SETTING, **others})
 
 
 def draw(shapes: Any, steps: int = 3, seed: int = 0) -> Any:
@@ -93,9 +98,9 @@ def with_factors(state: rf.ScaleByKroneckerState, factors: Any) -> rf.ScaleByKro
     return state._replace(stacks=tuple(s._replace(block=s.block._replace(factors=tuple(f))) for s, f in pairs))
 
 
-def dense_factors(state: Any, params: Any, *layout: rf.Layout) -> dict[str, tuple[np.ndarray, ...]]:
+def dense_factors(state: Any, params: Any, layout: rf.Layout | None = None) -> dict[str, tuple[np.ndarray, ...]]:
     """Returns what `rf.factors` reads from a state that is of NumPy arrays."""
-    return jax.device_get(rf.factors(jax.tree.map(jnp.asarray, state), params, *layout))
+    return jax.device_get(rf.factors(jax.tree.map(jnp.asarray, state), params, layout or whole()))
 
 
 def assert_close(actual: Any, expected: Any) -> None:

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kronecker_runs import draw, run, scale_by_exact
+from layouts import whole
 
-import rootfree_optax as rf
 from rootfree_optax._src.structures import structure_factory
 
 BETA, DAMPING, BATCH_SIZE = 0.1, 0.01, 4
@@ -54,7 +54,7 @@ def best_steps(structures, gradients):
 )
 def test_every_step_is_the_best_within_the_structure(name, dtype, tolerance):
     gradients = draw({"w": (6, 5), "other": (6, 5)}, steps=30)  # one stack of two blocks
-    layout = rf.Layout(structure=name, factor_dtype=dtype)
+    layout = whole(structure=name, factor_dtype=dtype)
     tx = scale_by_exact(weight=BETA, damping=DAMPING, batch_size=BATCH_SIZE, layout=layout)
     directions, _ = run(tx, gradients)
     structures = [structure_factory(name)(d) for d in (6, 5)]

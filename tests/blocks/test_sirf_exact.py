@@ -19,6 +19,7 @@ from kronecker_runs import (
     scale_by_exact,
     scale_by_published,
 )
+from layouts import whole
 
 import rootfree_optax as rf
 from rootfree_optax._src.blocks.rule import Step
@@ -41,14 +42,14 @@ STRUCTURE = {1: "diagonal", 2: ("dense", "dense"), 3: ("dense", "diagonal", "den
 @functools.cache
 def run_with_inverses():
     """Returns the directions and the last factors of RF-Shampoo, in a hundred steps."""
-    gradients, layout = draw(SHAPES, steps=100), rf.Layout(structure=STRUCTURE)
+    gradients, layout = draw(SHAPES, steps=100), whole(structure=STRUCTURE)
     directions, states = run(rf.published.scale_by_rf_shampoo(layout=layout, **RF_SETTING), gradients)
     return directions, dense_factors(last(states), params_of(gradients), layout)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-4), ("bfloat16", 0.05)])
 def test_agrees_with_the_method_with_inverses_after_a_hundred_refreshes(dtype, tolerance):
-    gradients, layout = draw(SHAPES, steps=100), rf.Layout(structure=STRUCTURE, factor_dtype=dtype)
+    gradients, layout = draw(SHAPES, steps=100), whole(structure=STRUCTURE, factor_dtype=dtype)
     directions, states = run(scale_by_exact(layout=layout), gradients)
     expected_directions, expected = run_with_inverses()
     found = inverse_of_squares(dense_factors(last(states), params_of(gradients), layout))
@@ -97,7 +98,7 @@ def curvature_over_estimate(tx, gradients):
 @pytest.mark.parametrize("structure", ["dense", "hierarchical2_1"])
 def test_recovers_from_gradients_a_million_times_as_large_within_an_averages_length(structure):
     recovered = int(30 + 1 / BETA)
-    found = curvature_over_estimate(scale_by_exact(damping=0.0, layout=rf.Layout(structure=structure)), spiked(1e6))
+    found = curvature_over_estimate(scale_by_exact(damping=0.0, layout=whole(structure=structure)), spiked(1e6))
     assert np.all(found[recovered:] < 3)
     assert found.max() < 1e8  # of 1e12
     published = scale_by_published(BETA, 0.0, None, batch_size=4)
@@ -124,7 +125,7 @@ def test_a_single_large_gradient_neither_shows_nor_lasts_as_long_as_with_inverse
 
 @functools.cache
 def compiled(structure, dtype):
-    layout = rf.Layout(structure=structure, factor_dtype=dtype)
+    layout = whole(structure=structure, factor_dtype=dtype)
     return compile_run(lambda weight: scale_by_exact(weight=weight, damping=1e-4, layout=layout))
 
 

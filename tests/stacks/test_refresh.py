@@ -14,6 +14,7 @@ import pytest
 from checks import refuses
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from kronecker_runs import draw, quick_jit, run
+from layouts import whole
 
 import rootfree_optax as rf
 
@@ -99,7 +100,7 @@ def test_a_refresh_has_the_statistics_of_every_gradient_that_was_due_since_the_l
 
 def test_blocks_that_are_refreshed_in_turn_each_have_the_statistics_since_their_own():
     gradients = draw({"a": (4, 3, 3)}, steps=9)
-    layout = rf.Layout(layer_axes=0)
+    layout = whole(layer_axes=0)
     _, states = run(record(refresh_every=rf.staggered(4), statistics_every=1, layout=layout), gradients)
     [block] = [stack.block for stack in states.stacks]
     for index in range(4):
@@ -110,7 +111,7 @@ def test_blocks_that_are_refreshed_in_turn_each_have_the_statistics_since_their_
 
 
 SHAPES = {"seven": (7, 3, 4), "two": (2, 5, 2), "one": (6, 6), "vector": (3,)}
-LAYOUT = rf.Layout(layer_axes={"seven": 0, "two": 0})
+LAYOUT = whole(layer_axes={"seven": 0, "two": 0})
 
 
 @pytest.mark.parametrize("period", [1, 3, 4, 10])
@@ -140,7 +141,7 @@ def test_stacks_of_few_blocks_begin_at_different_steps():
 def test_a_long_stack_is_refreshed_portion_by_portion():
     """Its factors are more than are refreshed at once, and no multiple of a portion."""
     gradients = jax.tree.map(lambda g: g[0], draw({"a": (45, 64, 64)}, steps=1))
-    tx = record(layout=rf.Layout(layer_axes=0))
+    tx = record(layout=whole(layer_axes=0))
     update = quick_jit(tx.update)
     assert "while" in update.lower(gradients, tx.init(gradients)).as_text()
     [stack] = update(gradients, tx.init(gradients))[1].stacks
@@ -152,7 +153,7 @@ def test_blocks_that_are_refreshed_in_turn_divide_over_a_mesh():
     """Each device has its own turns, so that all have equal work at each step."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     gradients = jax.tree.map(lambda g: g[0], draw({"a": (24, 4, 4), "b": (3, 5, 5)}, steps=1))
-    tx = record(layout=rf.Layout(layer_axes=0), refresh_every=rf.staggered(3), mesh_axes="data")
+    tx = record(layout=whole(layer_axes=0), refresh_every=rf.staggered(3), mesh_axes="data")
     placed = jax.device_put(gradients, NamedSharding(mesh, PartitionSpec()))
     state, update, history = tx.init(placed), quick_jit(tx.update), []
     for _ in range(3):

@@ -22,30 +22,32 @@ class Double(rf.BlockRule):
         return 2 * momentum, gradient.astype(state.dtype)
 
 
-def test_the_size_of_each_direction_and_which_gradients_were_zero_are_kept():
+def test_the_sizes_of_each_direction_and_gradient_are_kept():
     gradients = draw({"a": (4, 3), "b": (4, 3), "v": (5,)}, steps=3)
     gradients["b"][1] = 0
-    gradients["v"][:2] = 0
     tx = rf.scale_by_kronecker(Double(), momentum=0.5)
     for stack in tx.init({"a": jnp.zeros((4, 3)), "b": jnp.zeros((4, 3))}).stacks:
-        np.testing.assert_array_equal(stack.mean_square, [0, 0])
-        np.testing.assert_array_equal(stack.is_idle, [True, True])
+        np.testing.assert_array_equal(stack.squared_norm, [0, 0])
+        np.testing.assert_array_equal(stack.size, [12, 12])
     directions, states = run(tx, gradients)
     matrices, vector = states.stacks
-    np.testing.assert_array_equal(matrices.is_idle, [[False, False], [False, True], [False, False]])
-    np.testing.assert_array_equal(vector.is_idle, [[True], [True], [False]])
-    means = np.stack([np.mean(np.square(directions[name]), axis=(1, 2)) for name in "ab"], axis=1)
-    assert means.min() > 0.01  # the momentum goes on where a gradient is zero
-    np.testing.assert_allclose(matrices.mean_square, means, rtol=1e-5)
-    np.testing.assert_allclose(vector.mean_square[:, 0], np.mean(np.square(directions["v"]), axis=1), rtol=1e-5)
+    norms = np.stack([np.sum(np.square(directions[name]), axis=(1, 2)) for name in "ab"], axis=1)
+    assert norms.min() > 0.1  # the momentum goes on where a gradient is zero
+    np.testing.assert_allclose(matrices.squared_norm, norms, rtol=1e-5)
+    np.testing.assert_allclose(vector.squared_norm[:, 0], np.sum(np.square(directions["v"]), axis=1), rtol=1e-5)
+    largest = np.stack([np.max(np.abs(gradients[name]), axis=(1, 2)) for name in "ab"], axis=1)
+    assert largest[1, 1] == 0
+    np.testing.assert_array_equal(matrices.largest_gradient, largest)
+    np.testing.assert_array_equal(matrices.size, np.full((3, 2), 12))
+    np.testing.assert_array_equal(vector.size, np.full((3, 1), 5))
 
 
-def test_the_mean_square_of_half_precision_directions_is_of_single_precision():
+def test_the_squared_norm_of_half_precision_directions_is_of_single_precision():
     """10³ squared is beyond float16's range."""
     gradients = {"w": np.full((1, 40, 60), 500, np.float16)}
     _, states = run(rf.scale_by_kronecker(Double()), gradients)
-    assert states.stacks[0].mean_square.dtype == jnp.float32
-    np.testing.assert_allclose(states.stacks[0].mean_square, [[1e6]], rtol=1e-5)
+    assert states.stacks[0].squared_norm.dtype == jnp.float32
+    np.testing.assert_allclose(states.stacks[0].squared_norm, [[2400e6]], rtol=1e-5)
 
 
 def test_without_momentum_the_rule_is_given_the_gradient_and_none_is_kept():
@@ -80,8 +82,9 @@ def test_an_entry_that_is_not_finite_shows_once_and_leaves_its_momentum(value):
     assert is_bad.sum() == 1
     [stack] = states.stacks
     assert stack.momentum[1, 0, 2, 1] == stack.momentum[0, 0, 2, 1] == gradients["w"][0, 2, 1]
-    assert not np.isfinite(stack.mean_square[1, 0])
-    assert np.isfinite(stack.mean_square[2, 0])
+    assert not np.isfinite(stack.squared_norm[1, 0])
+    assert not np.isfinite(stack.largest_gradient[1, 0])
+    assert np.isfinite(stack.squared_norm[2, 0])
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])

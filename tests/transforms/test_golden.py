@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from kronecker_runs import quick_jit
+from layouts import whole
 
 import rootfree_optax as rf
 
@@ -48,7 +49,7 @@ def layout_from(h: Record) -> rf.Layout:
     structures = h.get("structures", "dense")
     if isinstance(structures, dict):
         structures = {int(axes): tuple(names) for axes, names in structures.items()}
-    return rf.Layout(structure=structures, factor_dtype=h.get("preconditioner_dtypes"))
+    return whole(structure=structures, factor_dtype=h.get("preconditioner_dtypes"))
 
 
 def sirf_shampoo(h: Record) -> optax.GradientTransformation:

@@ -21,6 +21,7 @@ from kronecker_runs import (
     scale_by_exact,
     scale_by_published,
 )
+from layouts import whole
 
 import rootfree_optax as rf
 from rootfree_optax import weight_and_bias
@@ -28,7 +29,7 @@ from rootfree_optax import weight_and_bias
 
 @both_forms
 def test_a_block_equals_a_parameter_of_its_own(make):
-    gradients, layout = draw({"w": (2, 2, 5)}), rf.Layout(layer_axes=0, block_size=3)
+    gradients, layout = draw({"w": (2, 2, 5)}), whole(layer_axes=0, block_size=3)
     blocks = layout.plan(params_of(gradients)).blocks
 
     def block_of(array, block):
@@ -40,7 +41,7 @@ def test_a_block_equals_a_parameter_of_its_own(make):
     assert len(names) == 4
     cut = lambda tree: {names[block.name]: block_of(tree[block.parameter], block) for block in blocks}
     directions, states = run(make(layout=layout, **SETTING), gradients)
-    separate = rf.Layout("dense")
+    separate = whole("dense")
     expected, expected_states = run(make(layout=separate, **SETTING), cut(gradients))
     assert_close(cut(directions), expected)
     expected_factors = dense_factors(last(expected_states), params_of(cut(gradients)), separate)
@@ -53,7 +54,7 @@ def test_joined_and_merged_parameters_equal_matrices_made_by_hand():
     layer = gradients["d"]
     joined = np.concatenate([layer["kernel"].reshape(-1, 4, 3), layer["bias"][:, None]], axis=1)
     by_hand = {"d/kernel+bias": joined, "m": gradients["m"].reshape(-1, 6, 4)}
-    layout = rf.Layout(group=(weight_and_bias(),), merge_dims=6)
+    layout = whole(group=(weight_and_bias(),), merge_dims=6)
     directions, states = run(scale_by_published(layout=layout, **SETTING), gradients)
     expected, expected_states = run(scale_by_published(**SETTING), by_hand)
     kernel, bias = np.split(expected["d/kernel+bias"], [4], axis=1)
@@ -66,7 +67,7 @@ def test_joined_and_merged_parameters_equal_matrices_made_by_hand():
 @both_forms
 def test_curvature_with_samples_reaches_every_block(make):
     """It takes the gradient's place in H, as a mean over samples of their outer products."""
-    layout = rf.Layout(block_size=3)
+    layout = whole(block_size=3)
     rng = np.random.default_rng(0)
     gradient = {"w": np.float32(rng.standard_normal((5, 3)))}
     samples = {"w": np.float32(0.7 * rng.standard_normal((4, 5, 3)))}
@@ -103,19 +104,19 @@ def test_masked_and_partitioned_equal_the_subtree_alone():
 
 def test_a_gradient_of_none_leaves_the_factors_of_its_blocks_and_gives_none():
     """The two matrices share a stack; the group has no gradient as a whole."""
-    layout = rf.Layout(group=(weight_and_bias(),))
+    layout = whole(group=(weight_and_bias(),))
     tx = scale_by_published(layout=layout, **SETTING)
     shapes = {"a": (3, 4), "b": (3, 4), "d": {"kernel": (2, 3), "bias": (3,)}}
     first, second = (jax.tree.map(lambda g, i=i: g[i], draw(shapes)) for i in range(2))
     update = quick_jit(tx.update)
     _, state = update(first, tx.init(first))
-    whole, whole_after = update(second, state)
+    all_directions, after_all = update(second, state)
     absent = {**second, "b": None, "d": {"kernel": None, "bias": None}}
     directions, after = update(absent, state, first)
-    before, with_all, found = (rf.factors(each, first, layout) for each in (state, whole_after, after))
+    before, with_all, found = (rf.factors(each, first, layout) for each in (state, after_all, after))
     assert directions["b"] is None
     assert directions["d"] == {"kernel": None, "bias": None}
-    assert_close(directions["a"], whole["a"])
+    assert_close(directions["a"], all_directions["a"])
     assert_close(found["a"], with_all["a"])
     for name in ("b", "d/kernel+bias"):
         chex.assert_trees_all_equal(found[name], before[name])
@@ -166,7 +167,7 @@ def test_a_kept_preconditioner_changes_nothing_but_the_state(dtype, tolerance):
     """Also where the factors start, but are not refreshed, and where their squares would leave float16's range."""
     gradients = draw({"matrix": (4, 3), "tensor": (2, 3, 2), "vector": (5,)}, steps=5)
     gradients["matrix"] *= 1e-3
-    layout = rf.Layout(structure="block2diagonal", factor_dtype=dtype)
+    layout = whole(structure="block2diagonal", factor_dtype=dtype)
     setting = {"from_one": False, "refresh_every": lambda count: count % 2 == 1, "layout": layout}
     runs = [run(scale_by_exact(cache_preconditioner=kept, **setting), gradients) for kept in (False, True)]
     (directions, states), (directions_by_kept, states_with_kept) = runs
@@ -208,13 +209,13 @@ def test_samples_of_curvature_may_lack_a_parameter_that_has_no_gradient(make):
 
 def test_pieces_of_length_one_beside_short_axes_keep_their_state():
     """Their factor is a diagonal's: of another shape than what a mean over a folded matrix has by itself."""
-    gradients = draw({"w": (3, 3, 5, 2)}, steps=3)
-    directions, states = run(scale_by_published(layout=rf.Layout(block_size=4), batch_size=4), gradients)
+    gradients = draw({"w": (3, 3, 7, 2)}, steps=3)
+    directions, states = run(scale_by_published(layout=whole(block_size=3), batch_size=4), gradients)
     chex.assert_tree_all_finite((directions, states))  # a loop, which takes one type of state
     # The block at the start is what a parameter of its own would be.
-    alone, _ = run(scale_by_published(batch_size=4), {"w": gradients["w"][:, :, :, :4]})
-    np.testing.assert_allclose(directions["w"][:, :, :, :4], alone["w"], rtol=1e-4, atol=1e-5)
-    entries, _ = run(scale_by_published(layout=rf.Layout(block_size=1), batch_size=4), draw({"w": (2, 2)}))
+    alone, _ = run(scale_by_published(batch_size=4), {"w": gradients["w"][:, :, :, :3]})
+    np.testing.assert_allclose(directions["w"][:, :, :, :3], alone["w"], rtol=1e-4, atol=1e-5)
+    entries, _ = run(scale_by_published(layout=whole(block_size=1), batch_size=4), draw({"w": (2, 2)}))
     chex.assert_tree_all_finite(entries)
 
 

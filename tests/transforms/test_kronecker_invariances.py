@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from kronecker_runs import factors_of, quick_jit, scale_by_exact, scale_by_published, sirf_published, with_factors
+from layouts import whole
 
 import rootfree_optax as rf
 from rootfree_optax._src.structures import structure_factory
@@ -138,7 +139,7 @@ def test_inverse_free_iterates_do_not_depend_on_coordinates_within_the_structure
     to_dense = quick_jit(lambda inverse: [s.to_dense(parts) for s, parts in zip(structures, inverse, strict=True)])
     changes = [np.linalg.inv(matrix) for matrix in to_dense(inverse)]
     assert all(1.2 < np.linalg.cond(matrix) < 20 for matrix in changes)
-    tx = sirf_published(0.05, riemannian_momentum=0.5, layout=rf.Layout(structure=names), **SETTING)
+    tx = sirf_published(0.05, riemannian_momentum=0.5, layout=whole(structure=names), **SETTING)
     assert mismatch(tx, start_of(shape), inverse, changes) < TOLERANCE
 
 
@@ -146,7 +147,7 @@ def test_nor_for_three_axes():
     shape = (3, 2, 4)
     changes = dense_changes(shape)
     inverse = tuple((np.linalg.inv(a),) for a in changes)
-    tx = sirf_published(0.05, riemannian_momentum=None, layout=rf.Layout(structure="dense"), **SETTING)
+    tx = sirf_published(0.05, riemannian_momentum=None, layout=whole(structure="dense"), **SETTING)
     assert all(1.2 < np.linalg.cond(matrix) < 20 for matrix in changes)
     assert mismatch(tx, start_of(shape), inverse, changes) < TOLERANCE
 
@@ -155,7 +156,7 @@ def test_nor_does_the_exact_refresh():
     shape = (5, 4)
     changes = dense_changes(shape)
     inverse = tuple((np.linalg.inv(a),) for a in changes)
-    layout = rf.Layout(structure="dense")
+    layout = whole(structure="dense")
     tx = optax.chain(scale_by_exact(weight=0.2, damping=0.0, batch_size=BATCH, layout=layout), optax.scale(-0.05))
     assert mismatch(tx, start_of(shape), inverse, changes) < TOLERANCE
 
@@ -168,7 +169,7 @@ def congruent(changes):
 def test_nor_do_those_with_inverses():
     shape = (5, 4)
     changes = dense_changes(shape)
-    tx = rf.published.rf_shampoo(0.05, layout=rf.Layout(structure="dense"), **SETTING)
+    tx = rf.published.rf_shampoo(0.05, layout=whole(structure="dense"), **SETTING)
     assert mismatch(tx, start_of(shape), congruent(changes), changes) < TOLERANCE
 
 
@@ -185,7 +186,7 @@ def test_a_structure_breaks_it_for_coordinates_outside():
     shape = (5, 4)
     changes = dense_changes(shape)
     inverse = tuple((np.diag(np.linalg.inv(a)),) for a in changes)
-    tx = sirf_published(0.05, layout=rf.Layout(structure="diagonal"), **SETTING)
+    tx = sirf_published(0.05, layout=whole(structure="diagonal"), **SETTING)
     assert mismatch(tx, start_of(shape), inverse, changes) > 0.2
 
 
@@ -210,7 +211,7 @@ def test_the_two_forms_agree_to_second_order(shape, structure):
     @quick_jit
     @jax.vmap
     def directions(preconditioner_lr):
-        setting = {"damping": 0.8, "batch_size": 4, "layout": rf.Layout(structure=structure)}
+        setting = {"damping": 0.8, "batch_size": 4, "layout": whole(structure=structure)}
         inverse_free = scale_by_published(preconditioner_lr, riemannian_momentum=None, **setting)
         with_inverses = rf.published.scale_by_rf_shampoo(preconditioner_lr, **setting)
         return direction(inverse_free, ks), direction(with_inverses, curvatures)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kronecker_runs import dense_factors, factors_of, scale_by_published
+from layouts import whole
 
 import rootfree_optax as rf
 
@@ -32,7 +33,7 @@ def gradients_at(count):
 
 @functools.cache
 def compiled_run(dtype):
-    tx = scale_by_published(0.05, 1e-2, 0.5, batch_size=8, layout=rf.Layout(factor_dtype=dtype))
+    tx = scale_by_published(0.05, 1e-2, 0.5, batch_size=8, layout=whole(factor_dtype=dtype))
 
     @jax.jit
     def run(params, steps):
@@ -112,10 +113,10 @@ def directions_after_slow_averages(dtype):
     @jax.jit
     @jax.vmap
     def direction(rate):
-        tx = scale_by_published(rate, 1e-3, 0.5, batch_size=16, layout=rf.Layout(factor_dtype=dtype))
+        tx = scale_by_published(rate, 1e-3, 0.5, batch_size=16, layout=whole(factor_dtype=dtype))
         step = lambda count, state: tx.update(np.outer(rows, columns) * normal(3, count, (8, 6)), state)[1]
         state = jax.lax.fori_loop(0, 600, step, tx.init(PROBE))
-        frozen = scale_by_published(0.0, batch_size=1, layout=rf.Layout(factor_dtype=dtype))
+        frozen = scale_by_published(0.0, batch_size=1, layout=whole(factor_dtype=dtype))
         return frozen.update(PROBE, state)[0]
 
     return np.float64(direction(jnp.array([0.01, 0.002])))
@@ -135,7 +136,7 @@ def test_slow_averages_are_followed_in_half_precision():
 @pytest.mark.parametrize("make", [scale_by_published, rf.published.scale_by_rf_shampoo])
 def test_a_bad_block_harms_no_other_and_keeps_its_factors(make):
     """The four matrices are one stack, two of them blocks of one parameter."""
-    layout = rf.Layout(block_size=3)
+    layout = whole(block_size=3)
     rng = np.random.default_rng(0)
     params = {"a": jnp.zeros((3, 3)), "b": jnp.zeros((6, 3)), "c": jnp.zeros((3, 3)), "v": jnp.zeros(3)}
     first, second = (jax.tree.map(lambda p: np.float32(rng.standard_normal(p.shape)), params) for _ in range(2))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from checks import refuses
 from kronecker_runs import SETTING, both_forms, scale_by_exact, scale_by_published
+from layouts import whole
 
 import rootfree_optax as rf
 from rootfree_optax._src.blocks.sirf import ExactRefresh
@@ -21,7 +22,7 @@ def test_a_state_of_other_parameters_or_another_layout_is_refused(make):
         (params, {"structure": "diagonal"}),
     ):
         with pytest.raises(ValueError, match=message):
-            make(layout=rf.Layout(**layout), **SETTING).update(other, state)
+            make(layout=whole(**layout), **SETTING).update(other, state)
 
 
 @both_forms
@@ -40,7 +41,7 @@ def test_other_parameters_do_not_get_those_factors_that_are_left_over(make):
 
 @pytest.mark.parametrize("structure", ["triltoeplitz", "block2diagonal", "hierarchical2_1"])
 def test_a_structure_that_the_form_with_inverses_has_not_is_refused_by_path(structure):
-    layout = rf.Layout(structure={1: "diagonal", 2: ("dense", structure)})
+    layout = whole(structure={1: "diagonal", 2: ("dense", structure)})
     with pytest.raises(ValueError, match=rf"'layer/kernel'.*{structure}|{structure}.*'layer/kernel'"):
         rf.published.scale_by_rf_shampoo(layout=layout).init(
             {"bias": jnp.zeros(5), "layer": {"kernel": jnp.zeros((4, 5))}}
@@ -49,7 +50,7 @@ def test_a_structure_that_the_form_with_inverses_has_not_is_refused_by_path(stru
 
 @pytest.mark.parametrize("structure", ["triltoeplitz", "trilbottomrightdiag"])
 def test_a_structure_without_a_closed_form_of_the_exact_refresh_is_refused_by_path(structure):
-    tx = scale_by_exact(layout=rf.Layout(structure=structure))
+    tx = scale_by_exact(layout=whole(structure=structure))
     with refuses(ValueError, "closed form", f"'{structure}'", "'layer/w'", "rf.published.sirf_shampoo"):
         tx.init({"layer": {"w": jnp.zeros((3, 4))}})
 
@@ -58,7 +59,7 @@ def test_a_structure_without_a_closed_form_of_the_exact_refresh_is_refused_by_pa
     ("make", "structure"), [(scale_by_exact, "hierarchical1_1"), (scale_by_published, "triltoeplitz")]
 )
 def test_preconditioners_are_kept_for_symmetric_structures_only(make, structure):
-    tx = make(cache_preconditioner=True, batch_size=1, layout=rf.Layout(structure=structure))
+    tx = make(cache_preconditioner=True, batch_size=1, layout=whole(structure=structure))
     with refuses(ValueError, "cache_preconditioner=True", "closed under transposition", f"'{structure}'", "'layer/w'"):
         tx.init({"layer": {"w": jnp.zeros((3, 4))}})
 

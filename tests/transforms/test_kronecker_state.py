@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from kronecker_runs import SETTING, draw, factors_of, quick_jit, scale_by_exact, scale_by_published
+from layouts import whole
 
 import rootfree_optax as rf
 
@@ -31,7 +32,7 @@ def dtypes_of(parts_of_stacks):
 )
 def test_dtypes_of_the_state(rule, vector, matrix):
     params = {"b": jnp.zeros(3, F32), "k": jnp.zeros((3, 2), F16)}
-    tx = scale_by_published(layout=rf.Layout(factor_dtype=rule), **SETTING)
+    tx = scale_by_published(layout=whole(factor_dtype=rule), **SETTING)
     state = jax.eval_shape(tx.init, params)
     assert dtypes_of(factors_of(state)) == [vector, matrix]
     gradients = {"b": jnp.zeros(3, BF16), "k": jnp.zeros((3, 2), F32)}
@@ -42,7 +43,7 @@ def test_dtypes_of_the_state(rule, vector, matrix):
 
 def test_a_dtype_for_each_axis():
     params = {"k": jnp.zeros((3, 1, 2))}
-    tx = scale_by_published(layout=rf.Layout(factor_dtype=(jnp.bfloat16, None)), **SETTING)
+    tx = scale_by_published(layout=whole(factor_dtype=(jnp.bfloat16, None)), **SETTING)
     assert dtypes_of(factors_of(jax.eval_shape(tx.init, params))) == [[BF16, F32]]
 
 
@@ -81,7 +82,7 @@ def traced(make, **options):
     """Returns the traced update of a form on all of its structures."""
     paths = PATHS[make]
     params = {path: jnp.zeros((7, 5)) for path in paths}
-    tx = make(layout=rf.Layout(structure=lambda path, _: ALL_STRUCTURES[path]), batch_size=4, **options)
+    tx = make(layout=whole(structure=lambda path, _: ALL_STRUCTURES[path]), batch_size=4, **options)
     return jax.jit(tx.update).trace(params, jax.eval_shape(tx.init, params))
 
 
@@ -151,7 +152,7 @@ def test_the_search_for_decompositions_finds_those_of_the_form_with_inverses():
 
 def test_bfloat16_products_of_every_shape_run():
     """Of a single vector they have no stack to go over, and X Xᵀ has no columns to sum."""
-    layout = rf.Layout(structure=lambda path, _: path)
+    layout = whole(structure=lambda path, _: path)
     shapes = {"dense": (7,), "hierarchical2_1": (7,), "block2diagonal": (4, 3)}
     gradient = jax.tree.map(lambda g: g[0], draw(shapes, steps=1))
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from kronecker_runs import quick_jit
+from layouts import whole
 
 import rootfree_optax as rf
 
@@ -111,7 +112,7 @@ def official(setting):
 
 def ours(setting):
     """Returns the same, by ours."""
-    layout = rf.Layout(structure=setting.structure, factor_dtype=setting.dtype)
+    layout = whole(structure=setting.structure, factor_dtype=setting.dtype)
     tx = rf.published.sirf_shampoo(
         setting.learning_rate,
         preconditioner_lr=setting.preconditioner_lr,
