@@ -1,4 +1,4 @@
-"""A training run with AdamW, and the same run with one line changed: SIRF-Shampoo, refreshed at every tenth step.
+"""A training run with AdamW, and the same run with one line changed: SIRF-Muon, at AdamW's settings.
 
     python examples/from_adamw.py
 
@@ -17,15 +17,8 @@ BATCH_SIZE = 64
 WIDTHS = (64, 256, 256, 10)
 
 OPTIMIZERS = {
-    "AdamW": lambda steps: optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=1e-2),
-    # The loss is a mean over a mini-batch: batch_size says over how many terms.
-    "SIRF-Shampoo": lambda steps: rf.sirf_shampoo(
-        optax.cosine_decay_schedule(1e-3, steps),
-        weight_decay=1e-2,
-        batch_size=BATCH_SIZE,
-        update_every=10,
-        layout=rf.Layout(block_size=256),
-    ),
+    "AdamW": lambda steps: optax.adamw(optax.cosine_decay_schedule(3e-3, steps), 0.9, 0.95, weight_decay=1e-2),
+    "SIRF-Muon": lambda steps: rf.sirf_muon(optax.cosine_decay_schedule(3e-3, steps), 0.9, 0.95, weight_decay=1e-2),
 }
 
 

@@ -54,7 +54,7 @@ def main(epochs: int = 10) -> float:
     params = model.init(jax.random.key(0), images[:1])["params"]
     learning_rate = optax.cosine_decay_schedule(2e-3, epochs * (1347 // BATCH_SIZE))
     # The loss is a mean over a mini-batch: batch_size says over how many terms.
-    tx = rf.rf_rmsprop(learning_rate, momentum=0.9, batch_size=BATCH_SIZE)
+    tx = rf.kl_shampoo(learning_rate)
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
     shuffle = np.random.default_rng(0).permutation
     for epoch in range(epochs):

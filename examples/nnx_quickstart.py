@@ -53,7 +53,7 @@ def main(epochs: int = 10) -> float:
     model = Network(nnx.Rngs(0))
     learning_rate = optax.cosine_decay_schedule(3e-3, epochs * (1347 // BATCH_SIZE))
     # The loss is a mean over a mini-batch: batch_size says over how many terms.
-    tx = rf.sirf_shampoo(learning_rate, batch_size=BATCH_SIZE, weight_decay=1e-2)
+    tx = rf.sirf_muon(learning_rate, weight_decay=1e-2)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     shuffle = np.random.default_rng(0).permutation
     for epoch in range(epochs):

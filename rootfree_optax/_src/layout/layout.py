@@ -189,7 +189,7 @@ def _plan(layout: Layout, shapes: tuple[tuple[str, Shape], ...]) -> Plan:
         stacks=stacks,
         placements=tuple(tuple(next(placements) for _ in unit.stacks) for unit in units),
         rest=tuple(
-            Rest(path, parameter.shape, reasons[path], parameter.layer_axes)
+            Rest(path, plain[path], parameter.shape, reasons[path], parameter.layer_axes)
             for path, parameter in parameters.items()
             if path in reasons
         ),

@@ -18,6 +18,7 @@ from rootfree_optax._src.blocks.rule import BlockFlops
 from rootfree_optax._src.common import trees
 from rootfree_optax._src.common.schedules import RefreshEvery, Staggered
 from rootfree_optax._src.common.trees import Shape
+from rootfree_optax._src.layout.paths import plain_paths
 from rootfree_optax._src.mesh.state_shardings import mesh_in_use, state_shardings
 from rootfree_optax._src.stacks.state import StackState
 from rootfree_optax._src.transforms.description import Compiled, Description, Row
@@ -172,9 +173,10 @@ def _bytes_outside_stacks(state: Any, params: Any) -> Mapping[str, int]:
     without factors, that is one key.
     """
     ends: dict[tuple[Any, ...], tuple[str, Shape]] = {}
+    names = plain_paths(trees.named_leaves(params))
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        ends |= {(jax.tree_util.DictKey(path),): (path, jnp.shape(leaf)), keys: (path, jnp.shape(leaf))}
+        ends |= {(jax.tree_util.DictKey(names[path]),): (path, jnp.shape(leaf)), keys: (path, jnp.shape(leaf))}
     total: collections.Counter[str] = collections.Counter()
     is_stack = lambda node: isinstance(node, StackState)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_stack):

@@ -32,7 +32,7 @@ class ScaleByKroneckerState(NamedTuple):
       stacks: what is kept for each stack of the plan. A plan without any block has one empty array in its place:
         `optax.tree.map_params` initialises on such a tree, and takes what it finds there for a leaf that stands for all
         stacks of a real state.
-      rest: what is kept for the parameters without factors, by key path.
+      rest: what is kept for the parameters without factors, by their names in `Plan.rest`.
       refreshes: how many times a refresh of all blocks has been due; with `staggered`, how many rounds are over.
     """
 
@@ -161,9 +161,8 @@ def scale_by_kronecker(
         rest_updates, rest_state = {}, state.rest
         if plan.rest:
             others = None if params is None else _select_rest(plan, params, rest)
-            rest_updates, rest_state = for_rest.update(
-                _select_rest(plan, updates, rest), rest_state, others, **extra_args
-            )
+            by_name, rest_state = for_rest.update(_select_rest(plan, updates, rest), rest_state, others, **extra_args)
+            rest_updates = {parameter.path: by_name[parameter.name] for parameter in plan.rest}
         if not plan.stacks:
             updates = plan.unpack((), updates, rest=rest_updates)
             return updates, state._replace(count=count, rest=rest_state)
@@ -197,7 +196,7 @@ def scale_by_kronecker(
 
 
 def _select_rest(plan: Plan, tree: Any, rest: optax.GradientTransformation | None) -> dict[str, Any]:
-    """Returns the arrays of the parameters without factors, by key path.
+    """Returns the arrays of the parameters without factors, by name.
 
     Raises:
       ValueError: if there are any, but nothing that updates them.
@@ -210,7 +209,7 @@ def _select_rest(plan: Plan, tree: Any, rest: optax.GradientTransformation | Non
             "Pass rest=optax.scale_by_adam(), or Layout(diagonal=None) for factors everywhere."
         )
     leaves = trees.named_leaves(tree)
-    return {parameter.path: leaves[parameter.path] for parameter in plan.rest}
+    return {parameter.name: leaves[parameter.path] for parameter in plan.rest}
 
 
 def _require_supported(rule: BlockRule, plan: Plan) -> None:
