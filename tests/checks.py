@@ -37,12 +37,13 @@ def make_gradients(params: Any, steps: int, dtype: Any = None) -> list[Any]:
 def run(tx: optax.GradientTransformationExtraArgs, params: Any, gradients: Any, **extra_args: Any) -> tuple[Any, Any]:
     """Returns the updates of every step, as a list, and the last state.
 
-    Eager, so that the small programs of one operation each are compiled once for all tests.
+    Updates are jitted: calls with one transformation, such as a case of the contract, share their programs.
     """
+    update = jax.jit(tx.update)
     state = tx.init(params)
     history = []
     for gradient in gradients:
-        updates, state = tx.update(gradient, state, params, **extra_args)
+        updates, state = update(gradient, state, params, **extra_args)
         params = optax.apply_updates(params, updates)
         history.append(updates)
     return history, state

@@ -13,7 +13,6 @@ from rootfree_optax._src.blocks.momentum import average_heavy_ball, total_weight
 from rootfree_optax._src.blocks.rule import BlockRule, BlockState, Step
 from rootfree_optax._src.common.schedules import Staggered
 from rootfree_optax._src.layout.stack import Stack
-from rootfree_optax._src.numerics.dtypes import upcast
 from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.stacks.state import StackState, StackStep
 
@@ -51,10 +50,10 @@ def _precondition(
         weight = total_weight(step.momentum, step.numbers.count + (2 if step.nesterov else 1))
         average = average * (jnp.asarray(1 - step.momentum, average.dtype) / weight.astype(average.dtype))
     direction, block = map_blocks(step.rule.precondition, stack, step.numbers)(block, average, gradient=gradient)
-    flat = upcast(direction).reshape(len(direction), -1)
-    mean_square = jnp.einsum("bi,bi->b", flat, flat).astype(jnp.float32) / flat.shape[1]
-    is_idle = jnp.all(gradient == 0, tuple(range(1, gradient.ndim)))
-    return direction, StackState(block, momentum, mean_square, is_idle, old.size)
+    axes = range(direction.ndim)
+    squared_norm = jnp.einsum(direction, axes, direction, axes, [0]).astype(jnp.float32)
+    largest = jnp.max(jnp.abs(gradient), tuple(axes[1:])).astype(jnp.float32)
+    return direction, StackState(block, momentum, squared_norm, largest, old.size)
 
 
 def map_blocks(function: Any, stack: Stack, numbers: Step) -> Any:
@@ -209,5 +208,6 @@ def measure_largest_scale(rule: BlockRule, states: tuple[StackState, ...], local
     """
     if type(rule).scale is BlockRule.scale:
         return jnp.asarray(-jnp.inf, jnp.float32)
-    largest = jnp.max(jnp.stack([jnp.max(jax.vmap(rule.scale)(state.block)) for state in states]))
+    scale_of: Any = jax.vmap(rule.scale)
+    largest = jnp.max(jnp.stack([jnp.max(scale_of(state.block)) for state in states]))
     return jax.lax.pmax(largest, local_axes) if local_axes else largest
