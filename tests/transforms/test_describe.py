@@ -255,8 +255,8 @@ def test_a_rule_of_ones_own_is_described_as_far_as_it_tells() -> None:
     description = rf.describe(rf.scale_by_kronecker(KeepsNothing(), layout=layout_of()), ONE)
     assert description.flops is None
     assert [(row.dtype, row.state_bytes) for row in description.rows] == [("", 12)] * 3
-    assert "Step: unknown of products" in str(description)
-    assert "Refresh: unknown, at every step." in str(description)
+    assert "Step: unknown FLOPs of products" in str(description)
+    assert "Refresh: unknown FLOPs, at every step." in str(description)
     both = optax.chain(exact(), rf.scale_by_kronecker(KeepsNothing(), layout=layout_of()))
     assert rf.describe(both, ONE).flops is None
 
