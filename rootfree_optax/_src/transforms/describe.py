@@ -49,17 +49,17 @@ def describe(tx: optax.GradientTransformation, params: optax.Params, *, compile:
       >>> params = {f"layer_{i}": {"kernel": jnp.zeros((64, 48)), "bias": jnp.zeros(48)} for i in range(12)}
       >>> description = rf.describe(rf.published.sirf_shampoo(1e-3, batch_size=8, refresh_every=10), params)
       >>> print(description)
-      parameter       shape        blocks       structure  dtype   state
-      ──────────────────────────────────────────────────────────────────
-      layer_*/bias    12 of 48     12 of 48     diagonal   f32    7.07kB
-      layer_*/kernel  12 of 64×48  12 of 64×48  dense      f32     762kB
-      ──────────────────────────────────────────────────────────────────
-      total           37.4k        24                              769kB
+      parameter       shape        blocks       structure  dtype  state
+      ─────────────────────────────────────────────────────────────────
+      layer_*/bias    12 of 48     12 of 48     diagonal   f32    7.1kB
+      layer_*/kernel  12 of 64×48  12 of 64×48  dense      f32    762kB
+      ─────────────────────────────────────────────────────────────────
+      total           37.4k        24                             769kB
       State: 2.57 times Adam's 300kB of two numbers for each entry of the parameters.
       Step: 16.5M FLOPs of products, without refresh and statistics.
       Refresh: 34.4M FLOPs, every 10 steps.
       >>> description.state_bytes, description.flops.refresh
-      (769096, 34411008)
+      (769168, 34411008)
     """
     # Not tx.init itself: JAX does not call again what it has traced.
     init = lambda params: tx.init(params)
@@ -139,7 +139,7 @@ def _blocks(report: KroneckerReport, index: int, count: int) -> _Blocks:
     structures = [structure.name for structure in stack.structures if structure.dim > 1] or ["diagonal"]
     factors = getattr(state.block, "factors", None) or ()
     dtypes = [leaf.dtype.name.replace("float", "f") for axis in factors for leaf in jax.tree.leaves(axis)[:1]]
-    length = len(state.mean_square)
+    length = len(state.size)
     return _Blocks(count, stack.shape, _distinct(structures), _distinct(dtypes), count * _bytes(state) // length)
 
 
