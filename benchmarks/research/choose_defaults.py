@@ -1,7 +1,7 @@
-"""Chooses defaults for this library's optimizers: what does best on all tasks with one learning rate.
+"""Chooses defaults for the published optimizers: what does best on all tasks with one learning rate.
 
     PYTHONPATH=examples python benchmarks/research/choose_defaults.py
-    PYTHONPATH=examples python benchmarks/research/choose_defaults.py --optimizer rf_rmsprop --task digits_vgg graphs
+    PYTHONPATH=examples python benchmarks/research/choose_defaults.py --optimizer published_rf_adamw
 
 The candidates are what the defaults are now and the settings of the searches that rank best over all tasks, rounded to
 one digit; weight decay stays at its default. Each is trained at five learning rates from a few seeds. The mean over
@@ -28,7 +28,7 @@ from rich.table import Table
 from run_experiments import OUTPUT, RECORDS
 from searching import Settings, rounded, to_json
 
-NAMES = ("rf_rmsprop", "rf_adamw", "rf_shampoo", "sirf_shampoo", "sirf_exact")
+NAMES = ("published_rf_rmsprop", "published_rf_adamw", "published_rf_shampoo", "published_sirf_shampoo")
 
 
 def candidates(method: Candidate, records: Records, name: str, count: int) -> list[dict[str, float]]:

@@ -33,14 +33,13 @@ REFERENCE = "adamw"
 MEASURED = ("time", "half")
 STYLES = {  # one colour a family, one dash a variant
     "adamw": ("#595959", "-"),
-    "rf_rmsprop": ("#E69F00", "-"),
     "muon": ("#009E73", "-"),
     "sirf_published": ("#56B4E9", "-"),
     "sirf_published_t10": ("#56B4E9", "--"),
-    "sirf_exact_plain": ("#CC79A7", "-."),
-    "sirf_exact_t1": ("#D55E00", "--"),
-    "sirf_exact": ("#D55E00", "-"),
-    "sirf_exact_bfloat16": ("#D55E00", ":"),
+    "sirf_shampoo": ("#E69F00", "-"),
+    "kl_shampoo": ("#CC79A7", "-"),
+    "sirf_muon": ("#D55E00", "-"),
+    "sirf_muon_t1": ("#D55E00", "--"),
 }
 
 

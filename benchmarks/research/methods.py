@@ -1,4 +1,4 @@
-"""The ranges in which optimizers are tuned, and those that train_digits.py compares, tuned by tune_digits.py."""
+"""The ranges in which optimizers are tuned, and the methods of train_digits.py with theirs."""
 
 from digits.methods import METHODS as DIGITS_METHODS
 from searching import Method, Range
@@ -9,37 +9,17 @@ DAMPING = Range(1e-8, 5e-4)
 DECOUPLED_DECAY = Range(1e-3, 1)  # multiplied by the learning rate alone
 COUPLED_DECAY = Range(1e-4, 1e-1)  # goes through the momentum, too
 
-KRONECKER = {
+ADAMW = {"learning_rate": Range(3e-4, 1e-1), "weight_decay": DECOUPLED_DECAY}  # and of all that take over its settings
+PUBLISHED = {
     "learning_rate": Range(1e-4, 1e-1),
     "preconditioner_lr": Range(1e-2, 5e-1),
     "damping": DAMPING,
     "momentum": MOMENTUM,
     "weight_decay": COUPLED_DECAY,
 }
-RANGES: dict[str, dict[str, Range]] = {
-    "rf_rmsprop": {
-        "learning_rate": Range(3e-4, 1e-1),
-        "decay": DECAY,
-        "damping": DAMPING,
-        "momentum": MOMENTUM,
-        "weight_decay": COUPLED_DECAY,
-    },
-    "rf_adamw": {
-        "learning_rate": Range(1e-3, 3e-1),
-        "b1": MOMENTUM,
-        "b2": DECAY,
-        "damping": DAMPING,
-        "weight_decay": DECOUPLED_DECAY,
-    },
-    "sirf_shampoo": KRONECKER,
-    "sirf_published": KRONECKER,
-    "adamw": {
-        "learning_rate": Range(3e-4, 1e-1),
-        "b1": MOMENTUM,
-        "b2": DECAY,
-        "eps": Range(1e-10, 1e-6),
-        "weight_decay": DECOUPLED_DECAY,
-    },
-    "sgd": {"learning_rate": Range(3e-3, 1), "momentum": MOMENTUM, "weight_decay": COUPLED_DECAY},
+SGD = {"learning_rate": Range(3e-3, 1), "momentum": MOMENTUM, "weight_decay": COUPLED_DECAY}
+
+_OTHERS = {"sgd": SGD, "published": PUBLISHED}
+METHODS = {
+    name: Method(method.label, method.build, _OTHERS.get(name, ADAMW)) for name, method in DIGITS_METHODS.items()
 }
-METHODS = {name: Method(method.label, method.build, RANGES[name]) for name, method in DIGITS_METHODS.items()}

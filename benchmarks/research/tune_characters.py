@@ -1,9 +1,8 @@
 """Chooses hyperparameters of the character transformer by random search, with the same budget for every optimizer.
 
     PYTHONPATH=examples python benchmarks/research/tune_characters.py
-    PYTHONPATH=examples python benchmarks/research/tune_characters.py --optimizer sirf_exact --trials 32 --width 64
-    PYTHONPATH=examples python benchmarks/research/tune_characters.py \\
-        --optimizer sirf_exact_bfloat16 --setting-of sirf_exact
+    PYTHONPATH=examples python benchmarks/research/tune_characters.py --optimizer sirf_muon --trials 32 --width 64
+    PYTHONPATH=examples python benchmarks/research/tune_characters.py --optimizer sirf_muon_t1 --setting-of sirf_muon
 
 Every trial is trained from one seed, the best few from some more; among these the lowest mean validation loss wins,
 and its setting is trained from fresh seeds, whose curves are kept. A trial that diverges counts as one. All trials of

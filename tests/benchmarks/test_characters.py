@@ -13,7 +13,6 @@ import optax
 import progress
 import pytest
 import tune_characters
-import widths_characters
 from characters import corpus
 from characters.methods import METHODS
 from characters.training import SEQUENCE, Network, Run
@@ -75,7 +74,7 @@ def test_one_program_serves_all_trials_and_one_that_diverges_comes_last(data: co
 
 
 def test_tunes_and_compares(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
-    names, folders = ["adamw", "rf_rmsprop"], ["--records", str(tmp_path), "--output", str(tmp_path)]
+    names, folders = ["adamw", "sirf_shampoo"], ["--records", str(tmp_path), "--output", str(tmp_path)]
     budget = ["--trials", "2", "--finalists", "2", "--final-seeds", "1", "--fresh-seeds", "2", "--steps", "40"]
     tune_characters.main(["--optimizer", *names, *budget, "--width", "32", *FLAGS, "--output", str(tmp_path)])
     capsys.readouterr()
@@ -122,14 +121,3 @@ def test_a_seed_that_diverges_is_counted_and_reaches_nothing() -> None:
     assert summary["muon"]["validation_loss"] == {"mean": 1.0, "standard_error": 0.0, "diverged": 1}
     assert summary["muon"]["steps_to_reference_loss"] is None
     assert "1 diverged" in compare_characters.text_of(summary["muon"]["validation_loss"])
-
-
-def test_every_width_is_compared_with_its_own_best(tmp_path: pathlib.Path) -> None:
-    budget = ["--trials", "3", "--seeds", "1", "--base-trials", "2", "--base-width", "32", "--steps", "20"]
-    arguments = ["--refresh", "published", "--widths", "32", *budget, *FLAGS, "--output", str(tmp_path)]
-    widths_characters.main(arguments)
-    record = json.loads((tmp_path / "widths_published.json").read_text())
-    (row,) = record["widths"]
-    assert row["trials"][0]["preconditioner_lr"] == record["chosen"]["preconditioner_lr"]
-    np.testing.assert_allclose(row["excess"], row["fixed"] / row["tuned"] - 1, atol=1e-4)
-    assert (tmp_path / "widths.png").is_file()

@@ -5,14 +5,15 @@ Another optimizer joins by one entry in `METHODS` and one run of tune_characters
 
 import functools
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import optax
-from digits.methods import adamw, sirf_exact, sirf_published
+from digits.methods import adamw, scale_free
 from jax.typing import ArrayLike
 from searching import Method, Range
 
 import rootfree_optax as rf
-from characters.training import SEQUENCE
 
 RECORDS = pathlib.Path("results", "characters")  # of the searches, which are too many to be kept with the code
 
@@ -30,24 +31,25 @@ def muon(
     return optax.contrib.muon(learning_rate, adam_learning_rate=adam, **others)
 
 
-def rf_rmsprop(learning_rate: optax.Schedule, batch_size: int, **others: ArrayLike) -> optax.GradientTransformation:
-    """Returns RF-RMSProp, for which every character is a term of the loss."""
-    return rf.rf_rmsprop(learning_rate, batch_size=batch_size * SEQUENCE, **others)
-
-
-SIRF_PUBLISHED = {
+PUBLISHED = {
     "learning_rate": Range(3e-5, 3e-3),
     "preconditioner_lr": Range(0.03, 0.8),
     "damping": DAMPING,
     "momentum": MOMENTUM,
 }
-SIRF_EXACT = SIRF_PUBLISHED | {"preconditioner_lr": Range(0.03, 0.5)}
-SIRF_EXACT_PLAIN = SIRF_PUBLISHED | {"preconditioner_lr": Range(0.01, 0.2)}  # larger ones diverge
-SIRF_EXACT_T1 = SIRF_PUBLISHED | {"preconditioner_lr": Range(0.003, 0.1)}  # which averages over a few more steps
+SCALE_FREE = {
+    "learning_rate": Range(3e-4, 3e-2),  # AdamW's
+    "momentum": MOMENTUM,
+    "statistics_decay": Range(0.01, 0.2, of_one_minus=True),
+    "weight_decay": DECOUPLED_DECAY,
+}
+LAYOUT = rf.Layout(diagonal=rf.EMBEDDINGS)
 
 
-# With the curvature of every other gradient, a refresh may weigh more than with that of one.
-AT_INTERVALS = {"update_every": 10, "curvature_every": 2, "trust_radius": 3.0, "maximum": 0.5}
+def hidden_matrices(make: Callable[..., optax.GradientTransformation], **settings: Any) -> Callable[..., Any]:
+    """Returns one of the scale-free Shampoos on hidden matrices, with AdamW for the other parameters."""
+    return functools.partial(scale_free, functools.partial(make, layout=LAYOUT, **settings))
+
 
 METHODS: dict[str, Method] = {
     "adamw": Method(
@@ -70,32 +72,12 @@ METHODS: dict[str, Method] = {
             "adam_ratio": Range(0.05, 1),
         },
     ),
-    "rf_rmsprop": Method(
-        "RF-RMSProp",
-        rf_rmsprop,
-        {
-            "learning_rate": Range(1e-2, 1),
-            "decay": Range(1e-3, 0.1, of_one_minus=True),
-            "damping": Range(1e-6, 1e-2),
-            "momentum": MOMENTUM,
-        },
-    ),
-    "sirf_published": Method("SIRF published, T=1", functools.partial(sirf_published, update_every=1), SIRF_PUBLISHED),
+    "sirf_published": Method("SIRF published, T=1", rf.published.sirf_shampoo, PUBLISHED),
     "sirf_published_t10": Method(
-        "SIRF published, T=10", functools.partial(sirf_published, update_every=10), SIRF_PUBLISHED
+        "SIRF published, T=10", functools.partial(rf.published.sirf_shampoo, refresh_every=10), PUBLISHED
     ),
-    "sirf_exact_plain": Method(
-        "SIRF exact, plain",  # a constant β₂, and momentum of the directions
-        functools.partial(rf.sirf_shampoo, update_every=10, momentum_of="directions", nesterov=False),
-        SIRF_EXACT_PLAIN,
-    ),
-    "sirf_exact_t1": Method(
-        "SIRF exact, T=1", functools.partial(sirf_exact, update_every=1, maximum=0.3), SIRF_EXACT_T1
-    ),
-    "sirf_exact": Method("SIRF exact, T=10", functools.partial(sirf_exact, **AT_INTERVALS), SIRF_EXACT),
-    "sirf_exact_bfloat16": Method(
-        "SIRF exact, bfloat16",
-        functools.partial(sirf_exact, preconditioner_dtype="bfloat16", **AT_INTERVALS),
-        SIRF_EXACT,
-    ),
+    "sirf_shampoo": Method("SIRF-Shampoo", hidden_matrices(rf.sirf_shampoo), SCALE_FREE),
+    "kl_shampoo": Method("KL-Shampoo", hidden_matrices(rf.kl_shampoo), SCALE_FREE),
+    "sirf_muon": Method("SIRF-Muon", hidden_matrices(rf.sirf_muon), SCALE_FREE),
+    "sirf_muon_t1": Method("SIRF-Muon, T=1", hidden_matrices(rf.sirf_muon, refresh_every=1), SCALE_FREE),
 }

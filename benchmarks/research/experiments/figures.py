@@ -23,6 +23,14 @@ STYLES = {  # one colour a family, one dash a variant
     "sirf_hierarchical": ("#56B4E9", "--"),
     "sirf_exact": ("#D55E00", "-"),
     "distributed_shampoo": ("#882255", "--"),
+    "kl_shampoo": ("#CC79A7", "--"),
+    "sirf_muon": ("#D55E00", "--"),
+    "published_rf_rmsprop": ("#E69F00", ":"),
+    "published_rf_adamw": ("#E69F00", "-."),
+    "published_rf_shampoo": ("#CC79A7", "-."),
+    "published_sirf_shampoo": ("#0072B2", "-."),
+    "published_sirf_bfloat16": ("#0072B2", ":"),
+    "published_sirf_hierarchical": ("#56B4E9", "-."),
 }
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import optax
 from characters.methods import muon
-from digits.methods import adamw, sgd, sirf_exact, sirf_published
+from digits.methods import adamw, scale_free, sgd
 from jax.typing import ArrayLike
-from methods import COUPLED_DECAY, DECAY, DECOUPLED_DECAY, KRONECKER, MOMENTUM, RANGES
+from methods import ADAMW, COUPLED_DECAY, DAMPING, DECAY, DECOUPLED_DECAY, MOMENTUM, PUBLISHED, SGD
 from searching import Method, Range
 
 import rootfree_optax as rf
@@ -61,13 +61,25 @@ def rmsprop(
 def rf_rmsprop(
     learning_rate: optax.Schedule, batch_size: int, counts_terms: ArrayLike, **others: Any
 ) -> optax.GradientTransformation:
-    """Returns RF-RMSProp; `counts_terms` of zero leaves the factor B out."""
-    return rf.rf_rmsprop(learning_rate, batch_size=1 + counts_terms * (batch_size - 1.0), **others)
+    """Returns the published RF-RMSProp; `counts_terms` of zero leaves the factor B out."""
+    terms = 1 + counts_terms * (batch_size - 1.0)
+    return rf.published.rf_rmsprop(learning_rate, batch_size=terms, **others)
 
 
-RF_RMSPROP = RANGES["rf_rmsprop"] | {"learning_rate": Range(1e-3, 1)}
-RF_ADAMW = RANGES["rf_adamw"] | {"learning_rate": Range(1e-3, 1)}
-EXACT = KRONECKER | {"learning_rate": Range(3e-5, 3e-2), "preconditioner_lr": Range(1e-2, 3e-1)}
+RF_RMSPROP = {
+    "learning_rate": Range(1e-3, 1),
+    "decay": DECAY,
+    "damping": DAMPING,
+    "momentum": MOMENTUM,
+    "weight_decay": COUPLED_DECAY,
+}
+RF_ADAMW = {
+    "learning_rate": Range(1e-3, 1),
+    "b1": MOMENTUM,
+    "b2": DECAY,
+    "damping": DAMPING,
+    "weight_decay": DECOUPLED_DECAY,
+}
 
 
 def defaults_of(make: Callable[..., Any], ranges: Mapping[str, Range]) -> dict[str, float]:
@@ -76,17 +88,23 @@ def defaults_of(make: Callable[..., Any], ranges: Mapping[str, Range]) -> dict[s
     return {name: parameters[name].default or 0.0 for name in ranges if name != "learning_rate"}
 
 
-RF_RMSPROP_DEFAULTS = defaults_of(rf.rf_rmsprop, RF_RMSPROP)
-PUBLISHED_DEFAULTS = {"preconditioner_lr": 0.2, "damping": 1e-4, "momentum": 0.9, "weight_decay": 0.0}
-EXACT_DEFAULTS = defaults_of(rf.sirf_shampoo, EXACT) | {"preconditioner_lr": 0.1}  # which its schedule falls to
+def of_library(label: str, make: Callable[..., optax.GradientTransformation]) -> Candidate:
+    """Returns one of the scale-free optimizers, tuned as AdamW is, by learning rate and weight decay alone."""
+    return Candidate(label, functools.partial(scale_free, make), ADAMW, defaults_of(make, ADAMW))
+
+
+def as_published(label: str, layout: rf.Layout) -> Candidate:
+    """Returns the published SIRF-Shampoo."""
+    make = rf.published.sirf_shampoo
+    return Candidate(label, functools.partial(make, layout=layout), PUBLISHED, defaults_of(make, PUBLISHED))
+
+
+RF_RMSPROP_DEFAULTS = defaults_of(rf.published.rf_rmsprop, RF_RMSPROP)
 FROM_ONE_WITH_TERMS = {"counts_terms": 1.0, "initial_scale": 1.0}
 
 METHODS: dict[str, Candidate] = {
     "sgd": Candidate(
-        "SGD with momentum",
-        sgd,
-        {"learning_rate": Range(3e-3, 3), "momentum": MOMENTUM, "weight_decay": COUPLED_DECAY},
-        {"momentum": 0.0, "weight_decay": 0.0},
+        "SGD with momentum", sgd, SGD | {"learning_rate": Range(3e-3, 3)}, {"momentum": 0.0, "weight_decay": 0.0}
     ),
     "rmsprop": Candidate(
         "RMSProp",
@@ -100,12 +118,7 @@ METHODS: dict[str, Candidate] = {
         },
         {"decay": 0.9, "eps": 1e-8, "momentum": 0.0, "weight_decay": 0.0},
     ),
-    "adamw": Candidate(
-        "AdamW",
-        adamw,
-        RANGES["adamw"],
-        {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 1e-4},
-    ),
+    "adamw": Candidate("AdamW", adamw, ADAMW, {"weight_decay": 1e-4}),
     "muon": Candidate(
         "Muon",
         muon,
@@ -116,25 +129,6 @@ METHODS: dict[str, Candidate] = {
             "weight_decay": DECOUPLED_DECAY,
         },
         {"beta": 0.95, "adam_ratio": 1.0, "weight_decay": 0.0},
-    ),
-    "rf_rmsprop": Candidate("RF-RMSProp", rf_rmsprop, RF_RMSPROP, RF_RMSPROP_DEFAULTS, FROM_ONE_WITH_TERMS),
-    "rf_adamw": Candidate("RF-AdamW", rf.rf_adamw, RF_ADAMW, defaults_of(rf.rf_adamw, RF_ADAMW)),
-    "rf_shampoo": Candidate("RF-Shampoo", rf.rf_shampoo, KRONECKER, defaults_of(rf.rf_shampoo, KRONECKER)),
-    "sirf_shampoo": Candidate("SIRF-Shampoo, published", sirf_published, KRONECKER, PUBLISHED_DEFAULTS),
-    "sirf_bfloat16": Candidate(
-        "SIRF-Shampoo, bfloat16",
-        functools.partial(sirf_published, preconditioner_dtype="bfloat16"),
-        KRONECKER,
-        PUBLISHED_DEFAULTS,
-    ),
-    "sirf_hierarchical": Candidate(
-        "SIRF-Shampoo, hierarchical",
-        functools.partial(sirf_published, layout=rf.Layout(structure="hierarchical4_4")),
-        KRONECKER,
-        PUBLISHED_DEFAULTS,
-    ),
-    "sirf_exact": Candidate(
-        "SIRF-Shampoo, exact", functools.partial(sirf_exact, update_every=1), EXACT, EXACT_DEFAULTS
     ),
     "distributed_shampoo": Candidate(
         "Distributed Shampoo",
@@ -147,6 +141,29 @@ METHODS: dict[str, Candidate] = {
         },
         {"beta1": 0.9, "beta2": 0.999, "matrix_epsilon": 1e-6},
     ),
+    "rf_rmsprop": of_library("RF-RMSProp", rf.rf_rmsprop),
+    "rf_adamw": of_library("RF-AdamW", rf.rf_adamw),
+    "sirf_shampoo": of_library("SIRF-Shampoo", rf.sirf_shampoo),
+    "kl_shampoo": of_library("KL-Shampoo", rf.kl_shampoo),
+    "sirf_muon": of_library("SIRF-Muon", rf.sirf_muon),
+    "published_rf_rmsprop": Candidate(
+        "RF-RMSProp, published", rf_rmsprop, RF_RMSPROP, RF_RMSPROP_DEFAULTS, FROM_ONE_WITH_TERMS
+    ),
+    "published_rf_adamw": Candidate(
+        "RF-AdamW, published",
+        rf.published.rf_adamw,
+        RF_ADAMW,
+        defaults_of(rf.published.rf_adamw, RF_ADAMW),
+    ),
+    "published_rf_shampoo": Candidate(
+        "RF-Shampoo, published",
+        rf.published.rf_shampoo,
+        PUBLISHED,
+        defaults_of(rf.published.rf_shampoo, PUBLISHED),
+    ),
+    "published_sirf_shampoo": as_published("SIRF-Shampoo, published", rf.Layout()),
+    "published_sirf_bfloat16": as_published("SIRF-Shampoo, bfloat16", rf.Layout(factor_dtype="bfloat16")),
+    "published_sirf_hierarchical": as_published("SIRF-Shampoo, hierarchical", rf.Layout(structure="hierarchical4_4")),
     "rf_rmsprop_without_terms": Candidate(
         "RF-RMSProp without B",
         rf_rmsprop,
