@@ -18,7 +18,7 @@ from rootfree_optax._src.common.schedules import Interval, RefreshEvery, Stagger
 from rootfree_optax._src.layout import Layout, Plan
 from rootfree_optax._src.layout.rules import dtypes_of
 from rootfree_optax._src.layout.stack import Stack
-from rootfree_optax._src.mesh.stacks_on_mesh import MeshAxes, WholeStacks, place_stacks, require_mesh_axes
+from rootfree_optax._src.mesh.stacks_on_mesh import LocalStacks, MeshAxes, WholeStacks, place_stacks, require_mesh_axes
 from rootfree_optax._src.stacks.state import StackState, StackStep, init_stacks
 from rootfree_optax._src.stacks.step import LazyStacks, measure_largest_scale, step_stacks
 from rootfree_optax._src.transforms.reports import KroneckerReport, report
@@ -241,13 +241,14 @@ def _place_state(
     """
     placed = place_stacks(plan, mesh_axes, (states, updates))
     lengths = tuple([len(state.size) for state in states])
+    expected = placed.own_lengths if isinstance(placed, LocalStacks) else placed.lengths
     # A parameter without a gradient is not planned for without params, and its blocks could pass for padding.
-    if params is None and (mesh_axes is not None or lengths != placed.own_lengths) and trees.has_none(updates):
+    if params is None and (mesh_axes is not None or lengths != expected) and trees.has_none(updates):
         raise ValueError("params must be given where a gradient is None: call tx.update(grads, state, params).")
     pairs = zip(states, plan.stacks, strict=False)
     if len(lengths) != len(plan.stacks) or not all(_has_shapes(rule, state, stack) for state, stack in pairs):
         raise ValueError(_describe_misfit(rule, states, plan))
-    if lengths == placed.own_lengths:
+    if lengths == expected:
         return placed
     multiple = math.gcd(*lengths)
     excess = [length - stack.count for length, stack in zip(lengths, plan.stacks, strict=True)]
