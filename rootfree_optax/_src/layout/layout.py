@@ -55,8 +55,8 @@ class Layout:
         of its blocks counts. Explicit structures ignore this bound.
       block_size: the maximal length of a block, at least 1. A longer axis is cut into as few blocks as possible, all of
         one length, a multiple of 16 where that fits, except for a shorter last one: with 256, an axis of 512 is cut
-        into 256 + 256, one of 257 into 144 + 113. Axes with a diagonal structure are not cut. None: no axis is cut, and one that is longer than
-        `max_dense_dim` becomes diagonal by default.
+        into 256 + 256, one of 257 into 144 + 113. Axes with a diagonal structure are not cut. None: no axis is cut,
+        and one that is longer than `max_dense_dim` becomes diagonal by default.
       merge_dims: neighbouring axes but the last are merged, from the left, while their product is at most this: by
         default a 3×3 kernel's window becomes one axis of 9. None: no merging.
       layer_axes: which axes index independent layers (`nn.scan`, `nnx.scan`, vmapped layers, experts).
