@@ -288,7 +288,7 @@ class CurvatureRule(BlockRule):
                 others = [t for j, t in enumerate(mean_inverse) if j != n]
                 damping = self._damping(structure, s, k, step.damping) + math.prod(others, start=absolute)
                 damped = structure.add_identity(s, damping)
-                excess = structure.add_identity(structure.congruence(k, damped, precision=self.precision), -shift)
+                excess = structure.add_identity(structure.congruence(k, damped), -shift)
                 factors.append(structure.times_inverse_root(k, excess, shift=shift, precision=self.precision))
             kept, derived = self.derive_factors(tuple(factors), structures)
             sizes = [max_abs(parts) for parts in (*kept, *(derived or ()))]
