@@ -110,6 +110,7 @@ def scale_by_kronecker(
     at_construction = batch_size
     if not isinstance(rule, BlockRule):
         raise TypeError(f"rule must be a BlockRule, got {rule!r}.")
+    validate.require_at_least("weight", weight, 0)
     validate.require_at_least("damping", damping, 0)
     validate.require_at_least("absolute_damping", absolute_damping, 0)
     validate.require_constant(batch_size=batch_size, momentum=momentum)
