@@ -1,6 +1,5 @@
-"""The figures of the report, of what summary.json holds."""
+"""The figures of what summary.json holds."""
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,14 +22,6 @@ STYLES = {  # one colour a family, one dash a variant
     "sirf_hierarchical": ("#56B4E9", "--"),
     "sirf_exact": ("#D55E00", "-"),
     "distributed_shampoo": ("#882255", "--"),
-    "kl_shampoo": ("#CC79A7", "--"),
-    "sirf_muon": ("#D55E00", "--"),
-    "published_rf_rmsprop": ("#E69F00", ":"),
-    "published_rf_adamw": ("#E69F00", "-."),
-    "published_rf_shampoo": ("#CC79A7", "-."),
-    "published_sirf_shampoo": ("#0072B2", "-."),
-    "published_sirf_bfloat16": ("#0072B2", ":"),
-    "published_sirf_hierarchical": ("#56B4E9", "-."),
 }
 
 
@@ -48,12 +39,6 @@ def panels(tasks: Mapping[str, Any], height: float) -> tuple[plt.Figure, list[pl
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
     return figure, axes
-
-
-def save(figure: plt.Figure, path: pathlib.Path) -> None:
-    """Writes a figure and closes it."""
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def name_rows(panel: plt.Axes, names: Sequence[str], *, shown: bool) -> None:
