@@ -97,7 +97,7 @@ def test_untuned_values_cover_what_is_tuned_and_are_accepted(name: str) -> None:
 def test_suite_skips_what_is_done_and_the_report_shows_what_was_measured(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
-    names = ["adamw", "rf_rmsprop"]
+    names = ["adamw", "published_rf_rmsprop"]
     budget = ["--trials", "4", "--finalists", "2", "--final-seeds", "1", "--fresh-seeds", "2"]
     records, output = tmp_path / "records", tmp_path / "output"
     arguments = ["--task", "graphs", *budget, "--records", str(records), "--optimizer"]
@@ -123,7 +123,7 @@ def test_suite_skips_what_is_done_and_the_report_shows_what_was_measured(
     choose_defaults.main(
         [
             "--optimizer",
-            "rf_rmsprop",
+            "published_rf_rmsprop",
             "--task",
             "graphs",
             "--candidates",
@@ -136,15 +136,15 @@ def test_suite_skips_what_is_done_and_the_report_shows_what_was_measured(
             str(output),
         ]
     )
-    rows = json.loads((output / "defaults.json").read_text())["rf_rmsprop"]
+    rows = json.loads((output / "defaults.json").read_text())["published_rf_rmsprop"]
     assert sorted(row["is_default"] for row in rows) == [False, True]
     assert rows[0]["mean_log_ratio"] <= rows[1]["mean_log_ratio"]
-    assert rows[0]["settings"].keys() == dict(METHODS["rf_rmsprop"].defaults).keys()
-    record = json.loads((records / "graphs" / "rf_rmsprop.json").read_text())
+    assert rows[0]["settings"].keys() == dict(METHODS["published_rf_rmsprop"].defaults).keys()
+    record = json.loads((records / "graphs" / "published_rf_rmsprop.json").read_text())
     changed = record | {"defaults": record["defaults"][:1]}
-    (records / "graphs" / "rf_rmsprop.json").write_text(json.dumps(changed))
-    run_experiments.main([*arguments, "rf_rmsprop", "--defaults-alone"])
-    assert json.loads((records / "graphs" / "rf_rmsprop.json").read_text()) == record
+    (records / "graphs" / "published_rf_rmsprop.json").write_text(json.dumps(changed))
+    run_experiments.main([*arguments, "published_rf_rmsprop", "--defaults-alone"])
+    assert json.loads((records / "graphs" / "published_rf_rmsprop.json").read_text()) == record
 
 
 def test_candidates_are_rounded_to_one_digit_of_the_value_or_of_what_it_lacks_to_one() -> None:

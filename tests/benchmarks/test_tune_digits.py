@@ -16,11 +16,11 @@ pytestmark = [pytest.mark.research, pytest.mark.usefixtures("standard_promotion"
 
 def test_search_chooses_among_its_finalists(tmp_path: pathlib.Path) -> None:
     budget = ["--trials", "3", "--seeds", "2", "--finalists", "2", "--final-seeds", "1", "--epochs", "2"]
-    tune_digits.main(["--methods", "rf_rmsprop", *budget, "--output", str(tmp_path)])
-    record = json.loads((tmp_path / "rf_rmsprop.json").read_text())
+    tune_digits.main(["--methods", "published_rf_rmsprop", *budget, "--output", str(tmp_path)])
+    record = json.loads((tmp_path / "published_rf_rmsprop.json").read_text())
     assert (len(record["trials"]), len(record["finalists"])) == (3, 2)
     best = min(record["finalists"], key=lambda row: (row["validation_error"], row["validation_loss"]))
-    assert record["chosen"] == {name: best[name] for name in METHODS["rf_rmsprop"].ranges}
+    assert record["chosen"] == {name: best[name] for name in METHODS["published_rf_rmsprop"].ranges}
     assert max(row["validation_error"] for row in record["finalists"]) <= 1
 
 

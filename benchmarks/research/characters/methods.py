@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import optax
-from digits.methods import adamw, scale_free
 from jax.typing import ArrayLike
+from methods import without_batch_size
 from searching import Method, Range
 
 import rootfree_optax as rf
@@ -43,18 +43,23 @@ SCALE_FREE = {
     "statistics_decay": Range(0.01, 0.2, of_one_minus=True),
     "weight_decay": DECOUPLED_DECAY,
 }
-LAYOUT = rf.Layout(diagonal=rf.EMBEDDINGS)
+WHOLE_AXES = rf.Layout(diagonal=None, block_size=None, merge_dims=None)
+
+
+def published(**settings: Any) -> Callable[..., optax.GradientTransformation]:
+    """Returns the published SIRF-Shampoo, with factors for all parameters, as the official code has."""
+    return functools.partial(rf.published.sirf_shampoo, layout=WHOLE_AXES, **settings)
 
 
 def hidden_matrices(make: Callable[..., optax.GradientTransformation], **settings: Any) -> Callable[..., Any]:
     """Returns one of the scale-free Shampoos on hidden matrices, with AdamW for the other parameters."""
-    return functools.partial(scale_free, functools.partial(make, layout=LAYOUT, **settings))
+    return without_batch_size(functools.partial(make, **settings))
 
 
 METHODS: dict[str, Method] = {
     "adamw": Method(
         "AdamW",
-        adamw,
+        without_batch_size(optax.adamw),
         {
             "learning_rate": Range(3e-4, 3e-2),
             "b1": MOMENTUM,
@@ -72,10 +77,8 @@ METHODS: dict[str, Method] = {
             "adam_ratio": Range(0.05, 1),
         },
     ),
-    "sirf_published": Method("SIRF published, T=1", rf.published.sirf_shampoo, PUBLISHED),
-    "sirf_published_t10": Method(
-        "SIRF published, T=10", functools.partial(rf.published.sirf_shampoo, refresh_every=10), PUBLISHED
-    ),
+    "sirf_published": Method("SIRF published, T=1", published(), PUBLISHED),
+    "sirf_published_t10": Method("SIRF published, T=10", published(refresh_every=10), PUBLISHED),
     "sirf_shampoo": Method("SIRF-Shampoo", hidden_matrices(rf.sirf_shampoo), SCALE_FREE),
     "kl_shampoo": Method("KL-Shampoo", hidden_matrices(rf.kl_shampoo), SCALE_FREE),
     "sirf_muon": Method("SIRF-Muon", hidden_matrices(rf.sirf_muon), SCALE_FREE),

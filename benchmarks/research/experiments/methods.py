@@ -14,9 +14,20 @@ from typing import Any
 import numpy as np
 import optax
 from characters.methods import muon
-from digits.methods import adamw, scale_free, sgd
+from digits.methods import sgd
 from jax.typing import ArrayLike
-from methods import ADAMW, COUPLED_DECAY, DAMPING, DECAY, DECOUPLED_DECAY, MOMENTUM, PUBLISHED, SGD
+from methods import (
+    ADAMW,
+    COUPLED_DECAY,
+    DECAY,
+    DECOUPLED_DECAY,
+    MOMENTUM,
+    PUBLISHED,
+    RF_ADAMW,
+    RF_RMSPROP,
+    SGD,
+    without_batch_size,
+)
 from searching import Method, Range
 
 import rootfree_optax as rf
@@ -66,22 +77,6 @@ def rf_rmsprop(
     return rf.published.rf_rmsprop(learning_rate, batch_size=terms, **others)
 
 
-RF_RMSPROP = {
-    "learning_rate": Range(1e-3, 1),
-    "decay": DECAY,
-    "damping": DAMPING,
-    "momentum": MOMENTUM,
-    "weight_decay": COUPLED_DECAY,
-}
-RF_ADAMW = {
-    "learning_rate": Range(1e-3, 1),
-    "b1": MOMENTUM,
-    "b2": DECAY,
-    "damping": DAMPING,
-    "weight_decay": DECOUPLED_DECAY,
-}
-
-
 def defaults_of(make: Callable[..., Any], ranges: Mapping[str, Range]) -> dict[str, float]:
     """Returns an optimizer's own defaults of what is tuned, zero for None."""
     parameters = inspect.signature(make).parameters
@@ -90,7 +85,11 @@ def defaults_of(make: Callable[..., Any], ranges: Mapping[str, Range]) -> dict[s
 
 def of_library(label: str, make: Callable[..., optax.GradientTransformation]) -> Candidate:
     """Returns one of the scale-free optimizers, tuned as AdamW is, by learning rate and weight decay alone."""
-    return Candidate(label, functools.partial(scale_free, make), ADAMW, defaults_of(make, ADAMW))
+    return Candidate(label, without_batch_size(make), ADAMW, defaults_of(make, ADAMW))
+
+
+# As the official code: factors for all parameters, along their own axes.
+WHOLE_AXES = rf.Layout(diagonal=None, block_size=None, merge_dims=None)
 
 
 def as_published(label: str, layout: rf.Layout) -> Candidate:
@@ -104,7 +103,10 @@ FROM_ONE_WITH_TERMS = {"counts_terms": 1.0, "initial_scale": 1.0}
 
 METHODS: dict[str, Candidate] = {
     "sgd": Candidate(
-        "SGD with momentum", sgd, SGD | {"learning_rate": Range(3e-3, 3)}, {"momentum": 0.0, "weight_decay": 0.0}
+        "SGD with momentum",
+        without_batch_size(sgd),
+        SGD | {"learning_rate": Range(3e-3, 3)},
+        {"momentum": 0.0, "weight_decay": 0.0},
     ),
     "rmsprop": Candidate(
         "RMSProp",
@@ -118,7 +120,7 @@ METHODS: dict[str, Candidate] = {
         },
         {"decay": 0.9, "eps": 1e-8, "momentum": 0.0, "weight_decay": 0.0},
     ),
-    "adamw": Candidate("AdamW", adamw, ADAMW, {"weight_decay": 1e-4}),
+    "adamw": Candidate("AdamW", without_batch_size(optax.adamw), ADAMW, {"weight_decay": 1e-4}),
     "muon": Candidate(
         "Muon",
         muon,
@@ -157,13 +159,17 @@ METHODS: dict[str, Candidate] = {
     ),
     "published_rf_shampoo": Candidate(
         "RF-Shampoo, published",
-        rf.published.rf_shampoo,
+        functools.partial(rf.published.rf_shampoo, layout=WHOLE_AXES),
         PUBLISHED,
         defaults_of(rf.published.rf_shampoo, PUBLISHED),
     ),
-    "published_sirf_shampoo": as_published("SIRF-Shampoo, published", rf.Layout()),
-    "published_sirf_bfloat16": as_published("SIRF-Shampoo, bfloat16", rf.Layout(factor_dtype="bfloat16")),
-    "published_sirf_hierarchical": as_published("SIRF-Shampoo, hierarchical", rf.Layout(structure="hierarchical4_4")),
+    "published_sirf_shampoo": as_published("SIRF-Shampoo, published", WHOLE_AXES),
+    "published_sirf_bfloat16": as_published(
+        "SIRF-Shampoo, bfloat16", dataclasses.replace(WHOLE_AXES, factor_dtype="bfloat16")
+    ),
+    "published_sirf_hierarchical": as_published(
+        "SIRF-Shampoo, hierarchical", dataclasses.replace(WHOLE_AXES, structure="hierarchical4_4")
+    ),
     "rf_rmsprop_without_terms": Candidate(
         "RF-RMSProp without B",
         rf_rmsprop,
