@@ -64,7 +64,7 @@ def run_balance(options: argparse.Namespace) -> None:
         for chips in (16, 256, 512):
             block_size, uneven = decoder.block_size, True
             while uneven:
-                layout = rf.Layout(block_size=block_size, layer_axes={"^layers/": 0}, factor_dtype=jnp.bfloat16)
+                layout = pods.layout_of(block_size, layer_axes={"^layers/": 0})
                 told = pods.balance(layout.plan(trees.abstract(decoder.shapes)), chips)
                 records.append({"tree": tree, "chips": chips, "block_size": block_size, **told})
                 block_size, uneven = block_size // 2, told["busiest"] > pods.EVEN
@@ -81,7 +81,7 @@ def run_blocks(options: argparse.Namespace) -> None:
     params = pods.placed(shapes, pods.layer_specs(), mesh)
     records = []
     for name in _watch(["float32", "bfloat16"], "144 blocks"):
-        layout = rf.Layout(block_size=768, factor_dtype=name)
+        layout = pods.layout_of(768, factor_dtype=name)
         transformation = rf.published.scale_by_sirf_shampoo(
             batch_size=256, layout=layout, mesh_axes=mesh.axis_names, refresh_every=10
         )
@@ -110,7 +110,7 @@ def run_trees(options: argparse.Namespace, *, whole_step: bool) -> None:
     """Compiles the update, or a whole step, of the decoders."""
     for tree in options.trees:
         decoder = DECODERS[tree]
-        layout = rf.Layout(block_size=decoder.block_size, layer_axes={"^layers/": 0}, factor_dtype=jnp.bfloat16)
+        layout = pods.layout_of(decoder.block_size, layer_axes={"^layers/": 0})
         for topology, sizes in pods.PODS[tree]:
             across = "x".join(map(str, sizes))
             if options.meshes and across not in options.meshes:

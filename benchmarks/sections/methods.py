@@ -48,8 +48,11 @@ def published(layout: rf.Layout, **options: Any) -> Method:
 
 def kronecker_methods(block_size: int) -> dict[str, Method]:
     """Returns the Kronecker methods: the defaults, refreshed at every tenth step, and variants of them."""
-    whole, blocks = rf.Layout(), rf.Layout(block_size=block_size)
-    half = rf.Layout(block_size=block_size, factor_dtype="bfloat16")
+    blocks, half = rf.Layout(block_size=block_size), rf.Layout(block_size=block_size, factor_dtype="bfloat16")
+    # As the official code: factors for all parameters.
+    whole = rf.Layout(diagonal=None, block_size=None, merge_dims=None)
+    all_blocks = dataclasses.replace(whole, block_size=block_size)
+    all_half = dataclasses.replace(all_blocks, factor_dtype="bfloat16")
     every_step = {"refresh_every": 1}
     return {
         "sirf_shampoo": Method(rf.sirf_shampoo, blocks, {}),
@@ -62,15 +65,15 @@ def kronecker_methods(block_size: int) -> dict[str, Method]:
         "sirf_muon, T=1": Method(rf.sirf_muon, blocks, every_step),
         "published, whole axes": published(whole),
         "published, whole axes *": published(whole, cache_preconditioner=True),
-        "published": published(blocks),
-        "published *": published(blocks, cache_preconditioner=True),
-        "published *, bf16": published(half, cache_preconditioner=True),
+        "published": published(all_blocks),
+        "published *": published(all_blocks, cache_preconditioner=True),
+        "published *, bf16": published(all_half, cache_preconditioner=True),
     }
 
 
 def other_methods(block_size: int) -> dict[str, optax.GradientTransformation]:
     """Returns this library's other methods."""
-    layout = rf.Layout(block_size=block_size)
+    layout = rf.Layout(diagonal=None, block_size=block_size, merge_dims=None)
     return {
         "published rf_shampoo": rf.published.rf_shampoo(1e-3, layout=layout, refresh_every=PERIOD, **_PUBLISHED),
         "rf_rmsprop": rf.rf_rmsprop(1e-3, momentum=None),

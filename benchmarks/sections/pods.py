@@ -1,5 +1,6 @@
 """Programs for TPU topologies, compiled ahead of time without a TPU: bytes, operations and traffic of each chip."""
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -113,10 +114,16 @@ def placed(shapes: Any, specs: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, shapes, specs, is_leaf=is_shape)
 
 
+def layout_of(block_size: int, **options: Any) -> rf.Layout:
+    """Returns blocks with factors for all parameters, as the official code has, in bfloat16 unless said otherwise."""
+    common = {"diagonal": None, "merge_dims": None, "factor_dtype": jnp.bfloat16}
+    return rf.Layout(block_size=block_size, **common | options)
+
+
 def methods(layout: rf.Layout, mesh_axes: tuple[str, ...]) -> dict[str, Any]:
     """Returns the optimizers by name, each made when called; psgd's only where psgdax is installed."""
-    settings = {"layout": layout, "mesh_axes": mesh_axes}
-    published = functools.partial(rf.published.sirf_shampoo, 1e-3, batch_size=256, **settings)
+    published = functools.partial(rf.published.sirf_shampoo, 1e-3, batch_size=256, layout=layout, mesh_axes=mesh_axes)
+    settings = {"layout": dataclasses.replace(layout, diagonal=rf.EMBEDDINGS), "mesh_axes": mesh_axes}
     others = {"adamw": lambda: optax.adamw(1e-3), "muon": lambda: optax.contrib.muon(1e-3)}
     if importlib.util.find_spec("psgdax") is not None:
         others["psgd"] = lambda: importlib.import_module("psgdax").kron(1e-3)

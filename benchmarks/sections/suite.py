@@ -97,7 +97,7 @@ def measure(
         for name in (name for name in names(block_size) if name in chosen):
             if name in OFFICIALS:
                 blocks, dtype = OFFICIALS[name]
-                layout = rf.Layout("dense", block_size=block_size)
+                layout = rf.Layout("dense", block_size=block_size, diagonal=None, merge_dims=None)
                 given = _block_shapes(layout.plan(trees.abstract(shapes))) if blocks else shapes
                 request = functools.partial(official.request, given, preconditioner_dtype=dtype)
                 steps[name], records[name] = _official(stack, request, official_python)

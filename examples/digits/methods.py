@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import optax
 import optax.contrib
 from jax.typing import ArrayLike
@@ -37,13 +38,22 @@ class Method:
 def muon(
     learning_rate: optax.ScalarOrSchedule, b1: ArrayLike, b2: ArrayLike, weight_decay: ArrayLike
 ) -> optax.GradientTransformation:
-    """Returns Optax's Muon for matrices, with steps of AdamW's length, and AdamW for the rest."""
+    """Returns Optax's Muon for matrices, with steps of AdamW's length, and AdamW for the rest.
+
+    A convolution's kernel is a matrix (3·3·inputs, outputs), which Muon has to be told.
+    """
+
+    def matrix_axes(params: optax.Params) -> Any:
+        axes = lambda ndim: optax.contrib.MuonDimensionNumbers(tuple(range(ndim - 1)), ndim - 1)
+        return jax.tree.map(lambda leaf: axes(leaf.ndim) if leaf.ndim > 1 else None, params)
+
     return optax.contrib.muon(
         learning_rate,
         weight_decay=weight_decay,
         adam_b1=b1,
         adam_b2=b2,
         adam_weight_decay=weight_decay,
+        muon_weight_dimension_numbers=matrix_axes,
         consistent_rms=0.2,
     )
 

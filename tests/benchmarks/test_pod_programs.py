@@ -77,7 +77,7 @@ import rootfree_optax as rf
 
 mesh = section.mesh_of("v5e:4x4", (16,))
 params = section.placed(section.stack_of_layers(), section.layer_specs(), mesh)
-layout = rf.Layout(block_size=768, factor_dtype="bfloat16")
+layout = section.layout_of(768)
 tx = rf.published.scale_by_sirf_shampoo(batch_size=256, layout=layout, mesh_axes="data", refresh_every=10)
 record = section.measure(tx, params, layout, apply=False)
 shard = record["gradient_bytes"]

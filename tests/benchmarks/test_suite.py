@@ -56,7 +56,7 @@ def test_the_official_optimizer_runs_where_jax_does_and_as_precisely(monkeypatch
 
 def test_the_floor_counts_the_products_that_are_made():
     matrix = {"a": jax.ShapeDtypeStruct((128, 128), "float32")}
-    plan = rf.Layout().plan(matrix)
+    plan = rf.Layout(block_size=None).plan(matrix)
     plain = roofline.floors(plan, dtype="float32", cached=False, step_bytes=0)["plain_floor_seconds"]
     cached = roofline.floors(plan, dtype="float32", cached=True, step_bytes=0)["plain_floor_seconds"]
     rate = roofline.product_rate((1, 128, 128), "float32")
