@@ -73,7 +73,7 @@ class Case:
 
     @property
     def is_staggered(self) -> bool:
-        """Whether blocks are refreshed in turn, so that the steps of their turns depend on how many others there are."""
+        """Whether blocks are refreshed in turn, so that the step of a turn depends on how many others there are."""
         return self.settings.get("refresh_every") == rf.staggered(2)
 
     @property
