@@ -39,7 +39,7 @@ from sections import pods, pods_report
 import rootfree_optax as rf
 
 SECTIONS = ("balance", "blocks", "update", "step", "report")
-DEFAULT_METHODS = ("adamw", "published, T=10")
+DEFAULT_METHODS = ("adamw", "sirf_muon", "published, T=10")
 
 
 def _write(options: argparse.Namespace, name: str, settings: dict[str, Any], records: Any) -> None:
@@ -64,7 +64,8 @@ def run_balance(options: argparse.Namespace) -> None:
         for chips in (16, 256, 512):
             block_size, uneven = decoder.block_size, True
             while uneven:
-                layout = pods.layout_of(block_size, layer_axes={"^layers/": 0})
+                layout = rf.Layout(block_size=block_size, layer_axes={"^layers/": 0}, factor_dtype=jnp.bfloat16)
+                layout = pods.factors_everywhere(layout)
                 told = pods.balance(layout.plan(trees.abstract(decoder.shapes)), chips)
                 records.append({"tree": tree, "chips": chips, "block_size": block_size, **told})
                 block_size, uneven = block_size // 2, told["busiest"] > pods.EVEN
@@ -81,7 +82,7 @@ def run_blocks(options: argparse.Namespace) -> None:
     params = pods.placed(shapes, pods.layer_specs(), mesh)
     records = []
     for name in _watch(["float32", "bfloat16"], "144 blocks"):
-        layout = pods.layout_of(768, factor_dtype=name)
+        layout = pods.factors_everywhere(rf.Layout(block_size=768, factor_dtype=name))
         transformation = rf.published.scale_by_sirf_shampoo(
             batch_size=256, layout=layout, mesh_axes=mesh.axis_names, refresh_every=10
         )
@@ -110,7 +111,7 @@ def run_trees(options: argparse.Namespace, *, whole_step: bool) -> None:
     """Compiles the update, or a whole step, of the decoders."""
     for tree in options.trees:
         decoder = DECODERS[tree]
-        layout = pods.layout_of(decoder.block_size, layer_axes={"^layers/": 0})
+        layout = rf.Layout(block_size=decoder.block_size, layer_axes={"^layers/": 0}, factor_dtype=jnp.bfloat16)
         for topology, sizes in pods.PODS[tree]:
             across = "x".join(map(str, sizes))
             if options.meshes and across not in options.meshes:
@@ -132,7 +133,7 @@ def run_trees(options: argparse.Namespace, *, whole_step: bool) -> None:
                 "block_size": decoder.block_size,
             }
             for method in _watch(options.methods, f"{tree} on {topology} {settings['mesh']}"):
-                of_plan = layout if method.startswith("published") else None
+                of_plan = pods.factors_everywhere(layout) if method.startswith("published") else None
                 try:
                     record = pods.measure(every[method](), params, of_plan, tokens if whole_step else None)
                 except jax.errors.JaxRuntimeError as error:  # the compiler's: a chip's memory is too small, for one
@@ -148,11 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("sections", nargs="*", metavar="section", help=f"any of {', '.join(SECTIONS)} (all)")
     parser.add_argument("--trees", nargs="+", choices=DECODERS, default=list(DECODERS), help="(all)")
     parser.add_argument("--meshes", nargs="+", help="of the trees' topologies, as 16x16 (all)")
-    parser.add_argument(
-        "--methods", nargs="+", default=DEFAULT_METHODS, help="adamw muon psgd sirf_muon ... (adamw, 'published, T=10')"
-    )
-    default_output = pathlib.Path(__file__).parent / "results"
-    parser.add_argument("--output", type=pathlib.Path, default=default_output, help="folder (benchmarks/results)")
+    parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, help="adamw muon psgd ... (%(default)s)")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("results"), help="folder (%(default)s)")
     options = parser.parse_args(arguments)
     if unknown := set(options.methods) - set(pods.methods(rf.Layout(), ("data",))):
         parser.error(f"unknown or absent methods: {', '.join(sorted(unknown))}")

@@ -1,7 +1,7 @@
 """Every method on every tree, beside psgd's Kron, SOAP, Distributed Shampoo, Muon and AdamW: a table, a figure, JSON.
 
     python benchmarks/suite.py                     # the trees gpt4, resnet18 and vit, all methods that are installed
-    python benchmarks/suite.py --trees gpt48 resnet34 --methods adamw muon sirf_shampoo sirf_muon
+    python benchmarks/suite.py --trees gpt12 resnet34 --methods adamw muon "sirf_muon*"
     python benchmarks/suite.py --trees share       # the optimizer's share of a training step
 
 The peers are installed as `harness/peers.py` says, PyTorch's official optimizer in an environment of its own:
@@ -15,7 +15,7 @@ to compile, so name them only with that time at hand.
 On a GPU the same commands run there. JAX_DEFAULT_MATMUL_PRECISION, `tensorfloat32` or `highest`, says how float32 is
 multiplied, which the JSON records. A method compiles for 5 to 30 seconds there, so name a few of them at a time:
 
-    python benchmarks/suite.py --trees gpt124M --block-size 768 --methods adamw muon sirf_muon "sirf_shampoo, bf16"
+    python benchmarks/suite.py --trees gpt124M --methods adamw muon sirf_muon kl_shampoo
 
 On Linux processors, arrays of more than 32 MB are mapped anew at every step, and paging them in takes a tenth to a
 third of a product of such. `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` has it done in large pages, for every method alike;
@@ -25,6 +25,7 @@ The JSON is written after every method that is compiled, so that what a run has 
 """
 
 import argparse
+import fnmatch
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ from harness import figure, machine, official, report
 from rich.console import Console
 from rich.progress import track
 from sections import share, suite
+
+import rootfree_optax as rf
 
 TREES: dict[str, Callable[[], trees.Shapes]] = {
     **{f"gpt{layers}": functools.partial(trees.gpt, layers) for layers in (4, 12, 48)},
@@ -62,7 +65,7 @@ def run_tree(options: argparse.Namespace, tree: str, watch: Any) -> None:
     }
     records = suite.measure(
         shapes,
-        options.methods or suite.names(options.block_size),
+        options.methods,
         block_size=options.block_size,
         periods=options.periods,
         official_python=options.official_python,
@@ -105,16 +108,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = [*TREES, SHARE]
     parser.add_argument("--trees", nargs="+", default=["gpt4", "resnet18", "vit"], choices=choices, metavar="TREE")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="by the names of the table (all)")
+    parser.add_argument(
+        "--methods", nargs="+", default=["*"], metavar="METHOD", help="names or patterns, 'sirf_*' (all)"
+    )
     parser.add_argument("--official-python", help="the interpreter of an environment with torch and sirfshampoo")
-    parser.add_argument("--block-size", type=int, default=256, help="of the factors (%(default)s)")
+    parser.add_argument("--block-size", type=int, default=rf.Layout().block_size, help="of blocks (%(default)s)")
     parser.add_argument("--periods", type=int, default=6, help="of 10 steps (%(default)s)")
-    default_output = pathlib.Path(__file__).parent / "results"
-    parser.add_argument("--output", type=pathlib.Path, default=default_output, help="folder (benchmarks/results)")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("results"), help="folder (%(default)s)")
     options = parser.parse_args(arguments)
-    known = suite.names(options.block_size)
-    if unknown := set(options.methods or ()) - set(known):
-        parser.error(f"methods must be among {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    known = suite.names()
+    found = {pattern: [name for name in known if fnmatch.fnmatchcase(name, pattern)] for pattern in options.methods}
+    if unknown := [pattern for pattern, names in found.items() if not names]:
+        parser.error(f"methods must be among {', '.join(known)}, got {', '.join(unknown)}")
+    options.methods = [name for names in found.values() for name in names]
     for tree in options.trees:
         console = Console(stderr=True)
         watch = functools.partial(track, description=tree, console=console, transient=True)

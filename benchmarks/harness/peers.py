@@ -6,11 +6,14 @@
 psgd-jax imports modules of Optax that newer releases have moved or dropped (`optax._src.clipping`,
 `safe_int32_increment`). They are put in place for the time of that import; the package itself is run as it is.
 precondition-opt calls `jax.tree_map` and its like, which its module gets back. SOAP_JAX has a known defect: when its
-basis turns, the second moment stays in the basis of before.
+basis turns, the second moment stays in the basis of before. "soap, block rule" is SOAP as a rule of this library's
+tests, in blocks of the default length, without that defect.
 """
 
 import contextlib
 import importlib
+import importlib.util
+import pathlib
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -18,8 +21,12 @@ from typing import Any
 
 import jax
 import optax
+import optax.contrib
+
+import rootfree_optax as rf
 
 PERIOD = 10
+SOAP_RULE = pathlib.Path(__file__).parents[2] / "tests" / "soap.py"
 
 
 @contextlib.contextmanager
@@ -57,6 +64,14 @@ def _soap() -> optax.GradientTransformation:
     return importlib.import_module("soap_jax").soap(1e-3, precondition_frequency=PERIOD)
 
 
+def _soap_rule() -> optax.GradientTransformation:
+    specification = importlib.util.spec_from_file_location("soap_rule", SOAP_RULE)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    soap = module.scale_by_soap(refresh_every=PERIOD, layout=rf.Layout(diagonal=None))
+    return optax.chain(soap, optax.scale_by_learning_rate(1e-3))
+
+
 class _OlderJax:
     """The module jax, with the functions of trees where older releases had them."""
 
@@ -81,6 +96,7 @@ PEERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "psgd, p=0.1": lambda: _psgd(1 / PERIOD),
     "psgd, p=1": lambda: _psgd(1.0),
     "soap, T=10": _soap,
+    "soap, block rule": _soap_rule,
     "distributed shampoo, T=10": _distributed_shampoo,
 }
 

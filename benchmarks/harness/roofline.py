@@ -54,32 +54,39 @@ def copy_rate(size: int = 2**28) -> float:
     return 2 * size / _fastest(jax.jit(lambda x: x + 1), array)
 
 
-def floors(plan: rf.Plan, *, dtype: DTypeLike, cached: bool, step_bytes: int) -> dict[str, float]:
+def floors(plan: rf.Plan, flops: rf.BlockFlops, *, dtype: DTypeLike, step_bytes: int) -> dict[str, float]:
     """Returns the least seconds of a step with refresh and of one without: the products' or the bytes', the larger.
 
     And what the products of the refresh alone take.
 
     Args:
-      plan: whose operations are counted.
+      plan: whose blocks say which products are made.
+      flops: of all blocks, see `rf.describe`; every step observes.
       dtype: of the factors.
-      cached: whether K Kᵀ is kept.
-      step_bytes: what any step reads and writes: parameters, gradients, momentum and factors.
+      step_bytes: what any step reads and writes: parameters, gradients and state.
     """
-    seconds = {"refresh": 0.0, "plain": 0.0}
-    refreshing = 0.0
-    for stack in plan.stacks:
-        size = math.prod(stack.shape)
-        widest = max((s.dim for s in stack.structures if s.flops(1).matmul > s.dim), default=None)
-        if widest is None:  # diagonal factors: no product
-            continue
-        rate = product_rate((stack.count, max(size // widest, 1) if size > widest else widest, widest), dtype)
-        apply = stack.apply_flops // 2 if cached else stack.apply_flops
-        refresh = stack.refresh_flops + (stack.square_flops if cached else 0)
-        seconds["plain"] += apply / rate
-        seconds["refresh"] += (apply + refresh) / rate
-        refreshing += refresh / rate
+    rate = _mean_rate(plan, dtype)
+    plain = (flops.observe + flops.precondition) / rate
+    refreshing = flops.refresh / rate
     moved = step_bytes / copy_rate()
     return {
-        **{f"{kind}_floor_seconds": max(value, moved) for kind, value in seconds.items()},
+        "refresh_floor_seconds": max(plain + refreshing, moved),
+        "plain_floor_seconds": max(plain, moved),
         "refresh_products_seconds": refreshing,
     }
+
+
+def _mean_rate(plan: rf.Plan, dtype: DTypeLike) -> float:
+    """Returns the operations per second of applying one factor along the longest dense axis of every block."""
+    operations = seconds = 0.0
+    for stack in plan.stacks:
+        size = math.prod(stack.shape)
+        # The product of two diagonal factors takes as many operations as they have entries.
+        widest = max((s.dim for s in stack.structures if s.flops(1).matmul > s.dim), default=None)
+        if widest is None:
+            continue
+        rows = size // widest if size > widest else widest
+        work = 2 * stack.count * size * widest
+        operations += work
+        seconds += work / product_rate((stack.count, rows, widest), dtype)
+    return operations / seconds if seconds else math.inf

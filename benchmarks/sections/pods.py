@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from decoders import loss
-from harness import report
+from harness import program, report
 from harness.collectives import traffic
 from harness.flops import product_flops
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import rootfree_optax as rf
+from rootfree_optax._src.blocks.sirf import PublishedRefresh
+from rootfree_optax._src.layout.stack import Stack
 
 LENGTH = 2048
 EVEN = 1.25  # the busiest chip's work over the mean, at most: how few blocks are too few
@@ -37,10 +39,10 @@ CAPTION = (
     "Per chip. published: rf.published.sirf_shampoo; all factors in bfloat16. state: of the optimizer; /plan: the "
     "factors' over the plan's bytes / chips. arguments: parameters, state and what else is given. temporary: what is "
     "needed besides. GFLOP: of the factors' products in a step with refresh, of no others and of the model's none. "
-    "busiest: the most factor work of a chip over the mean. collectives: ag all-gather, ar all-reduce, a2a all-to- "
-    "all, cp permute, rs reduce-scatter; sent: bytes of their results, over the chip's float32 gradient; in refresh: "
-    "of those within the branch that refreshes. compile, process: time of tracing and compiling, by the clock and of "
-    "all threads, which other work on the machine changes less."
+    "busiest: the most factor work of a chip over the mean. collectives: ag all-gather, ar all-reduce, a2a "
+    "all-to-all, cp permute, rs reduce-scatter; sent: bytes of their results, over the chip's float32 gradient; in "
+    "refresh: of those within the branch that refreshes. compile, process: time of tracing and compiling, by the clock "
+    "and of all threads, which other work on the machine changes less."
 )
 COLUMNS = (
     report.Column("method", "method"),
@@ -114,16 +116,16 @@ def placed(shapes: Any, specs: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, shapes, specs, is_leaf=is_shape)
 
 
-def layout_of(block_size: int, **options: Any) -> rf.Layout:
-    """Returns blocks with factors for all parameters, as the official code has, in bfloat16 unless said otherwise."""
-    common = {"diagonal": None, "merge_dims": None, "factor_dtype": jnp.bfloat16}
-    return rf.Layout(block_size=block_size, **common | options)
+def factors_everywhere(layout: rf.Layout) -> rf.Layout:
+    """Returns the layout with factors for every parameter, as the published method has them."""
+    return dataclasses.replace(layout, diagonal=None)
 
 
 def methods(layout: rf.Layout, mesh_axes: tuple[str, ...]) -> dict[str, Any]:
     """Returns the optimizers by name, each made when called; psgd's only where psgdax is installed."""
-    published = functools.partial(rf.published.sirf_shampoo, 1e-3, batch_size=256, layout=layout, mesh_axes=mesh_axes)
-    settings = {"layout": dataclasses.replace(layout, diagonal=rf.EMBEDDINGS), "mesh_axes": mesh_axes}
+    settings = {"layout": layout, "mesh_axes": mesh_axes}
+    everywhere = {"layout": factors_everywhere(layout), "mesh_axes": mesh_axes}
+    published = functools.partial(rf.published.sirf_shampoo, 1e-3, batch_size=256, **everywhere)
     others = {"adamw": lambda: optax.adamw(1e-3), "muon": lambda: optax.contrib.muon(1e-3)}
     if importlib.util.find_spec("psgdax") is not None:
         others["psgd"] = lambda: importlib.import_module("psgdax").kron(1e-3)
@@ -203,9 +205,15 @@ def _of_plan(layout: rf.Layout, params: Any, state: Any) -> dict[str, Any]:
 
 
 def balance(plan: rf.Plan, chips: int) -> dict[str, Any]:
-    """Returns what padding to a multiple of the chips makes of a plan's factors, momenta and work."""
-    work = lambda stack: stack.refresh_flops + stack.apply_flops
-    kept = lambda stack: stack.state_bytes(riemannian_momentum=True)
+    """Returns what the published method's factors, momenta and work are after padding to a multiple of the chips."""
+    rule = PublishedRefresh(riemannian_momentum=0.5)
+
+    def kept(stack: Stack) -> int:
+        dtypes = [dtype or jnp.dtype(jnp.float32) for dtype in stack.factor_dtypes]
+        state = jax.eval_shape(lambda: rule.init(stack.structures, dtypes))
+        return stack.count * program.tree_bytes((state.factors, state.momenta))
+
+    work = lambda stack: stack.count * sum(rule.flops(stack.structures))
     blocks_of_a_chip = lambda stack: -(-stack.count // chips)
     of_a_chip = lambda number: sum(number(stack) * blocks_of_a_chip(stack) // stack.count for stack in plan.stacks)
     return {

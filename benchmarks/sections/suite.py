@@ -17,14 +17,13 @@ from sections import methods
 
 TITLE = "{tree}: {parameters:.2f} million parameters, {where}"
 CAPTION = (
-    "Kronecker methods in blocks of {block_size}, refreshed at every 10th step unless said otherwise, with float32 "
-    "factors; published: rf.published.sirf_shampoo; *: with K Kᵀ cached. official: SIRFShampoo in PyTorch, whole axes, "
-    "T=10; official blocks: each block, of vectors too, is a "
-    "parameter. soap keeps the second moment of the old basis when that turns, a known defect. mean, max: of the steps "
-    "of a period, medians over periods; an accelerator is not waited for between steps. "
-    "/floor: step with and without refresh over the least time that the products, at the measured rate of such "
-    "products, or the bytes, at that of a copy, take. rate: what the products of the refresh alone would take, of what "
-    "it adds to a step. busy: how long the accelerator's kernels run. The methods take turns."
+    "This library's methods in blocks of at most {block_size}; refreshed at every 10th step unless T=1. cached: with "
+    "K Kᵀ in the state. official: SIRFShampoo in PyTorch, whole axes, T=10; official blocks: each block, of vectors "
+    "too, is a parameter. soap, T=10 keeps the second moment of the old basis when that turns, a known defect. mean, "
+    "max: of the steps of a period, medians over periods; an accelerator is not waited for between steps. /floor: step "
+    "with and without refresh over the least time that the products, at the measured rate of such products, or the "
+    "bytes, at that of a copy, take. rate: what the products of the refresh alone would take, of what it adds to a "
+    "step. busy: how long the accelerator's kernels run. The methods take turns."
 )
 TIME_COLUMNS = (
     report.Column("method", "method"),
@@ -64,9 +63,9 @@ OFFICIALS = {
 }
 
 
-def names(block_size: int = 256) -> list[str]:
+def names() -> list[str]:
     """Returns the names of all methods, in the table's order."""
-    return [*methods.kronecker_methods(block_size), *methods.other_methods(block_size), *peers.PEERS, *OFFICIALS]
+    return [*methods.kronecker_methods(1), *methods.other_methods(), *peers.PEERS, *OFFICIALS]
 
 
 def measure(
@@ -90,14 +89,14 @@ def measure(
       watch: wraps the iterable of steps, for a progress bar.
       prepared: takes the records so far, once for every method that is compiled and not yet timed.
     """
-    kronecker, others = methods.kronecker_methods(block_size), methods.other_methods(block_size)
+    kronecker, others = methods.kronecker_methods(block_size), methods.other_methods()
     records: dict[str, dict[str, Any]] = {}
     steps: dict[str, turns.Step] = {}
     with contextlib.ExitStack() as stack:
-        for name in (name for name in names(block_size) if name in chosen):
+        for name in (name for name in names() if name in chosen):
             if name in OFFICIALS:
                 blocks, dtype = OFFICIALS[name]
-                layout = rf.Layout("dense", block_size=block_size, diagonal=None, merge_dims=None)
+                layout = rf.Layout("dense", block_size=block_size, diagonal=None)
                 given = _block_shapes(layout.plan(trees.abstract(shapes))) if blocks else shapes
                 request = functools.partial(official.request, given, preconditioner_dtype=dtype)
                 steps[name], records[name] = _official(stack, request, official_python)
@@ -115,7 +114,7 @@ def measure(
             and (kernels := busy.seconds(steps[name], methods.PERIOD))
         ):
             records[name]["busy_seconds"] = kernels / methods.PERIOD
-        if name in kronecker and kronecker[name].is_published:
+        if name in kronecker:
             _add_floor(records[name], kronecker[name], shapes)
     _compare(records)
     return _named(records)
@@ -165,15 +164,19 @@ def _official(
 
 def _add_floor(record: dict[str, Any], method: methods.Method, shapes: trees.Shapes) -> None:
     params = trees.abstract(shapes)
+    flops = rf.describe(method.make(), params).flops
     # Parameters, gradients and what is applied are read or written beside the state.
     moved = 4 * trees.size(shapes) * 3 + record["state_bytes"]
     dtype = method.layout.factor_dtype or jnp.float32
-    record |= roofline.floors(method.layout.plan(params), dtype=dtype, cached=method.is_cached, step_bytes=moved)
-    for kind in ("refresh", "plain"):
-        record[f"{kind}_over_floor"] = record[f"{kind}_seconds"] / record[f"{kind}_floor_seconds"]
-    refreshing = record["refresh_seconds"] - record["plain_seconds"]
-    if refreshing > 0:
-        record["refresh_of_rate"] = record["refresh_products_seconds"] / refreshing
+    record |= roofline.floors(method.layout.plan(params), flops, dtype=dtype, step_bytes=moved)
+    if method.period == 1:
+        record["refresh_over_floor"] = record["mean_seconds"] / record["refresh_floor_seconds"]
+    elif method.period == methods.PERIOD:
+        for kind in ("refresh", "plain"):
+            record[f"{kind}_over_floor"] = record[f"{kind}_seconds"] / record[f"{kind}_floor_seconds"]
+        refreshing = record["refresh_seconds"] - record["plain_seconds"]
+        if refreshing > 0:
+            record["refresh_of_rate"] = record["refresh_products_seconds"] / refreshing
 
 
 def _compare(records: dict[str, dict[str, Any]]) -> None:

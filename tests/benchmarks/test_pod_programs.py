@@ -7,11 +7,16 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from harness import report
 from harness.collectives import traffic
+from jax.sharding import AxisType, PartitionSpec
 from rich.console import Console
-from sections import pods_report
+from sections import pods, pods_report
+
+import rootfree_optax as rf
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 
@@ -53,6 +58,24 @@ def test_the_report_shows_every_record_and_what_does_not_compile(tmp_path: pathl
     assert "muon does not compile: no memory" in page
 
 
+def test_padding_makes_a_chip_busier_than_the_mean() -> None:
+    plan = rf.Layout(diagonal=None, block_size=8).plan({"kernel": jax.ShapeDtypeStruct((24, 8), jnp.float32)})
+    told = pods.balance(plan, 2)
+    assert told["factor_bytes"] == 2 * 2 * 2 * (8 * 8) * 4  # two of three blocks, two factors, two momenta
+    assert told["state_ratio"] == told["busiest"] == pytest.approx(4 / 3)
+
+
+def test_a_program_for_a_mesh_is_measured_on_processors_too() -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params = pods.placed({"kernel": (64, 64)}, {"kernel": PartitionSpec("data")}, mesh)
+    layout = pods.factors_everywhere(rf.Layout(block_size=16))
+    record = pods.measure(pods.methods(layout, ("data",))["published"](), params, layout)
+    assert record["gradient_bytes"] == 64 * 64 * 4 // 8
+    assert record["sent_ratio"] > 0
+    assert record["product_flops"] > 0
+    assert record["busiest"] == record["state_ratio"] == 1
+
+
 @pytest.mark.parametrize("width", [60, 120])
 def test_a_table_that_is_too_wide_is_turned(width: int) -> None:
     columns = [report.Column("method", "method")]
@@ -77,7 +100,7 @@ import rootfree_optax as rf
 
 mesh = section.mesh_of("v5e:4x4", (16,))
 params = section.placed(section.stack_of_layers(), section.layer_specs(), mesh)
-layout = section.layout_of(768)
+layout = rf.Layout(diagonal=None, block_size=768, factor_dtype="bfloat16")
 tx = rf.published.scale_by_sirf_shampoo(batch_size=256, layout=layout, mesh_axes="data", refresh_every=10)
 record = section.measure(tx, params, layout, apply=False)
 shard = record["gradient_bytes"]

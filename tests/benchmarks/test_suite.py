@@ -1,5 +1,6 @@
 """The suite runs every kind of method on a small tree, and says what it could not run and why."""
 
+import functools
 import json
 import sys
 
@@ -8,7 +9,8 @@ import optax
 import pytest
 import suite
 import trees
-from harness import busy, official, peers, roofline, turns
+from harness import busy, official, peers, program, roofline, turns
+from sections import methods
 
 import rootfree_optax as rf
 
@@ -20,19 +22,18 @@ def test_the_suite_compares_methods_and_names_what_is_absent(tmp_path, monkeypat
     longest = max(peers.PEERS, key=len)
     monkeypatch.setitem(peers.PEERS, longest, lambda: optax.sgd(1e-3))
     monkeypatch.setenv("COLUMNS", "80")
-    chosen = ["adamw", "published *", "sirf_shampoo, staggered", "gone", longest, "official"]
+    chosen = ["adamw", "sirf_muon", "sirf_muon, *", "gone", longest, "official"]
     with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it
         suite.main(["--trees", "gpt4", "--methods", *chosen, "--periods", "1", "--output", str(tmp_path)])
     records = {r["method"]: r for r in json.loads((tmp_path / "suite_gpt4.json").read_text())["records"]}
-    assert set(records) == set(chosen)
+    variants = {name for name in suite.suite.names() if name.startswith("sirf_muon, ")}
+    assert set(records) == {"adamw", "sirf_muon", "gone", longest, "official"} | variants
     assert records["gone"]["problem"] == "absent: No module named 'a_package_that_is_not_there'"
     assert records["official"]["problem"] == "absent: no --official-python"
-    assert records["published *"]["plain_over_floor"] > 0
-    assert (
-        records["published *"]["state_bytes"]
-        > records["adamw"]["state_bytes"]
-        > 8 * trees.size(trees.gpt(1, 16, 32, 16))
-    )
+    assert records["sirf_muon"]["plain_over_floor"] > 0
+    assert "plain_over_floor" not in records["sirf_muon, T=1"]
+    of_adam = 8 * trees.size(trees.gpt(1, 16, 32, 16))
+    assert records["sirf_muon"]["state_bytes"] > records["adamw"]["state_bytes"] > of_adam
     assert (tmp_path / "suite_gpt4.png").exists()
     printed = capsys.readouterr().out
     assert "…" not in printed
@@ -54,16 +55,50 @@ def test_the_official_optimizer_runs_where_jax_does_and_as_precisely(monkeypatch
         official.request(shapes)
 
 
-def test_the_floor_counts_the_products_that_are_made():
-    matrix = {"a": jax.ShapeDtypeStruct((128, 128), "float32")}
-    plan = rf.Layout(block_size=None).plan(matrix)
-    plain = roofline.floors(plan, dtype="float32", cached=False, step_bytes=0)["plain_floor_seconds"]
-    cached = roofline.floors(plan, dtype="float32", cached=True, step_bytes=0)["plain_floor_seconds"]
-    rate = roofline.product_rate((1, 128, 128), "float32")
-    assert plain == pytest.approx(4 * 2 * 128**3 / rate)
-    assert cached == pytest.approx(plain / 2)
-    moved = roofline.floors(plan, dtype="float32", cached=True, step_bytes=10**12)["plain_floor_seconds"]
-    assert moved == pytest.approx(10**12 / roofline.copy_rate())
+def test_the_floor_counts_the_products_that_are_made(monkeypatch):
+    monkeypatch.setattr(roofline, "product_rate", lambda shape, dtype: {(2, 32, 64): 4.0, (1, 16, 16): 1.0}[shape])
+    monkeypatch.setattr(roofline, "copy_rate", lambda: 10.0)
+    layout = rf.Layout(structure=lambda path, shape: ("dense", "diagonal") if path == "a" else None, block_size=64)
+    shapes = {"a": (128, 32), "b": (16, 16), "vector": (5,)}
+    plan = layout.plan({name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()})
+    work = [2 * 2 * 64 * 32 * 64, 2 * 16 * 16 * 16]
+    rate = sum(work) / (work[0] / 4 + work[1])
+    flops = rf.BlockFlops(observe=10_000, refresh=40_000, precondition=30_000)
+    found = roofline.floors(plan, flops, dtype="float32", step_bytes=10)
+    assert found["plain_floor_seconds"] == pytest.approx(40_000 / rate)
+    assert found["refresh_floor_seconds"] == pytest.approx(80_000 / rate)
+    assert found["refresh_products_seconds"] == pytest.approx(40_000 / rate)
+    assert roofline.floors(plan, flops, dtype="float32", step_bytes=10**9)["plain_floor_seconds"] == 1e8
+
+
+def test_every_method_fits_a_model_with_an_embedding_and_a_bias():
+    params = trees.abstract({"embedding": (64, 8), "kernel": (8, 24), "bias": (24,)})
+    kronecker = {name: method.make() for name, method in methods.kronecker_methods(8).items()}
+    loaded = {name: peers.load(name)[0] for name in ("adamw", "muon", "soap, block rule")}
+    optimizers = {**kronecker, **methods.other_methods(), **loaded}
+    kept = {name: program.tree_bytes(jax.eval_shape(tx.init, params)) for name, tx in optimizers.items()}
+    assert min(kept, key=kept.get) == "muon"  # one momentum where the others keep two arrays
+    assert kept["sirf_muon, bf16"] < kept["sirf_muon"] == kept["sirf_muon, T=1"]
+    assert kept["published.sirf_shampoo"] < kept["published.sirf_shampoo, cached"]
+
+
+@pytest.mark.research
+@pytest.mark.parametrize("name", [*methods.kronecker_methods(8), *methods.other_methods(), "soap, block rule"])
+def test_a_step_keeps_shapes_and_dtypes(name):
+    params = trees.abstract({"embedding": (64, 8), "kernel": (8, 24), "bias": (24,)})
+    known = {**methods.kronecker_methods(8), **methods.other_methods()}
+    tx = known.get(name) or peers.load(name)[0]
+    tx = tx.make() if isinstance(tx, methods.Method) else tx
+    carry = params, jax.eval_shape(tx.init, params)
+    after = jax.eval_shape(functools.partial(program.optimizer_step, tx), carry, params)
+    describe = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert describe(after) == describe(carry)
+
+
+def test_a_method_that_matches_nothing_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        suite.main(["--methods", "adamw", "sirf_nothing*"])
+    assert "got sirf_nothing*" in capsys.readouterr().err
 
 
 def test_where_steps_do_not_wait_the_first_is_what_a_period_takes_beyond_the_others(monkeypatch):
