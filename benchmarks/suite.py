@@ -4,9 +4,13 @@
     python benchmarks/suite.py --trees gpt12 gpt48 resnet34 --methods adamw muon sirf "sirf *" "sirf *, staggered"
     python benchmarks/suite.py --trees share       # the optimizer's share of a training step
 
-The peers are installed as `harness/peers.py` says, PyTorch's official optimizer in an environment of its own, as
-`kronecker.py` says. One that is absent or broken is in the table, with the reason. On two processor cores gpt48 takes
-psgd and SOAP minutes to compile, so name them only with that time at hand.
+The peers are installed as `harness/peers.py` says, PyTorch's official optimizer in an environment of its own:
+
+    python -m venv official && official/bin/pip install torch sirfshampoo singd
+    python benchmarks/suite.py --official-python official/bin/python
+
+One that is absent or broken is in the table, with the reason. On two processor cores gpt48 takes psgd and SOAP minutes
+to compile, so name them only with that time at hand.
 
 On a GPU the same commands run there. JAX_DEFAULT_MATMUL_PRECISION, `tensorfloat32` or `highest`, says how float32 is
 multiplied, which the JSON records. A method compiles for 5 to 30 seconds there, so name a few of them at a time:
@@ -28,10 +32,10 @@ from typing import Any
 
 import jax
 import trees
-from harness import figure, machine, report
+from harness import figure, machine, official, report
 from rich.console import Console
 from rich.progress import track
-from sections import share, speed, suite
+from sections import share, suite
 
 TREES: dict[str, Callable[[], trees.Shapes]] = {
     **{f"gpt{layers}": functools.partial(trees.gpt, layers) for layers in (4, 12, 48)},
@@ -52,8 +56,8 @@ def run_tree(options: argparse.Namespace, tree: str, watch: Any) -> None:
         "parameters": trees.size(shapes) / 1e6,
         "block_size": options.block_size,
         "periods": options.periods,
-        "threads": speed.threads(),
-        "where": jax.devices()[0].device_kind if machine.on_accelerator() else f"{speed.threads()} threads",
+        "threads": official.threads(),
+        "where": jax.devices()[0].device_kind if machine.on_accelerator() else f"{official.threads()} threads",
         "float32_products": jax.config.jax_default_matmul_precision or "the backend's default",
     }
     records = suite.measure(

@@ -1,90 +1,100 @@
-"""Trains a small convolutional network on handwritten digits (or CIFAR) with each optimizer at its tuned settings.
+"""Trains a small convolutional network on handwritten digits with each method, at its tuned settings.
 
     python examples/train_digits.py
-    python examples/train_digits.py --optimizer rf_rmsprop sgd --seeds 5
-    python examples/train_digits.py --data cifar-10-batches-py --train-size 5000
+    python examples/train_digits.py --methods rf_rmsprop adamw --seeds 5
 
-The seeds of one optimizer train side by side, as one `jax.vmap`ped program. Prints a table; writes NAME.png (the
-curves) and NAME.json (the table's numbers), NAME being digits, cifar10 or cifar100.
+The seeds of one method train side by side, as one `jax.vmap`ped program. It prints a table, and writes the table and a
+figure of the curves to results/. All of it takes about two minutes on two processor cores.
 """
 
 import argparse
 import functools
-import json
 import pathlib
 import time
 
-import image_data
 import jax
 import jax.numpy as jnp
 import numpy as np
-import reporting
-from convnet import WIDTHS
-from image_data import ImageData
-from methods import METHODS, RESULTS, tuned_settings
-from reporting import History
-from rich.progress import Progress
-from training import BATCH_SIZE, EPOCHS, Run, TrainingState, evaluate_seeds, initial_params, run_on, train_epoch
+from digits import data, report, training
+from digits.methods import METHODS, Method
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-EVALUATIONS = 25
+SECONDS = 20  # that a method takes, half of them to compile
+EVERY = 5  # epochs, from one line to the next where there is no terminal for a bar
+console = Console(highlight=False)
 
 
-def train_seeds(run: Run, data: ImageData, hyperparameters: dict[str, float], seeds: int, bar: Progress) -> History:
-    """Returns the curves of all seeds at these hyperparameters."""
-    task = bar.add_task(run.method.label, total=run.epochs, status="compiling")
+def train_seeds(method: Method, digits: data.ImageData, seeds: int, epochs: int, bar: Progress) -> report.History:
+    """Returns the curves of all seeds, [epochs, seeds]."""
+    task = bar.add_task(method.label, total=epochs, status="compiling")
+    steps_per_epoch = len(digits.train.labels) // training.BATCH_SIZE
+    optimizer = method.optimizer(epochs * steps_per_epoch)
+
+    @jax.jit
+    def start(keys: jax.Array) -> training.TrainingState:
+        params = jax.lax.map(training.init_params, keys)
+        return training.TrainingState(params, jax.vmap(optimizer.init)(params))
+
+    @functools.partial(jax.jit, donate_argnums=3)
+    @functools.partial(jax.vmap, in_axes=(0, None, None, 0))
+    def one_epoch(key: jax.Array, epoch: jax.Array, train: data.Split, state: training.TrainingState):
+        return training.train_epoch(optimizer, key, epoch, train, state)
+
+    evaluate = jax.jit(jax.vmap(training.evaluate, in_axes=(None, 0)))
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
-    params = initial_params(run.network, keys)
-    state = TrainingState(params, jax.jit(jax.vmap(run.optimizer(hyperparameters).init))(params))
-    one_seed = functools.partial(train_epoch, run, hyperparameters)
-    all_seeds = jax.jit(jax.vmap(one_seed, in_axes=(0, None, None, 0)), donate_argnums=3)
-    one_epoch = all_seeds.lower(keys, jnp.int32(0), data.train, state).compile()
-
-    losses, errors, evaluated, durations = [], [], [], []
-    every = max(1, run.epochs // EVALUATIONS)
-    for epoch in range(run.epochs):
+    state = start(keys)
+    one_epoch = one_epoch.lower(keys, jnp.int32(0), digits.train, state).compile()
+    losses, errors, durations = [], [], []
+    for epoch in range(epochs):
         begin = time.perf_counter()
-        state, loss = jax.block_until_ready(one_epoch(keys, jnp.int32(epoch), data.train, state))
+        state, loss = jax.block_until_ready(one_epoch(keys, jnp.int32(epoch), digits.train, state))
         durations.append(time.perf_counter() - begin)
-        losses.append(loss)
-        if (run.epochs - epoch - 1) % every == 0:
-            errors.append(evaluate_seeds(run.network, data.test, state.params).error)
-            evaluated.append(run.steps_per_epoch * (epoch + 1))
-            status = f"loss {losses[-1].mean():.4f}  error {100 * errors[-1].mean():.2f} %"
-            bar.update(task, status=status)
-        bar.advance(task)
-    steps = run.steps_per_epoch * np.arange(1, run.epochs + 1)
-    seconds_per_step = min(durations) / run.steps_per_epoch / seeds
-    return History(steps, np.stack(losses), np.array(evaluated), np.stack(errors), seconds_per_step)
+        losses.append(np.asarray(loss))
+        errors.append(np.asarray(evaluate(digits.test, state.params).error))
+        status = f"loss {losses[-1].mean():.4f}, test error {100 * errors[-1].mean():.2f} %"
+        bar.update(task, advance=1, status=status)
+        if not console.is_terminal and (epoch + 1) % EVERY == 0:
+            console.print(f"{method.label}: epoch {epoch + 1} of {epochs}, {status}")
+    steps = steps_per_epoch * np.arange(1, epochs + 1)
+    seconds_per_step = min(durations) / steps_per_epoch / seeds
+    return report.History(steps, np.stack(losses), np.stack(errors), seconds_per_step)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(METHODS)
-    parser.add_argument("--optimizer", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=names)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=names)
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
-    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, metavar="N", help="channels, by layer")
-    parser.add_argument("--train-size", type=int, help="images to train on; 300 of the digits, all of CIFAR's")
-    parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="folder with CIFAR-10/100's files")
-    parser.add_argument("--settings", type=pathlib.Path, metavar="DIR", default=RESULTS, help="tune_digits.py's output")
-    parser.add_argument("--output", type=pathlib.Path, metavar="DIR", default=RESULTS)
+    parser.add_argument("--epochs", type=int, default=training.EPOCHS)
+    parser.add_argument("--output", type=pathlib.Path, metavar="FOLDER", default=pathlib.Path("results"))
     options = parser.parse_args(arguments)
 
-    data = image_data.load(options.data, options.train_size)
-    histories = {}
-    with reporting.progress_bar() as bar:
-        for name in options.optimizer:
-            run = run_on(data, METHODS[name], options.epochs, options.batch_size, options.widths)
-            histories[name] = train_seeds(run, data, tuned_settings(name, options.settings), options.seeds, bar)
-    summary = reporting.summarize(histories)
-    title = f"{data.name}: {len(data.train.labels)} training images, {options.seeds} seeds"
-    caption = "± one standard deviation over seeds; the time is one seed's share of a step, in the fastest epoch"
-    reporting.print_results(title, caption, summary)
+    counts = ", ".join(
+        f"{count} {noun}{'s' if count > 1 else ''}"
+        for count, noun in ((len(options.methods), "method"), (options.seeds, "seed"))
+    )
+    console.print(f"{counts}: about {len(options.methods) * SECONDS} s on two processor cores")
+    digits, histories, begin = data.load(), {}, time.perf_counter()
+    columns = ("{task.description:23}", BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, TextColumn("{task.fields[status]}"), console=console, disable=not console.is_terminal)
+    with bar:
+        for name in options.methods:
+            histories[name] = train_seeds(METHODS[name], digits, options.seeds, options.epochs, bar)
+    summary = report.summarize(histories)
+    title = f"{len(digits.train.labels)} training images, {histories[name].steps[-1]} steps, {options.seeds} seeds"
+    caption = (
+        "± one standard deviation over seeds. Steps to AdamW's final training loss. "
+        "The time is one seed's share of a step, in the fastest epoch."
+    )
+    console.print(report.table(title, caption, summary))
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"{data.name}.json").write_text(json.dumps(summary, indent=1) + "\n")
-    reporting.draw_curves(options.output / f"{data.name}.png", f"{title} (mean and range)", histories)
+    figure, table = options.output / "digits.png", options.output / "digits.md"
+    report.draw_curves(figure, f"Digits: {title} (mean and range)", histories)
+    table.write_text(report.markdown(title, summary), encoding="utf-8")
+    console.print(f"It took {time.perf_counter() - begin:.0f} s. The figure is in {figure.absolute()}", soft_wrap=True)
+    console.print(f"and the table in {table.absolute()}", soft_wrap=True)
 
 
 if __name__ == "__main__":

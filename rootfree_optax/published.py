@@ -20,6 +20,9 @@ from rootfree_optax._src.optimizers.links import MaskOrFn, descend, heavy_ball
 from rootfree_optax._src.transforms.kronecker import scale_by_kronecker
 from rootfree_optax._src.transforms.published import scale_by_rf_adam, scale_by_rf_rms
 
+# Every parameter has factors, over whole axes, as in the official code.
+_WHOLE = Layout(diagonal=None, block_size=None, merge_dims=None)
+
 __all__ = [
     "rf_adamw",
     "rf_rmsprop",
@@ -171,7 +174,7 @@ def scale_by_sirf_shampoo(
     initial_scale: ArrayLike = 1.0,
     refresh_every: RefreshEvery = 1,
     cache_preconditioner: bool = False,
-    layout: Layout = Layout(),  # noqa: B008  # a frozen value
+    layout: Layout = _WHOLE,
     mesh_axes: MeshAxes = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -190,7 +193,8 @@ def scale_by_sirf_shampoo(
       refresh_every: T ≥ 1, `rf.staggered(T)`, `rf.growing(T)` or a callable, see `rf.scale_by_kronecker`.
       cache_preconditioner: whether K Kᵀ is kept in the state, as large as K, which halves the products of a step
         without refresh. For structures that are closed under transposition.
-      layout: how parameters become blocks, and the structure and dtype of their factors. All structures are admitted.
+      layout: how parameters become blocks, and the structure and dtype of their factors. By default every parameter has
+        factors over whole axes. All structures are admitted.
       mesh_axes: mesh axes over which stacks are divided, see `rf.scale_by_kronecker`.
       precision: of every matrix product, see `jax.lax.Precision`.
 
@@ -245,7 +249,7 @@ def sirf_shampoo(
     mu_dtype: DTypeLike | None = None,
     refresh_every: RefreshEvery = 1,
     cache_preconditioner: bool = False,
-    layout: Layout = Layout(),  # noqa: B008  # a frozen value
+    layout: Layout = _WHOLE,
     mesh_axes: MeshAxes = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -321,7 +325,7 @@ def scale_by_rf_shampoo(
     *,
     batch_size: ArrayLike | None = None,
     refresh_every: RefreshEvery = 1,
-    layout: Layout = Layout(),  # noqa: B008  # a frozen value
+    layout: Layout = _WHOLE,
     mesh_axes: MeshAxes = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -385,7 +389,7 @@ def rf_shampoo(
     batch_size: ArrayLike | None = None,
     mu_dtype: DTypeLike | None = None,
     refresh_every: RefreshEvery = 1,
-    layout: Layout = Layout(),  # noqa: B008  # a frozen value
+    layout: Layout = _WHOLE,
     mesh_axes: MeshAxes = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from double_precision import double_precision
+from rootfree_optax._src.blocks.factor_step import factor_steps, outer_products
 
 from rootfree_optax._src.blocks import apply as preconditioning
 from rootfree_optax._src.blocks import factor_update
-from rootfree_optax._src.blocks.factor_step import factor_steps, outer_products
 from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.structures import structure_factory
 

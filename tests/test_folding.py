@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kronecker_runs import draw, run, scale_by_exact, scale_by_published
+from rootfree_optax._src.blocks.factor_step import outer_products
+from rootfree_optax._src.blocks.folding import fold
 
 import rootfree_optax as rf
 from rootfree_optax._src.blocks.apply import precondition, precondition_by_squares
-from rootfree_optax._src.blocks.factor_step import outer_products
-from rootfree_optax._src.blocks.folding import fold
 from rootfree_optax._src.structures import dense, diagonal
 
 # Lengths, which of them are diagonal, and the groups that they fold into.

@@ -1,11 +1,29 @@
-"""Steps of an optimizer that lives in another Python environment, over a pipe."""
+"""Steps of the official PyTorch optimizer, which lives in another Python environment, over a pipe."""
 
 import contextlib
 import json
+import os
 import pathlib
 import subprocess
 from collections.abc import Iterator
 from typing import Any
+
+import jax
+import trees
+
+from harness import turns
+
+SCRIPT = pathlib.Path(__file__).with_name("official_worker.py")
+SETTINGS = {
+    "lr": 1e-3,
+    "beta2": 1e-2,
+    "alpha1": 0.9,
+    "alpha2": 0.5,
+    "lam": 1e-3,
+    "kappa": 0.0,
+    "T": 10,
+    "batch_size": 32,
+}
 
 
 class Worker:
@@ -44,3 +62,39 @@ def worker(python: str, script: pathlib.Path) -> Iterator[Worker]:
             yield Worker(process)
         finally:
             process.kill()
+
+
+def threads() -> int:
+    """Returns how many threads every program gets: as many as there are processors for this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def request(shapes: trees.Shapes, *, preconditioner_dtype: str | None = None) -> dict[str, Any]:
+    """Returns what the official optimizer is asked: these shapes, on JAX's own kind of device, as precise in float32.
+
+    Args:
+      shapes: the parameters'.
+      preconditioner_dtype: of the factors; None is the parameters'.
+
+    Raises:
+      ValueError: on an accelerator that PyTorch is not timed on.
+    """
+    backend = jax.default_backend()
+    devices = {"cpu": "cpu", "gpu": "cuda"}
+    if backend not in devices:
+        raise ValueError(f"the official optimizer runs on cpu and gpu, got {backend!r}. Leave out --official-python.")
+    exact = jax.config.jax_default_matmul_precision in ("highest", "float32")
+    return {
+        "shapes": trees.shapes_of(shapes),
+        "settings": SETTINGS,
+        "preconditioner_dtype": preconditioner_dtype,
+        "threads": threads(),
+        "device": devices[backend],
+        "float32_products": "highest" if exact or backend == "cpu" else "high",
+    }
+
+
+def step(worker: Worker, count: int) -> turns.Seconds:
+    """Makes so many steps of the official optimizer."""
+    answer = worker.ask({"steps": count})
+    return answer["seconds"], answer["process_seconds"]

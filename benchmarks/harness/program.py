@@ -35,10 +35,6 @@ class Program:
         """Returns the costs by name, ready for a record."""
         return {name: value for name, value in vars(self).items() if name != "run"}
 
-    def traffic_over(self, size: int) -> float | None:
-        """Returns bytes_accessed / size."""
-        return None if self.bytes_accessed is None else self.bytes_accessed / size
-
 
 def compile_step(step: Callable[..., Any], carry: Any, *constants: Any) -> Program:
     """Compiles `step(carry, *constants) -> carry` with the carry donated.

@@ -1,6 +1,5 @@
 """Steps of several optimizers, timed in turn: so a slow minute of the machine slows all of them alike."""
 
-import dataclasses
 import random
 import statistics
 import time
@@ -78,34 +77,3 @@ def summary(times: list[list[Seconds]]) -> dict[str, float]:
         "plain_seconds": statistics.median(seconds for period in clock for seconds in period[1:]),
         "mean_process_seconds": statistics.median(statistics.mean(s for _, s in period) for period in times),
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """Seconds of one step by the clock, over all periods.
-
-    The median is what a user meets on this machine, the fastest what the step costs when nothing else runs, and the
-    quartiles say how far apart the two may be trusted.
-    """
-
-    median: float
-    fastest: float
-    lower_quartile: float
-    upper_quartile: float
-
-    def seconds(self) -> dict[str, float]:
-        """Returns the four, each name with its unit, ready for a record."""
-        return {f"{name}_seconds": value for name, value in vars(self).items()}
-
-
-def spread(times: list[list[Seconds]]) -> Spread:
-    """Returns the spread of steps that are all alike.
-
-    Raises:
-      ValueError: for fewer than 2 steps, which have no quartiles.
-    """
-    clock = [seconds for period in times for seconds, _ in period]
-    if len(clock) < 2:
-        raise ValueError(f"a spread needs at least 2 steps, got {len(clock)}. Time more repeats.")
-    lower, median, upper = statistics.quantiles(clock, n=4, method="inclusive")
-    return Spread(median=median, fastest=min(clock), lower_quartile=lower, upper_quartile=upper)

@@ -14,7 +14,7 @@ import trees
 from harness import busy, machine, official, peers, program, report, roofline, turns
 
 import rootfree_optax as rf
-from sections import methods, speed
+from sections import methods
 
 TITLE = "{tree}: {parameters:.2f} million parameters, {where}"
 CAPTION = (
@@ -59,7 +59,7 @@ PROGRAM_COLUMNS = (
 
 # Whether the blocks are its parameters, and its factors' dtype.
 OFFICIALS = {
-    speed.OFFICIAL: (False, None),
+    "official": (False, None),
     "official blocks": (True, None),
     "official blocks, bf16": (True, "bfloat16"),
 }
@@ -100,7 +100,7 @@ def measure(
                 blocks, dtype = OFFICIALS[name]
                 layout = rf.Layout("dense", block_size=block_size)
                 given = _block_shapes(layout.plan(trees.abstract(shapes))) if blocks else shapes
-                request = functools.partial(speed.official_request, given, preconditioner_dtype=dtype)
+                request = functools.partial(official.request, given, preconditioner_dtype=dtype)
                 steps[name], records[name] = _official(stack, request, official_python)
             else:
                 make = sirf[name].make if name in sirf else functools.partial(others.get, name)
@@ -157,13 +157,11 @@ def _official(
 ) -> tuple[turns.Step | None, dict[str, Any]]:
     if python is None:
         return None, {"problem": "absent: no --official-python"}
-    worker = stack.enter_context(official.worker(python, speed.WORKER))
+    worker = stack.enter_context(official.worker(python, official.SCRIPT))
     answer, problem = peers.first_error(lambda: worker.ask(request()))
     if answer is None:
         return None, {"problem": problem}
-    return functools.partial(speed.official_step, worker), {
-        key: answer[key] for key in ("state_bytes", "versions", "device")
-    }
+    return functools.partial(official.step, worker), {key: answer[key] for key in ("state_bytes", "versions", "device")}
 
 
 def _add_floor(record: dict[str, Any], method: methods.Method, shapes: trees.Shapes) -> None:

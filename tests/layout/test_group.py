@@ -10,9 +10,10 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from hypothesis import strategies as st
+from layouts import whole
 
-from rootfree_optax._src.layout import Group, Layout, as_matrix, flatten, weight_and_bias
-from rootfree_optax._src.layout.group import assign, join_members, joined_shape, split_members
+from rootfree_optax._src.layout import Group, as_matrix, flatten, weight_and_bias
+from rootfree_optax._src.layout.group import assign, join_members, join_shapes, split_members
 
 
 def struct(*shape: int) -> jax.ShapeDtypeStruct:
@@ -25,7 +26,7 @@ def arrays_like(shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
 
 
 def names(params: object, *rules: Group, layer_axes: object = None) -> list[str]:
-    return [unit.name for unit in Layout(group=rules, layer_axes=layer_axes).plan(params).units]
+    return [unit.name for unit in whole(group=rules, layer_axes=layer_axes).plan(params).units]
 
 
 LENGTHS = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
@@ -46,7 +47,7 @@ def test_split_undoes_join_in_every_layer(case: tuple, layers: tuple[int, ...]) 
     assert rule.condition is None or rule.condition(*shapes)
     arrays = arrays_like(tuple((*layers, *shape) for shape in shapes))
     tensor = join_members(arrays, rule, len(layers))
-    joined = joined_shape(rule, {str(i): shape for i, shape in enumerate(shapes)})
+    joined = join_shapes(rule, {str(i): shape for i, shape in enumerate(shapes)})
     assert tensor.shape == (*layers, *joined)
     assert math.prod(joined) == sum(map(math.prod, shapes))
     for array, back in zip(arrays, split_members(tensor, rule, shapes, len(layers)), strict=True):
@@ -68,7 +69,7 @@ def test_the_bias_is_the_last_column_of_a_weight_with_its_output_first() -> None
 @pytest.mark.parametrize("output_axis", [-1, 0])
 def test_of_a_square_weight_the_output_is_what_the_user_says(output_axis: int) -> None:
     tree = {"kernel": jnp.zeros((3, 3)), "bias": jnp.ones(3)}
-    (matrix,) = Layout(group=(weight_and_bias(output_axis=output_axis),)).plan(tree).pack(tree)
+    (matrix,) = whole(group=(weight_and_bias(output_axis=output_axis),)).plan(tree).pack(tree)
     expected = np.zeros((4, 3))
     expected[3] = 1
     np.testing.assert_array_equal(matrix[0], expected if output_axis == -1 else expected.T)
@@ -81,10 +82,10 @@ def test_of_a_square_weight_the_output_is_what_the_user_says(output_axis: int) -
             -1,
             (4, 3),
             (4,),
-            r"output_axis=-1\) must .* \(4, 3\) and \(4,\), which fit output_axis=0 only.*'d/kernel', 'd/bias'",
+            r"output_axis=-1 of .* \(4, 3\) and .* \(4,\), which fit output_axis=0 only.*'d/kernel', 'd/bias'",
         ),
-        (0, (3, 4), (4,), r"output_axis=0\) must .* \(3, 4\) and \(4,\), which fit output_axis=-1 only"),
-        (0, (5, 3, 4), (5, 4), "fit neither 0 nor -1. Name axes that index layers in layer_axes"),
+        (0, (3, 4), (4,), r"output_axis=0 of .* \(3, 4\) .* which fit output_axis=-1 only"),
+        (0, (5, 3, 4), (5, 4), "fit neither 0 nor -1. Set layer_axes if an axis indexes layers"),
         (-1, (3, 4), (5,), "fit neither"),
         (-1, (3, 4), (), "fit neither"),
     ],
@@ -135,7 +136,7 @@ def test_members_share_a_parent_and_each_is_taken_once() -> None:
 
 def test_the_first_rule_that_applies_wins_and_patterns_select() -> None:
     params = {"a": {"kernel": struct(3, 4), "bias": struct(4)}, "b": {"kernel": struct(3, 4), "bias": struct(4)}}
-    plan = Layout(group=(flatten("a/kernel"), weight_and_bias(pattern="^[ab]/"))).plan(params)
+    plan = whole(group=(flatten("a/kernel"), weight_and_bias(pattern="^[ab]/"))).plan(params)
     assert [(unit.name, unit.lengths) for unit in plan.units] == [
         ("a/bias", (4,)),
         ("a/kernel", (12,)),
@@ -145,14 +146,14 @@ def test_the_first_rule_that_applies_wins_and_patterns_select() -> None:
 
 def test_variables_of_nnx_are_named_without_their_box() -> None:
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    plan = Layout(group=(weight_and_bias(),)).plan(nnx.state(model, nnx.Param))
+    plan = whole(group=(weight_and_bias(),)).plan(nnx.state(model, nnx.Param))
     assert [(unit.name, (*unit.layer_shape, *unit.tensor_shape)) for unit in plan.units] == [("kernel+bias", (3, 3))]
 
 
 def test_a_box_may_hold_one_member_of_a_group_and_not_the_other() -> None:
     dense = nn.Dense(3, kernel_init=nn.with_partitioning(nn.initializers.ones, ("data", None)))
     variables = jax.eval_shape(dense.init, jax.random.key(0), jnp.ones((1, 2)))
-    (unit,) = Layout(group=(weight_and_bias(),)).plan(variables).units
+    (unit,) = whole(group=(weight_and_bias(),)).plan(variables).units
     assert (unit.name, unit.paths) == ("params/kernel+bias", ("params/kernel/value", "params/bias"))
 
 
@@ -184,7 +185,7 @@ def test_members_of_a_group_may_lie_deeper() -> None:
 
 def test_layers_are_joined_one_by_one() -> None:
     params = {"layers": {"kernel": struct(5, 3, 4), "bias": struct(5, 4)}, "head": {"kernel": struct(4, 2)}}
-    plan = Layout(group=(weight_and_bias(),), layer_axes={"^layers/": 0}).plan(params)
+    plan = whole(group=(weight_and_bias(),), layer_axes={"^layers/": 0}).plan(params)
     assert [(unit.name, (*unit.layer_shape, *unit.tensor_shape)) for unit in plan.units] == [
         ("head/kernel", (4, 2)),
         ("layers/kernel+bias", (5, 4, 4)),
@@ -197,7 +198,7 @@ def test_layers_are_joined_one_by_one() -> None:
 def test_members_may_have_their_layer_axes_at_different_positions() -> None:
     kernel, bias = arrays_like(((3, 5, 4), (5, 4)))
     tree = {"kernel": kernel, "bias": bias}
-    plan = Layout(group=(weight_and_bias(),), layer_axes={"kernel": 1, "bias": 0}).plan(tree)
+    plan = whole(group=(weight_and_bias(),), layer_axes={"kernel": 1, "bias": 0}).plan(tree)
     (packed,) = plan.pack(tree)
     layers = [np.concatenate([kernel[:, i], bias[None, i]]) for i in range(5)]
     np.testing.assert_array_equal(packed, layers)
@@ -206,14 +207,16 @@ def test_members_may_have_their_layer_axes_at_different_positions() -> None:
 
 def test_members_with_different_layer_axes_are_an_error() -> None:
     params = {"kernel": struct(5, 3, 4), "bias": struct(4)}
-    with pytest.raises(ValueError, match=r"same layer axes.*'kernel': \(5,\), 'bias': \(\)} in .*\(5, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"same layer axes.*'kernel': \(5,\), 'bias': \(\)} for .*\(5, 3, 4\)"):
         names(params, Group(("kernel", "bias"), jnp.add, lambda x, *_: (x, x)), layer_axes={"kernel": 0})
 
 
 def test_a_rule_that_cannot_be_undone_is_an_error() -> None:
     rule = Group(("a", "b"), lambda a, b: jnp.concatenate([a, b]), lambda x, *_: (x[:3], x[3:]))
     assert names({"a": struct(3), "b": struct(2)}, rule) == ["a+b"]
-    with pytest.raises(ValueError, match=r"split must undo join, but join makes \(6,\) of {'p/a': \(2,\), 'p/b'"):
+    with pytest.raises(
+        ValueError, match=r"split must be the inverse of join, but join returns \(6,\) for {'p/a': \(2,\), 'p/b'"
+    ):
         names({"p": {"a": struct(2), "b": struct(4)}}, rule)
 
 
@@ -221,7 +224,7 @@ def test_a_rule_that_cannot_be_undone_is_an_error() -> None:
     ("make", "message"),
     [
         (lambda: Group("kernel", jnp.add, jnp.split), "tuple of names, got the string 'kernel'"),
-        (lambda: Group(("a", "a"), jnp.add, jnp.split), r"must differ, got \('a', 'a'\)"),
+        (lambda: Group(("a", "a"), jnp.add, jnp.split), r"must be distinct, got \('a', 'a'\)"),
         (lambda: flatten("("), r"pattern must be a regular expression, got '\('"),
         (lambda: weight_and_bias(output_axis=1), r"output_axis must be -1 \(the last axes\) or 0 .* got 1"),
         (lambda: as_matrix("q", 0), "rows must be at least 1, got 0"),

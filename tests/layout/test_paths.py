@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
+from layouts import whole
 
 import rootfree_optax as rf
 from rootfree_optax._src.layout.paths import plain_paths, require_match
@@ -71,7 +72,7 @@ def test_every_rule_sees_plain_paths() -> None:
     def layer_axes(path: str, shape: tuple[int, ...]) -> None:
         seen.append(path)
 
-    layout = rf.Layout(structure, layer_axes=layer_axes, group=(rf.as_matrix("^linear/kernel$", 1),))
+    layout = whole(structure, layer_axes=layer_axes, group=(rf.as_matrix("^linear/kernel$", 1),))
     plan = layout.plan({"params": nnx.state(Model(nnx.Rngs(0)), nnx.Param)})
     assert set(seen) == {"embed/embedding", "linear/kernel", "linear/bias"}
     assert [block.name for block in plan.blocks] == [
@@ -79,7 +80,7 @@ def test_every_rule_sees_plain_paths() -> None:
         "params/linear/bias/value",
         "params/linear/kernel/value",
     ]
-    plan = rf.Layout(diagonal="embedding$", layer_axes={"^linear/kernel$": 0}).plan(
+    plan = whole(diagonal="embedding$", layer_axes={"^linear/kernel$": 0}).plan(
         {"params": nnx.state(Model(nnx.Rngs(0)), nnx.Param)}
     )
     assert [rest.path for rest in plan.rest] == [
@@ -92,13 +93,13 @@ def test_every_rule_sees_plain_paths() -> None:
 def test_patterns_speak_of_the_parameters_that_an_optimizer_is_given() -> None:
     params = {"head": jnp.ones((3, 3)), "layers": jnp.ones((2, 3, 3))}
     make = lambda layout: optax.partition(
-        {"ours": rf.scale_by_sirf_shampoo(batch_size=1, layout=layout), "other": optax.sgd(0.1)},
+        {"ours": rf.scale_by_sirf_shampoo(layout=layout), "other": optax.sgd(0.1)},
         {"head": "other", "layers": "ours"},
     )
-    make(rf.Layout(layer_axes={"^layers": 0})).init(params)
+    make(whole(layer_axes={"^layers": 0})).init(params)
     with pytest.raises(ValueError, match=r"a key of layer_axes must match .* got '\^head'. The nearest .* 'layers'"):
-        make(rf.Layout(layer_axes={"^layers": 0, "^head": None})).init(params)
-    make(rf.Layout(layer_axes={"^head": None})).init({"head": params["head"], "layers": {}})
+        make(whole(layer_axes={"^layers": 0, "^head": None})).init(params)
+    make(whole(layer_axes={"^head": None})).init({"head": params["head"], "layers": {}})
 
 
 def test_a_pattern_without_a_match_is_an_error_that_names_the_nearest_paths() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from hypothesis import strategies as st
+from layouts import whole
 
 import rootfree_optax as rf
 from rootfree_optax._src.layout import Layout, Plan, as_matrix, flatten, weight_and_bias
@@ -41,7 +42,7 @@ def there_and_back(plan: Plan, tree: object) -> tuple:
 @hypothesis.given(st.lists(SHAPES, min_size=1, max_size=4), SIZES, SIZES, st.sampled_from([None, "dense", "diagonal"]))
 @hypothesis.settings(derandomize=True, deadline=None, max_examples=20)
 def test_every_entry_is_in_one_block_and_comes_back(shapes: list, block: int, merge: int, structure: str) -> None:
-    layout = Layout(structure, block_size=block, merge_dims=merge)
+    layout = whole(structure, block_size=block, merge_dims=merge)
     tree = numbered([struct(*shape) for shape in shapes])
     plan = layout.plan(tree)
     packed, back = there_and_back(plan, tree)
@@ -60,7 +61,7 @@ def test_every_entry_is_in_one_block_and_comes_back(shapes: list, block: int, me
 def test_groups_and_layers_come_back(rank: int, block: int, merge: bool, layers: tuple) -> None:
     groups = (weight_and_bias(), flatten("embedding"), as_matrix("query", 1))
     axes = {"^layers": tuple(range(len(layers)))}
-    layout = Layout(group=groups, block_size=block, merge_dims=4 if merge else None, layer_axes=axes)
+    layout = whole(group=groups, block_size=block, merge_dims=4 if merge else None, layer_axes=axes)
     layer = {"kernel": (5, 3), "bias": (3,), "query": (2, 3, 2), "scale": (1, 4)[:rank]}
     tree = numbered(
         {"layers": {name: struct(*layers, *shape) for name, shape in layer.items()}, "embedding": struct(3, 2)}
@@ -73,8 +74,8 @@ def test_groups_and_layers_come_back(rank: int, block: int, merge: bool, layers:
 
 
 def test_a_block_is_where_its_name_says() -> None:
-    tree = numbered({"a": {"kernel": struct(7, 1, 4)}, "b": struct(3, 2, 5, 4), "c": struct(2, 5), "d": struct()})
-    plan = Layout(block_size=3, layer_axes={"b": (0, 1), "c": 0}).plan(tree)
+    tree = numbered({"a": {"kernel": struct(8, 1, 5)}, "b": struct(3, 2, 5, 6), "c": struct(2, 5), "d": struct()})
+    plan = whole(block_size=3, layer_axes={"b": (0, 1), "c": 0}).plan(tree)
     packed = plan.pack(tree)
     blocks = {block.name: packed[block.stack][block.position] for block in plan.blocks}
     assert len(blocks) == len(plan.blocks) == sum(stack.count for stack in plan.stacks)
@@ -95,16 +96,16 @@ def test_layers_along_any_axis_are_separate_layers_exactly() -> None:
     layers = [jnp.asarray(rng.normal(size=(5, 4)), jnp.float32) for _ in range(3)]
     stacked = jnp.stack(layers, axis=1)
     step = lambda layout, tree: jax.jit(lambda tree: one_step(layout, tree))(tree)
-    together = step(Layout(layer_axes={"w": 1}, block_size=3), {"w": stacked, "b": jnp.ones(2)})
-    apart = step(Layout(block_size=3), {"b": jnp.ones(2), **{f"w{i}": layer for i, layer in enumerate(layers)}})
+    together = step(whole(layer_axes={"w": 1}, block_size=3), {"w": stacked, "b": jnp.ones(2)})
+    apart = step(whole(block_size=3), {"b": jnp.ones(2), **{f"w{i}": layer for i, layer in enumerate(layers)}})
     for i in range(3):
         np.testing.assert_array_equal(together["w"][:, i], apart[f"w{i}"])
     np.testing.assert_array_equal(together["b"], apart["b"])
-    np.testing.assert_array_equal(step(Layout(layer_axes={"w": -2}, block_size=3), {"w": stacked})["w"], together["w"])
+    np.testing.assert_array_equal(step(whole(layer_axes={"w": -2}, block_size=3), {"w": stacked})["w"], together["w"])
 
 
 def one_step(layout: Layout, tree: object) -> object:
-    transformation = rf.scale_by_sirf_shampoo(batch_size=2, layout=layout)
+    transformation = rf.scale_by_sirf_shampoo(layout=layout)
     updates, _ = transformation.update(tree, transformation.init(tree), tree)
     return updates
 
@@ -112,47 +113,79 @@ def one_step(layout: Layout, tree: object) -> object:
 def test_two_layer_axes_that_do_not_lead() -> None:
     tree = numbered({"experts": struct(2, 5, 3, 4)})
     experts = np.asarray(tree["experts"])
-    plan = Layout(layer_axes=(0, 2), block_size=4).plan(tree)
+    plan = whole(layer_axes=(0, 2), block_size=4).plan(tree)
     packed = plan.pack(tree)
-    assert [(stack.shape, stack.count) for stack in plan.stacks] == [((4, 4), 6), ((1, 4), 6)]
+    assert [(stack.shape, stack.count) for stack in plan.stacks] == [((3, 4), 6), ((2, 4), 6)]
     blocks = {block.name: packed[block.stack][block.position] for block in plan.blocks}
     for layer, expert in itertools.product(range(2), range(3)):
-        np.testing.assert_array_equal(blocks[f"experts[{layer}, {expert}; 0, 0]"], experts[layer, :4, expert])
-        np.testing.assert_array_equal(blocks[f"experts[{layer}, {expert}; 1, 0]"], experts[layer, 4:, expert])
+        np.testing.assert_array_equal(blocks[f"experts[{layer}, {expert}; 0, 0]"], experts[layer, :3, expert])
+        np.testing.assert_array_equal(blocks[f"experts[{layer}, {expert}; 1, 0]"], experts[layer, 3:, expert])
     jax.tree.map(np.testing.assert_array_equal, plan.unpack(packed, tree), tree)
 
 
 def test_long_axes_are_cut_unless_diagonal() -> None:
     structure = lambda path, shape: ("diagonal", "dense") if path == "a" else None
-    plan = Layout(structure, block_size=4).plan({"a": struct(9, 8), "b": struct(9)})
+    plan = whole(structure, block_size=4).plan({"a": struct(9, 8), "b": struct(9)})
     kinds = [(stack.shape, stack.structures, stack.count) for stack in plan.stacks]
     assert kinds == [((9, 4), (diagonal(9), dense(4)), 2), ((9,), (diagonal(9),), 1)]
 
 
+@pytest.mark.parametrize(
+    ("length", "lengths"),
+    [
+        (256, [256]),
+        (257, [129, 128]),
+        (512, [256, 256]),
+        (600, [200, 200, 200]),
+        (1000, [250, 250, 250, 250]),
+        (1025, [205, 205, 205, 205, 205]),
+        (1280, [256] * 5),
+        (1300, [217, 217, 217, 217, 217, 215]),
+    ],
+)
+def test_an_axis_is_cut_into_blocks_of_nearly_one_length(length: int, lengths: list[int]) -> None:
+    tree = {"w": struct(length, 1)}
+    plan = whole("dense", block_size=256).plan(tree)
+    found = {block.index[0]: plan.stacks[block.stack].shape[0] for block in plan.blocks}
+    assert [found[i] for i in range(len(found))] == lengths
+
+
+@hypothesis.given(st.integers(1, 500), st.integers(1, 60))
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=100)
+def test_blocks_are_as_few_and_as_equal_as_the_block_size_allows(length: int, block_size: int) -> None:
+    (unit,) = whole("dense", block_size=block_size).plan({"w": struct(length)}).units
+    (cut,) = unit.cuts
+    lengths = [run.length for run in cut.runs for _ in range(run.count)]
+    assert sum(lengths) == length
+    assert max(lengths) <= block_size
+    assert len(lengths) == -(-length // block_size)
+    assert set(lengths[:-1]) <= {-(-length // len(lengths))}
+
+
 def test_one_stack_for_all_blocks_of_a_kind() -> None:
     tree = {f"layer_{i}": {"in": struct(4, 8), "out": struct(8, 4), "bias": struct(8)} for i in range(5)}
-    plan = Layout(block_size=4).plan(tree)
+    plan = whole(block_size=4).plan(tree)
     assert [(stack.shape, stack.count) for stack in plan.stacks] == [((8,), 5), ((4, 4), 20)]
     positions = [(block.stack, block.position) for block in plan.blocks]
     assert sorted(positions) == [(0, i) for i in range(5)] + [(1, i) for i in range(20)]
 
 
 def test_the_plan_depends_on_paths_and_shapes_alone_and_is_made_once() -> None:
-    layout = Layout(block_size=4)
+    layout = whole(block_size=4)
     tree = {"a": struct(9, 8), "b": [struct(3), None]}
     plan = layout.plan(tree)
     assert layout.plan({"a": jnp.ones((9, 8), jnp.bfloat16), "b": [jnp.ones(3), optax.MaskedNode()]}) is plan
     traced = []
     jax.eval_shape(lambda tree: traced.append(layout.plan(tree)), tree)
     assert traced[0] is plan
-    assert Layout(block_size=4).plan(tree) is plan
+    assert whole(block_size=4).plan(tree) is plan
     assert layout.plan({"a": struct(9, 8), "c": [struct(3)]}) != plan
     assert {plan: 1}[layout.plan(tree)] == 1
     assert jax.tree.leaves(plan) == [plan]
 
 
 def test_a_plan_of_nothing() -> None:
-    plan = Layout().plan({"a": None, "b": optax.MaskedNode()})
+    plan = whole().plan({"a": None, "b": optax.MaskedNode()})
     assert (plan.stacks, plan.blocks, plan.pack({"a": None, "b": optax.MaskedNode()})) == ((), (), ())
     assert plan.unpack((), {"a": None, "b": optax.MaskedNode()}) == {"a": None, "b": optax.MaskedNode()}
 
@@ -164,21 +197,21 @@ def test_stacks_are_as_wide_as_their_widest_member_and_leaves_get_their_dtype_ba
         "c": jnp.ones(3, jnp.bfloat16),
         "dense": {"kernel": jnp.ones((4, 3), jnp.bfloat16), "bias": jnp.ones(3)},
     }
-    plan = Layout(group=(weight_and_bias(),)).plan(tree)
+    plan = whole(group=(weight_and_bias(),)).plan(tree)
     packed = plan.pack(tree)
     assert [array.dtype for array in packed] == [jnp.float32, jnp.bfloat16, jnp.float32]
     back = plan.unpack([array.astype(jnp.float32) for array in packed], tree)
     assert [leaf.dtype for leaf in jax.tree.leaves(back)] == [leaf.dtype for leaf in jax.tree.leaves(tree)]
     # What is left of a cut shares its stack with another parameter, which makes it wider than the other blocks.
     mixed = numbered({"a": struct(5, 3, dtype="bfloat16"), "b": struct(2, 3)})
-    plan = Layout(block_size=3).plan(mixed)
+    plan = whole(block_size=3).plan(mixed)
     assert [array.dtype for array in plan.pack(mixed)] == [jnp.bfloat16, jnp.float32]
     jax.tree.map(np.testing.assert_array_equal, plan.unpack(plan.pack(mixed), mixed), mixed)
 
 
 def test_a_parameter_without_a_gradient_is_nan_and_stays_none() -> None:
     params = {"a": struct(2, 2), "b": struct(2, 2), "dense": {"kernel": struct(3, 2), "bias": struct(2)}}
-    plan = Layout(group=(weight_and_bias(),)).plan(params)
+    plan = whole(group=(weight_and_bias(),)).plan(params)
     gradients = {"a": None, "b": jnp.ones((2, 2)), "dense": {"kernel": None, "bias": None}}
     squares, joined = plan.pack(gradients)
     np.testing.assert_array_equal(np.isnan(squares).all((1, 2)), [True, False])
@@ -200,7 +233,7 @@ def test_a_parameter_without_a_gradient_is_nan_and_stays_none() -> None:
     ],
 )
 def test_trees_unlike_the_parameters_are_an_error(tree: object, message: str) -> None:
-    plan = Layout().plan({"a": {"x": struct(2)}, "b": struct(3), "c": None})
+    plan = whole().plan({"a": {"x": struct(2)}, "b": struct(3), "c": None})
     with pytest.raises(ValueError, match=message):
         plan.pack(tree, name="curvature")
     with pytest.raises(ValueError, match=message.removeprefix("curvature")):
@@ -208,7 +241,7 @@ def test_trees_unlike_the_parameters_are_an_error(tree: object, message: str) ->
 
 
 def test_stacks_unlike_the_plan_are_an_error() -> None:
-    plan = Layout().plan(struct(2))
+    plan = whole().plan(struct(2))
     with pytest.raises(ValueError, match=r"the shapes \[\(1, 2\)\], got \[\(2, 2\)\]"):
         plan.unpack((jnp.ones((2, 2)),), jnp.ones(2))
 
@@ -223,7 +256,7 @@ def test_stacks_unlike_the_plan_are_an_error() -> None:
 )
 def test_parameters_that_cannot_be_planned(params: object, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        Layout().plan(params)
+        whole().plan(params)
 
 
 REST = {
@@ -240,7 +273,7 @@ REST = {
 
 def rest_of(diagonal: object, **arguments: object) -> dict[str, str]:
     """Returns the reasons of the parameters without factors, after checking that all others are in a unit."""
-    plan = Layout(layer_axes={"^layers": 0}, diagonal=diagonal, **arguments).plan(REST)
+    plan = whole(layer_axes={"^layers": 0}, diagonal=diagonal, **arguments).plan(REST)
     shapes = {"/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(REST)}
     assert {rest.path: rest.shape for rest in plan.rest} == {rest.path: shapes[rest.path] for rest in plan.rest}
     assert {rest.path for rest in plan.rest if rest.layer_axes == (0,)} == {"layers/bias", "layers/scale"} & {
@@ -277,7 +310,7 @@ def test_embeddings_vectors_and_very_long_axes_have_no_factors() -> None:
 
 def test_parameters_without_factors_are_in_no_stack_and_come_back_as_they_are_given() -> None:
     tree = numbered({"embed": struct(6, 4, dtype="bfloat16"), "kernel": struct(4, 5), "bias": struct(5)})
-    plan = Layout(diagonal=rf.EMBEDDINGS).plan(tree)
+    plan = whole(diagonal=rf.EMBEDDINGS).plan(tree)
     assert [(stack.shape, stack.count) for stack in plan.stacks] == [((4, 5), 1)]
     packed = plan.pack(tree)
     rest = {"embed": jnp.ones((6, 4)), "bias": jnp.zeros(5)}
@@ -303,16 +336,16 @@ def test_parameters_without_factors_are_in_no_stack_and_come_back_as_they_are_gi
 )
 def test_unpack_needs_the_rest(rest: dict, message: str) -> None:
     tree = {"embed": jnp.ones((6, 4)), "kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)}
-    plan = Layout(diagonal=rf.EMBEDDINGS).plan(tree)
+    plan = whole(diagonal=rf.EMBEDDINGS).plan(tree)
     with pytest.raises(ValueError, match=message):
         plan.unpack(plan.pack(tree), tree, rest={path: jnp.zeros(shape) for path, shape in rest.items()} or None)
 
 
 def test_a_diagonal_pattern_without_a_match_is_an_error() -> None:
     tree = {"kernel": struct(4, 4)}
-    assert Layout(diagonal=rf.EMBEDDINGS).plan(tree).rest == ()
+    assert whole(diagonal=rf.EMBEDDINGS).plan(tree).rest == ()
     with pytest.raises(ValueError, match=r"diagonal must match .* got 'embedding'. The nearest key paths are 'kernel'"):
-        Layout(diagonal="embedding").plan(tree)
+        whole(diagonal="embedding").plan(tree)
 
 
 def transformer(layers: int, width: int = 256) -> dict:
@@ -335,7 +368,7 @@ def lines(function: object, *arguments: object) -> int:
 
 def test_packing_and_unpacking_cost_few_operations_per_parameter() -> None:
     params = transformer(24)
-    plan = Layout(block_size=256).plan(params)
+    plan = whole(block_size=256).plan(params)
     assert len(plan.stacks) == 3
     # A reshape or a slice each way for most, a transposition more where columns are cut: fewer than four, where slicing
     # the 442 blocks apart would by itself take as many.
@@ -346,7 +379,7 @@ def test_packing_and_unpacking_cost_few_operations_per_parameter() -> None:
 def test_with_equal_kernels_the_program_does_not_hold_where_blocks_begin() -> None:
     """A slice with a start of its own would be a kernel of its own for each parameter, see `opaque`."""
     tree = {name: jnp.ones((3, 2)) for name in "abc"}
-    plan = Layout().plan(tree)
+    plan = whole().plan(tree)
 
     def starts_unseen(equal_kernels: bool) -> int:
         back = lambda tree: plan.unpack(plan.pack(tree), tree, equal_kernels=equal_kernels)
@@ -358,18 +391,18 @@ def test_with_equal_kernels_the_program_does_not_hold_where_blocks_begin() -> No
 @pytest.mark.parametrize(
     ("layout", "shapes", "message"),
     [
-        ({"structure": lambda *_: (lambda _: dense(4),) * 2}, {"w": (6, 4)}, r"of 6 rows at 'w', got dense\(4\)"),
-        ({"structure": lambda *_: (lambda _: "dense",) * 2}, {"w": (6, 4)}, "of 6 rows at 'w', got 'dense'"),
-        ({"block_size": 2}, {"w": (4, 2), "w[0, 0]": (2,)}, r"two have 'w\[0, 0\]'"),
+        ({"structure": lambda *_: (lambda _: dense(4),) * 2}, {"w": (6, 4)}, r"of 6 rows for 'w', got dense\(4\)"),
+        ({"structure": lambda *_: (lambda _: "dense",) * 2}, {"w": (6, 4)}, "of 6 rows for 'w', got 'dense'"),
+        ({"block_size": 2}, {"w": (4, 2), "w[0, 0]": (2,)}, r"two are called 'w\[0, 0\]'"),
         ({"group": (weight_and_bias(),)}, {"kernel": (4, 2), "bias": (2,), "kernel+bias": (3,)}, "kernel.bias'"),
         (
             {"group": (rf.Group(("s", "b"), lambda s, _: s[:0], lambda t, *shapes: tuple(map(jnp.zeros, shapes))),)},
             {"s": (3,), "b": (3,)},
-            r"join must make a tensor with entries, got \(0,\)",
+            r"join must return a tensor with entries, got \(0,\)",
         ),
     ],
     ids=["size", "name", "block", "group", "empty"],
 )
 def test_rules_that_do_not_fit_are_refused(layout: dict, shapes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Layout(**layout).plan({name: struct(*shape) for name, shape in shapes.items()})
+        whole(**layout).plan({name: struct(*shape) for name, shape in shapes.items()})

@@ -1,10 +1,17 @@
 """Which structure and how many layer axes a rule gives, and what is refused."""
 
+import os
+import pickle
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
+from layouts import whole
 
-from rootfree_optax._src.layout import Layout, flatten
+import rootfree_optax as rf
+from rootfree_optax._src.layout import flatten
 from rootfree_optax._src.layout.rules import FrozenMapping
 from rootfree_optax._src.structures import block_diagonal
 
@@ -18,7 +25,7 @@ PARAMS = {
 
 def structures(params: object = PARAMS, **arguments: object) -> dict[str, str]:
     """Returns each parameter's structures, as one string."""
-    plan = Layout(**arguments).plan(params)
+    plan = whole(**arguments).plan(params)
     return {unit.name: " ".join(s.name for s in unit.stacks[0].structures) for unit in plan.units}
 
 
@@ -31,11 +38,12 @@ def test_by_default_tensors_are_dense_up_to_a_bound_and_vectors_diagonal() -> No
 
 def test_the_bound_is_on_the_length_of_blocks() -> None:
     assert structures(max_dense_dim=5, block_size=5)["matrix"] == "dense dense"
-    assert structures(max_dense_dim=5, block_size=6)["matrix"] == "diagonal diagonal"
+    assert structures(max_dense_dim=5, block_size=6)["matrix"] == "diagonal dense"
+    assert structures(max_dense_dim=4, block_size=6)["matrix"] == "diagonal diagonal"
 
 
-def test_a_tensor_that_merges_to_one_axis_is_still_dense() -> None:
-    assert structures(merge_dims=54)["matrix"] == "dense"
+def test_a_matrix_keeps_its_two_axes_when_merged_and_is_diagonal_when_flattened() -> None:
+    assert structures(merge_dims=54)["matrix"] == "dense dense"
     assert structures(merge_dims=54, group=(flatten("matrix"),))["matrix"] == "diagonal"
 
 
@@ -94,7 +102,7 @@ def test_a_rule_that_does_not_fit_a_parameter_names_its_path(structure: object, 
 
 
 def layers(layer_axes: object, params: object = PARAMS) -> dict[str, tuple[int, ...]]:
-    return {unit.name: unit.layer_axes[0] for unit in Layout(layer_axes=layer_axes).plan(params).units}
+    return {unit.name: unit.layer_axes[0] for unit in whole(layer_axes=layer_axes).plan(params).units}
 
 
 def test_layer_axes() -> None:
@@ -127,7 +135,7 @@ def test_layer_axes_that_a_parameter_does_not_have_are_an_error(layer_axes: obje
 
 def dtypes(factor_dtype: object, params: object = PARAMS) -> dict[str, str]:
     """Returns the dtypes of each parameter's factors, as one string."""
-    plan = Layout(factor_dtype=factor_dtype).plan(params)
+    plan = whole(factor_dtype=factor_dtype).plan(params)
     return {unit.name: " ".join(str(d and d.name) for d in unit.stacks[0].factor_dtypes) for unit in plan.units}
 
 
@@ -137,7 +145,7 @@ def test_factor_dtypes() -> None:
     assert dtypes(jnp.bfloat16, params) == {"matrix": "bfloat16 bfloat16", "vector": "bfloat16"}
     assert dtypes({2: ["bfloat16", None]}, params) == {"matrix": "bfloat16 None", "vector": "None"}
     assert dtypes((None, "float32"), {"matrix": PARAMS["matrix"]}) == {"matrix": "None float32"}
-    with pytest.raises(ValueError, match=r"factor_dtype must have one dtype per axis of a block with 1.*of 'vector'"):
+    with pytest.raises(ValueError, match=r"factor_dtype must have one dtype per axis of a block with 1.*to 'vector'"):
         dtypes(("bfloat16", None), params)
 
 
@@ -174,16 +182,27 @@ def test_factor_dtypes() -> None:
 )
 def test_bad_arguments_are_refused_at_construction(arguments: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        Layout(**arguments)
+        whole(**arguments)
 
 
 def test_layouts_are_hashable_values() -> None:
     structure = {2: ["dense", "diagonal"]}
-    make = lambda: Layout(structure=structure, layer_axes={"a": 1, "b": [0, 2]}, group=[flatten("x")])
+    make = lambda: whole(structure=structure, layer_axes={"a": 1, "b": [0, 2]}, group=[flatten("x")])
     assert make() == make()
     assert hash(make()) == hash(make())
-    assert make() != Layout(structure=structure, layer_axes={"b": [0, 2], "a": 1}, group=[flatten("x")])
+    assert make() != whole(structure=structure, layer_axes={"b": [0, 2], "a": 1}, group=[flatten("x")])
     assert "structure={2: ('dense', 'diagonal')}" in repr(make())
+
+
+def test_a_layout_from_another_process_equals_its_like() -> None:
+    make = "rf.Layout(structure={2: ('dense', 'diagonal')}, layer_axes={'^layers': 0}, group=(rf.weight_and_bias(),))"
+    program = f"import pickle, sys, rootfree_optax as rf; sys.stdout.buffer.write(pickle.dumps({make}))"
+    # Strings have another hash in a process with another seed.
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "JAX_PLATFORMS": "cpu"}
+    pickled = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, env=environment).stdout
+    here = eval(make, {"rf": rf})
+    assert pickle.loads(pickled) == here
+    assert {here: "found"}[pickle.loads(pickled)] == "found"
 
 
 def test_a_frozen_mapping_is_a_copy() -> None:

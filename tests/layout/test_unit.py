@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from layouts import whole
 
-from rootfree_optax._src.layout import Layout
-from rootfree_optax._src.layout.unit import axes_from_front, axes_to_front, merged, squeezed
+from rootfree_optax._src.layout.unit import axes_from_front, axes_to_front, merge, squeeze
 
 SHAPES = st.lists(st.integers(1, 9), max_size=5).map(tuple)
 
 
 @pytest.mark.parametrize(("shape", "expected"), [((), (1,)), ((1, 1), (1,)), ((1, 3, 1, 2), (3, 2)), ((4, 5), (4, 5))])
-def test_squeezed(shape: tuple, expected: tuple) -> None:
-    assert squeezed(shape) == expected
+def test_squeeze(shape: tuple, expected: tuple) -> None:
+    assert squeeze(shape) == expected
 
 
 @pytest.mark.parametrize(
@@ -27,19 +27,24 @@ def test_squeezed(shape: tuple, expected: tuple) -> None:
         ((3, 3, 64, 128), 9, (9, 64, 128)),
         ((3, 3, 64, 128), 575, (9, 64, 128)),
         ((3, 3, 64, 128), 576, (576, 128)),
-        ((3, 3, 64, 128), 10**6, (9 * 64 * 128,)),
-        ((64, 2, 2, 2), 8, (64, 8)),
+        ((3, 3, 64, 128), 10**6, (9 * 64, 128)),
+        ((64, 2, 2, 2), 8, (64, 4, 2)),
+        ((4, 4), 32, (4, 4)),
+        ((5,), 32, (5,)),
+        ((), 32, ()),
     ],
 )
-def test_merged(shape: tuple, bound: int, expected: tuple) -> None:
-    assert merged(shape, bound) == expected
+def test_merge(shape: tuple, bound: int, expected: tuple) -> None:
+    assert merge(shape, bound) == expected
 
 
 @hypothesis.given(SHAPES, st.integers(1, 100))
 @hypothesis.settings(derandomize=True, deadline=None, max_examples=100)
 def test_merged_axes_are_as_long_as_the_bound_allows(shape: tuple, bound: int) -> None:
+    *merged, last = merge((*shape, 7), bound)
+    assert last == 7
     rest = list(shape)
-    for length in merged(shape, bound):
+    for length in merged:
         parts = [rest.pop(0)]
         while math.prod(parts) < length or (rest and rest[0] == 1 and length <= bound):
             parts.append(rest.pop(0))
@@ -54,8 +59,8 @@ def test_merged_axes_are_as_long_as_the_bound_allows(shape: tuple, bound: int) -
 def test_a_unit_reads_its_axes_without_reordering(shape: tuple, bound: int, data: st.DataObject) -> None:
     layers = tuple(range(data.draw(st.integers(0, len(shape)))))
     array = jnp.arange(math.prod(shape), dtype=jnp.float32).reshape(shape)
-    (unit,) = Layout(layer_axes=layers, merge_dims=bound).plan(array).units
-    assert unit.lengths == merged(squeezed(shape[len(layers) :]), bound)
+    (unit,) = whole(layer_axes=layers, merge_dims=bound).plan(array).units
+    assert unit.lengths == merge(squeeze(shape[len(layers) :]), bound)
     (blocks,) = unit.to_blocks([array])
     assert blocks.shape == (math.prod(shape[: len(layers)]), *unit.lengths)
     assert unit.layer_shape == shape[: len(layers)]
@@ -73,8 +78,8 @@ def test_layer_axes_move_to_the_front_and_back(axes: tuple[int, ...]) -> None:
 
 def test_layer_axes_that_lead_are_not_moved() -> None:
     array = jnp.zeros((3, 4, 5))
-    (leading,) = Layout(layer_axes=(0, 1)).plan(array).units
-    (last,) = Layout(layer_axes=-1).plan(array).units
+    (leading,) = whole(layer_axes=(0, 1)).plan(array).units
+    (last,) = whole(layer_axes=-1).plan(array).units
     there_and_back = lambda unit: jax.make_jaxpr(lambda a: unit.from_blocks(unit.to_blocks([a])))(array)
     primitives = lambda unit: [equation.primitive.name for equation in there_and_back(unit).eqns]
     assert "transpose" not in primitives(leading)

@@ -31,7 +31,7 @@ from rootfree_optax._src.blocks.rule import BlockRule, Step
 from rootfree_optax._src.common.schedules import StepSize
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
 from rootfree_optax._src.numerics.finite import max_abs
-from rootfree_optax._src.numerics.orthogonalize import orthogonalize
+from rootfree_optax._src.numerics.polar import orthogonalize
 from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered, saturate
 from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
 
@@ -485,7 +485,7 @@ class Spectral(CurvatureRule):
             return factors, None
         powers = [s.symmetric_root(k, precision=self.precision) for s, k in zip(structures, factors, strict=True)]
         for _ in range({0.25: 1, 0.125: 2}[self.power]):
-            powers = [s.positive_root(p, precision=self.precision) for s, p in zip(structures, powers, strict=True)]
+            powers = [s.positive_root(p) for s, p in zip(structures, powers, strict=True)]
         return factors, tuple(powers)
 
     def precondition_momentum(

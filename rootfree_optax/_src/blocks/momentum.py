@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.numerics.dtypes import upcast
+from rootfree_optax._src.numerics.dtypes import has_smaller_range, upcast
 from rootfree_optax._src.numerics.rounding import saturate
 
 
@@ -14,17 +14,13 @@ def add_scaled(array: jax.Array, factor: ArrayLike, other: ArrayLike) -> jax.Arr
     return wide + jnp.asarray(factor, wide.dtype) * jnp.asarray(other, wide.dtype)
 
 
-def keep_finite(old: jax.Array, new: jax.Array, update: jax.Array) -> jax.Array:
-    """Returns the new momentum in the dtype of the old; entries whose update is not finite keep their old value.
+def keep_finite(old: jax.Array, new: jax.Array) -> jax.Array:
+    """Returns the new momentum in the dtype of the old; entries that would not be finite keep their old value.
 
     So one bad gradient shows in one update, and does not poison later ones.
-
-    Args:
-      old: the momentum so far.
-      new: the momentum with the update.
-      update: what the momentum averages.
     """
-    return jnp.where(jnp.isfinite(update), saturate(new, old.dtype), old)
+    narrow = saturate(new, old.dtype) if has_smaller_range(old.dtype, new.dtype) else new.astype(old.dtype)
+    return jnp.where(jnp.isfinite(new), narrow, old)
 
 
 def average_heavy_ball(
@@ -41,7 +37,7 @@ def average_heavy_ball(
       nesterov: whether the average is Nesterov's.
     """
     average = add_scaled(update, momentum, velocity)
-    new = keep_finite(velocity, average, update)
+    new = keep_finite(velocity, average)
     return add_scaled(update, momentum, average) if nesterov else average, new
 
 

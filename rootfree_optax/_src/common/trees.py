@@ -1,4 +1,4 @@
-"""Trees at the edge: what a transformation demands of parameters and gradients, and mapping over them."""
+"""Trees of parameters and gradients: their checks, and maps over them."""
 
 import functools
 import operator
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 Shape: TypeAlias = tuple[int, ...]
 
 
-# Called at every node of every tree: a function in Python would be half of the time that flattening takes.
+# Called at every node of a tree, so not a Python function.
 is_none: Callable[[Any], bool] = functools.partial(operator.is_, None)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Returns the leaves by key path, as in 'layer/kernel'; None counts as a leaf."""
+    """Returns the leaves by key path, such as 'layer/kernel'. None is a leaf."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
@@ -27,11 +27,11 @@ def has_none(tree: Any) -> bool:
 
 
 def require_inexact(params: Any) -> None:
-    """Raises a TypeError that names the first parameter that is neither real nor complex floating point."""
+    """Raises a TypeError for a parameter that is neither real nor complex floating point."""
     for path, leaf in named_leaves(params).items():
         if leaf is not None and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             raise TypeError(
-                f"parameters must be floating point, got {jnp.result_type(leaf)} at {path!r}. Keep it out of the "
+                f"parameters must be floating point, got {jnp.result_type(leaf)} at {path!r}. Exclude it from the "
                 "optimizer with optax.masked or optax.partition."
             )
 
@@ -40,8 +40,8 @@ def real_shapes(params: Any) -> tuple[tuple[str, Shape], ...]:
     """Returns the parameters' key paths and shapes.
 
     Raises:
-      TypeError: that names the first parameter that is not real floating point.
-      ValueError: that names the first key path that two parameters share, as {'a/b': x, 'a': {'b': y}} do.
+      TypeError: for a parameter that is not real floating point.
+      ValueError: for two parameters with the same key path, as in {'a/b': x, 'a': {'b': y}}.
     """
     shapes: dict[str, Shape] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -58,15 +58,14 @@ def real_shapes(params: Any) -> tuple[tuple[str, Shape], ...]:
 
 
 def require_like(tree: Any, reference: Any, *, name: str, sample_axis: bool = False) -> None:
-    """Raises a ValueError that names the first leaf in which `tree` differs from `reference` in path or shape.
-
-    A None in `tree` stands for a parameter without a gradient and matches anything.
+    """Raises a ValueError for a leaf of `tree` whose path or shape differs from that in `reference`.
 
     Args:
-      tree: gradients, or another tree that must be like the parameters.
+      tree: gradients, or another tree that must be like the parameters. None, for a parameter without a gradient,
+        matches any shape.
       reference: a tree of arrays of the parameters' shapes.
-      name: what `tree` is called in the message.
-      sample_axis: whether each leaf may have one more, leading axis.
+      name: the name of `tree` in the message.
+      sample_axis: whether each leaf may have an additional leading axis.
     """
     shapes = {path: None if leaf is None else jnp.shape(leaf) for path, leaf in named_leaves(reference).items()}
     require_shapes(named_leaves(tree), shapes, name=name, sample_axis=sample_axis)
@@ -75,13 +74,13 @@ def require_like(tree: Any, reference: Any, *, name: str, sample_axis: bool = Fa
 def require_shapes(
     leaves: Mapping[str, Any], shapes: Mapping[str, Shape | None], *, name: str, sample_axis: bool = False
 ) -> None:
-    """Raises a ValueError that names the first leaf whose path or shape is not the expected one.
+    """Raises a ValueError for a leaf whose path or shape differs from the expected one.
 
     Args:
       leaves: the leaves by key path, see `named_leaves`. None matches any shape.
-      shapes: the expected shapes by key path; None accepts any leaf.
-      name: what the tree of the leaves is called in the message.
-      sample_axis: whether each leaf may have one more, leading axis.
+      shapes: the expected shapes by key path. None matches any leaf.
+      name: the name of the tree in the message.
+      sample_axis: whether each leaf may have an additional leading axis.
     """
     if difference := leaves.keys() ^ shapes.keys():
         path = min(difference)

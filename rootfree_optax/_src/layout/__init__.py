@@ -1,4 +1,4 @@
-"""From parameters to stacks of blocks, and back: what a preconditioner's factors belong to."""
+"""From parameters to stacks of blocks, and back."""
 
 from rootfree_optax._src.layout.group import Group, as_matrix, flatten, weight_and_bias
 from rootfree_optax._src.layout.layout import Layout

@@ -1,6 +1,6 @@
-"""Groups: parameters that are preconditioned as one tensor, and single ones that are given another shape first.
+"""Groups: rules that join parameters into one tensor, or reshape a single parameter.
 
-Three rules come ready-made: a weight with its bias, a parameter as a vector, a parameter as a matrix.
+`weight_and_bias`, `flatten` and `as_matrix` are ready-made rules.
 """
 
 import dataclasses
@@ -25,22 +25,23 @@ _WEIGHTS_AND_BIASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """A rule that joins parameters with a common parent into one tensor.
+    """A rule that joins parameters with a common parent into one tensor, or reshapes a single parameter.
 
-    Functions compare by identity, so define `join`, `split` and `condition` once, at the top of a module: two layouts
-    are then equal whenever their rules are.
+    All functions see one layer at a time, without layer axes. Functions compare by identity, so define them at the top
+    of a module: two layouts with the same rules are then equal.
 
     Args:
-      members: the last keys of the parameters to join, such as ('kernel', 'bias'). Empty: each parameter by itself,
-        to be given another shape.
+      members: the last keys of the parameters to join, such as ('kernel', 'bias'). Empty: the rule reshapes single
+        parameters.
       join: joins the members' arrays, in order, into one tensor.
-      split: its inverse, called as split(tensor, *shapes) with the members' shapes; returns a tuple of arrays.
-      pattern: a regular expression to be found in the key path of the first member; None takes all.
-      condition: a predicate on the members' shapes, called as condition(*shapes). Where it fails, the rule does not
-        apply. Shapes are those of one layer, without layer axes.
+      split: the inverse of `join`, called as split(tensor, *shapes) with the members' shapes. Returns a tuple of
+        arrays.
+      pattern: a regular expression to find in the key path of the first member. None matches every path.
+      condition: a predicate on the members' shapes, called as condition(*shapes). The rule applies only where it is
+        true. None: always.
 
     Raises:
-      ValueError: for a pattern that is no regular expression, or a member named twice.
+      ValueError: for an invalid regular expression, or the same member twice.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,24 +63,24 @@ class Group:
     condition: Callable[..., bool] | None = None
 
     def __post_init__(self) -> None:
-        """Checks the members' names and the pattern."""
+        """Checks the names of the members and the pattern."""
         if isinstance(self.members, str):
             raise ValueError(f"members must be a tuple of names, got the string {self.members!r}.")
         object.__setattr__(self, "members", tuple(self.members))
         if len(set(self.members)) < len(self.members):
-            raise ValueError(f"members of a group must differ, got {self.members}.")
+            raise ValueError(f"members of a group must be distinct, got {self.members}.")
         if self.pattern is not None:
             require_expression("pattern", self.pattern)
 
 
 class Assignment(NamedTuple):
-    """Parameters that are preconditioned as one tensor.
+    """The parameters of one tensor.
 
     Args:
-      name: the key path, of a group as in 'params/dense/kernel+bias'.
-      plain: the same as patterns and callables see it, as in 'dense/kernel+bias'; see `plain_paths`.
+      name: the key path, or the name of a group, such as 'params/dense/kernel+bias'.
+      plain: the same as patterns and callables see it, such as 'dense/kernel+bias', see `plain_paths`.
       paths: the key paths of the parameters.
-      rule: the rule that joins them; None for a parameter by itself.
+      rule: the rule that joins them, or None for a single parameter as it is.
     """
 
     name: str
@@ -89,15 +90,18 @@ class Assignment(NamedTuple):
 
 
 def assign(rules: Sequence[Group], shapes: Mapping[str, Shape], plain: Mapping[str, str]) -> tuple[Assignment, ...]:
-    """Returns which parameters are joined, and by which rule: the first that applies to a parameter wins.
+    """Assigns each parameter to the first rule that applies to it.
 
     Args:
       rules: the rules, in order.
-      shapes: the shape of a layer of each parameter, by key path.
-      plain: their paths as patterns see them, by key path.
+      shapes: the shape of one layer of each parameter, by key path.
+      plain: the key paths as patterns see them, by key path.
 
     Returns:
-      A partition of the key paths, in the order of the groups' first members.
+      Assignments with every key path in exactly one of them, in the order of their first members.
+
+    Raises:
+      ValueError: from a rule's condition, with the key paths.
     """
     taken: dict[str, Assignment] = {}
     paths = {plain[path]: path for path in shapes}
@@ -110,7 +114,7 @@ def assign(rules: Sequence[Group], shapes: Mapping[str, Shape], plain: Mapping[s
 
 
 def _groups(rule: Group, paths: Mapping[str, str]) -> Iterator[Assignment]:
-    """Yields the groups of a rule by names and pattern alone; `paths` are key paths by plain path."""
+    """Yields what a rule finds by names and pattern, before its condition; `paths` maps plain paths to key paths."""
     for plain, path in paths.items():
         if rule.pattern is not None and not re.search(rule.pattern, plain):
             continue
@@ -135,11 +139,11 @@ def _applies(rule: Group, paths: Sequence[str], shapes: Mapping[str, Shape]) -> 
 
 
 def require_groups(rules: Sequence[Group], plain: Sequence[str]) -> None:
-    """Raises a ValueError for a rule that finds no parameters, by names and pattern, in a tree that is not empty.
+    """Raises a ValueError for a rule whose names and pattern match no parameters of a non-empty tree.
 
     Args:
       rules: the rules.
-      plain: all key paths as patterns see them.
+      plain: the key paths of all parameters, as patterns see them.
     """
     for rule in rules:
         if rule.pattern is not None:
@@ -156,7 +160,7 @@ def require_groups(rules: Sequence[Group], plain: Sequence[str]) -> None:
 
 
 def join_members(arrays: Sequence[jax.Array], rule: Group, layers: int) -> jax.Array:
-    """Joins a group's arrays of one dtype, each with `layers` leading layer axes, layer by layer."""
+    """Joins arrays of one dtype, each with `layers` leading layer axes, layer by layer."""
     join = rule.join
     for _ in range(layers):
         join = jax.vmap(join)
@@ -169,7 +173,7 @@ def split_members(tensor: jax.Array, rule: Group, shapes: Sequence[Shape], layer
     Args:
       tensor: [*layers, *joined].
       rule: the group's rule.
-      shapes: the shapes of a layer of each member.
+      shapes: the shape of one layer of each member.
       layers: the number of layer axes.
     """
     split = lambda layer: tuple(rule.split(layer, *shapes))
@@ -178,26 +182,26 @@ def split_members(tensor: jax.Array, rule: Group, shapes: Sequence[Shape], layer
     return split(tensor)
 
 
-def joined_shape(rule: Group, shapes: Mapping[str, Shape]) -> Shape:
-    """Returns the shape of a layer of a group's tensor, after checking that the rule can be undone.
+def join_shapes(rule: Group, shapes: Mapping[str, Shape]) -> Shape:
+    """Returns the shape of one layer of a group's tensor, after checking that `split` inverts `join`.
 
     Args:
       rule: the group's rule.
-      shapes: the shapes of a layer of each member, by key path.
+      shapes: the shape of one layer of each member, by key path.
 
     Raises:
-      ValueError: if splitting the tensor does not give the members' shapes, or if the tensor has no entries.
+      ValueError: if `split` does not restore the members' shapes, or if the tensor has no entries.
     """
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes.values()]
     tensor = jax.eval_shape(rule.join, *arrays)
     parts = jax.eval_shape(lambda tensor: split_members(tensor, rule, tuple(shapes.values()), layers=0), tensor)
     if [part.shape for part in parts] != list(shapes.values()):
         raise ValueError(
-            f"split must undo join, but join makes {tensor.shape} of {dict(shapes)} and split makes "
-            f"{[part.shape for part in parts]} of that."
+            f"split must be the inverse of join, but join returns {tensor.shape} for {dict(shapes)} and split returns "
+            f"{[part.shape for part in parts]} for that tensor."
         )
     if 0 in tensor.shape:
-        raise ValueError(f"join must make a tensor with entries, got {tensor.shape} of {dict(shapes)}.")
+        raise ValueError(f"join must return a tensor with entries, got {tensor.shape} for {dict(shapes)}.")
     return tensor.shape
 
 
@@ -230,12 +234,12 @@ def _output_is_first(weight_shape: Shape, bias_shape: Shape) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _WeightFitsBias:
-    """The condition of `weight_and_bias`: false for a normalization layer, an error where the shapes do not fit."""
+    """The condition of `weight_and_bias`: false for a normalization layer, an error for shapes that do not fit."""
 
     output_axis: int
 
     def __call__(self, weight_shape: Shape, bias_shape: Shape) -> bool:
-        # A normalization layer scales and shifts each entry.
+        # A normalization layer scales and shifts entry by entry, which is no matrix.
         if len(weight_shape) < 2 or weight_shape == bias_shape:
             return False
         fits = {-1: _output_is_last(weight_shape, bias_shape), 0: _output_is_first(weight_shape, bias_shape)}
@@ -244,12 +248,12 @@ class _WeightFitsBias:
             hint = (
                 f"which fit output_axis={other} only."
                 if fits[other]
-                else "which fit neither 0 nor -1. Name axes that index layers in layer_axes, or leave the layer out by "
+                else "which fit neither 0 nor -1. Set layer_axes if an axis indexes layers, or exclude the layer with "
                 "the pattern."
             )
             raise ValueError(
-                f"weight_and_bias(output_axis={self.output_axis}) must be given the output axis of the weight, got the "
-                f"shapes {weight_shape} and {bias_shape}, {hint}"
+                f"output_axis={self.output_axis} of weight_and_bias must be the weight's output axis, got a weight of "
+                f"shape {weight_shape} and a bias of shape {bias_shape}, {hint}"
             )
         return True
 
@@ -263,20 +267,21 @@ def weight_and_bias(
     [prod(inputs) + 1, prod(outputs)]. With the output axes first, it is the last column of
     [prod(outputs), prod(inputs) + 1].
 
-    A weight with a single axis, or of its bias's shape, stays apart from the bias, as in a normalization layer.
+    A weight with a single axis, or of the same shape as its bias, is that of a normalization layer: it is not joined.
 
     Args:
       weight: the weight's last key.
       bias: the bias's last key.
-      pattern: a regular expression to be found in the weight's key path; None takes all.
-      output_axis: which axes of the weight are the outputs: the last (-1, as in Flax and Haiku) or the first (0, as in
-        Equinox and PyTorch). For square weights nothing else can tell.
+      pattern: a regular expression to find in the weight's key path. None matches every path.
+      output_axis: which axes of the weight are the outputs: -1, the last ones (Flax, Haiku), or 0, the first ones
+        (Equinox, PyTorch). Shapes are checked against it; for a square weight they cannot tell.
 
     Returns:
       A rule for `Layout(group=(…,))`.
 
     Raises:
-      ValueError: for an invalid regular expression or another axis; when a plan is made, for shapes that do not fit.
+      ValueError: for an invalid regular expression or another output axis. `Layout.plan` raises one for shapes that do
+        not fit.
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
@@ -297,16 +302,16 @@ def weight_and_bias(
     raise ValueError(f"output_axis must be -1 (the last axes) or 0 (the first axes), got {output_axis!r}.")
 
 
-def _flattened(array: jax.Array) -> jax.Array:
+def _flatten(array: jax.Array) -> jax.Array:
     return array.reshape(-1)
 
 
-def _reshaped(tensor: jax.Array, shape: Shape) -> tuple[jax.Array, ...]:
+def _reshape(tensor: jax.Array, shape: Shape) -> tuple[jax.Array, ...]:
     return (tensor.reshape(shape),)
 
 
 def flatten(pattern: str) -> Group:
-    """Flattens each parameter whose key path has `pattern` in it to one axis; by default, that has a diagonal factor.
+    """Flattens each parameter with a match of `pattern` in its key path to one axis, with a diagonal factor by default.
 
     Args:
       pattern: a regular expression.
@@ -315,7 +320,7 @@ def flatten(pattern: str) -> Group:
       A rule for `Layout(group=(…,))`.
 
     Raises:
-      ValueError: for a pattern that is no regular expression.
+      ValueError: for an invalid regular expression.
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
@@ -323,7 +328,7 @@ def flatten(pattern: str) -> Group:
       >>> [stack.shape for stack in plan.stacks]
       [(800,)]
     """
-    return Group((), _flattened, _reshaped, pattern)
+    return Group((), _flatten, _reshape, pattern)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,18 +348,18 @@ class _HasMoreAxes:
 
 
 def as_matrix(pattern: str, rows: int) -> Group:
-    """Makes a matrix of each parameter whose key path has `pattern` in it and that has more than `rows` axes.
+    """Reshapes each parameter with a match of `pattern` in its key path and more than `rows` axes to a matrix.
 
     Args:
       pattern: a regular expression.
-      rows: how many leading axes make the matrix's rows, at least one; the others make its columns. The query kernel
-        [features, heads, head features] of an attention layer takes one, its output kernel two.
+      rows: how many leading axes become the rows, at least 1; the other axes become the columns. Use 1 for an attention
+        layer's query kernel [features, heads, head features], and 2 for its output kernel.
 
     Returns:
       A rule for `Layout(group=(…,))`.
 
     Raises:
-      ValueError: for less than one axis, or a pattern that is no regular expression.
+      ValueError: for `rows` below 1, or an invalid regular expression.
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
@@ -364,4 +369,4 @@ def as_matrix(pattern: str, rows: int) -> Group:
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}.")
-    return Group((), _ToMatrix(rows), _reshaped, pattern, _HasMoreAxes(rows))
+    return Group((), _ToMatrix(rows), _reshape, pattern, _HasMoreAxes(rows))

@@ -1,10 +1,11 @@
-"""A layout: the user's choices of how parameters become blocks, from which a plan is made."""
+"""A layout: the user's choices of how parameters become blocks."""
 
 import collections
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -12,88 +13,104 @@ from rootfree_optax._src.common import trees
 from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.common.validate import require_at_least
 from rootfree_optax._src.layout import rules
-from rootfree_optax._src.layout.group import Assignment, Group, assign, joined_shape, require_groups
+from rootfree_optax._src.layout.group import Assignment, Group, assign, join_shapes, require_groups
 from rootfree_optax._src.layout.paths import EMBEDDINGS, plain_paths, require_match
 from rootfree_optax._src.layout.plan import Plan, Rest
 from rootfree_optax._src.layout.split import Cut
 from rootfree_optax._src.layout.stack import place
-from rootfree_optax._src.layout.unit import Unit, merged, squeezed, stacks_of, without_axes
+from rootfree_optax._src.layout.unit import Unit, make_stacks, merge, squeeze, without_axes
 from rootfree_optax._src.structures import Structure, StructureFactory, dense, diagonal
 
+# A longer axis is that of a vocabulary, whose rows are updated one by one.
 _LONGEST_AXIS = 32_768
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How parameters become blocks with one factor per axis: decided once, from key paths and shapes alone.
+    """How parameters become blocks with one factor per axis, decided from key paths and shapes alone.
 
-    In this order, axes that index layers are set apart, parameters are joined by the rules of `group`, axes of length
-    one are dropped, neighbouring axes are merged, each axis gets a structure, and long axes are cut. All blocks
-    of one shape, structure and dtype, over the whole tree, then form one stack.
+    The steps, in this order:
 
-    Regular expressions and callables see one key path in every framework: without a leading 'params/', and without
-    the '/value' or '/array' of a box around a single array. An expression that is found in no parameter's path is an
-    error. Under `optax.masked` and `optax.partition` the parameters are those that remain, so that each inner optimizer
-    needs a layout whose expressions speak of its own parameters alone; a tree without any passes.
+    1. Axes that index layers are set apart (`layer_axes`), and parameters without factors are put aside (`diagonal`).
+    2. The rules of `group` join or reshape parameters.
+    3. Axes of length one are dropped, and small neighbouring axes are merged (`merge_dims`).
+    4. Each axis gets a structure (`structure`), and long axes are cut into blocks (`block_size`).
+    5. All blocks of the tree with one shape, one structure per axis and one dtype per factor form one stack.
+
+    Regular expressions and callables see the same key path in every framework: without a leading 'params/', and without
+    a trailing '/value' or '/array' that only boxes one array. A regular expression that matches no parameter is an
+    error. `optax.masked` and `optax.partition` show each inner optimizer its own parameters only, so give each of them
+    a layout with patterns for those. An empty tree matches every pattern.
 
     Args:
-      structure: the structure of the factors. None: `dense` on axes of at most `max_dense_dim` and `diagonal` on longer
-        ones, if the parameter has two axes or more (before any are merged), and `diagonal` if it has one. A name: for
-        every axis of every parameter. A tuple: a name for each axis. A mapping: from the number of axes to a name or
-        tuple. A callable: from the key path and the shape to a name, a tuple, or None for the default. Axes are always
-        counted per layer, squeezed and merged; for a name within a tuple or mapping, or returned by a callable, a
-        factory may stand, from a number of rows to a `Structure`.
-      max_dense_dim: the longest dense axis of the default rule, at least one. An axis that `block_size` cuts counts
-        with the length of its blocks: it is they that have the factors. Explicit structures are not bound by it.
-      block_size: the length of blocks, at least one. A longer axis is cut into blocks of this length and a shorter last
-        one, unless its structure is diagonal. A block keeps its parameter's axes, even one of length one. None: no axis
-        is cut.
-      merge_dims: neighbouring axes are merged, from the left, while their product is at most this. None: none are.
-      layer_axes: which axes index independent layers (`nn.scan`, `nnx.scan`, vmapped layers, experts), at any position.
-        None: no axis does. An integer, for every parameter: 0 is the leading axis, 1 the second (`param_scan_axis=1` of
-        MaxText), -1 the last. A tuple, for every parameter: the positions of several, such as layers and experts. A
-        mapping from regular expressions to integers or tuples: the first expression that is found in the key path
-        decides, and other parameters have no layer axes. A callable from the key path and the shape to an integer, a
-        tuple or None. A position that a parameter does not have is an error.
-      diagonal: which parameters have no factors, so that each of their entries is treated alone. None: no parameter. A
-        regular expression that is found in their key paths, such as `EMBEDDINGS`, or a callable from the key path and
-        the shape to a bool. Either excludes two more kinds, layer axes not counted: vectors and scalars, which are
-        parameters with at most one axis longer than one, unless a rule of `group` applies to them; and parameters of
-        more axes with one longer than 32,768. `diagonal` is decided before `group`. `Plan.rest` lists the parameters
-        without factors, and why they have none.
-      group: rules that join or reshape parameters, such as `weight_and_bias()`; the first that applies wins.
-      factor_dtype: the floating-point dtype of the factors, of at least 16 bits. None: the widest of the stack's
-        parameters. A dtype: for every factor. A tuple: one for each axis, None for the default. A mapping: from the
-        number of axes to a dtype or tuple; blocks with another number of axes get the default. Axes are counted as for
-        `structure`.
+      structure: the structure of the factors. Axes are counted per layer, after squeezing and merging.
+        None: `dense` for axes of at most `max_dense_dim`, else `diagonal`; always `diagonal` for vectors.
+        A name: the same structure for every axis of every parameter.
+        A tuple: one name for each axis.
+        A mapping: from the number of axes to a name or a tuple.
+        A callable: from the key path and the shape to a name, a tuple, or None for the default.
+        In a tuple, in a mapping, or from a callable, a name may be replaced by a factory, which takes the number of
+        rows and returns a `Structure`.
+      max_dense_dim: the longest dense axis under the default rule, at least 1. If `block_size` cuts an axis, the length
+        of its blocks counts. Explicit structures ignore this bound.
+      block_size: the maximal length of a block, at least 1. A longer axis is cut into as few blocks as possible, all of
+        one length except for a shorter last one: with 256, an axis of 512 is cut into 256 + 256, one of 257 into
+        129 + 128. Axes with a diagonal structure are not cut. None: no axis is cut, and one that is longer than
+        `max_dense_dim` becomes diagonal by default.
+      merge_dims: neighbouring axes but the last are merged, from the left, while their product is at most this: by
+        default a 3×3 kernel's window becomes one axis of 9. None: no merging.
+      layer_axes: which axes index independent layers (`nn.scan`, `nnx.scan`, vmapped layers, experts).
+        None: no axis.
+        An integer: the position of one axis, in every parameter. 0 is the first axis, 1 the second (as MaxText's
+        `param_scan_axis=1`), -1 the last.
+        A tuple: the positions of several axes, in every parameter, such as layers and experts.
+        A mapping: from regular expressions to an integer, a tuple or None. The first expression found in the key path
+        decides. Parameters without a match have no layer axes.
+        A callable: from the key path and the shape to an integer, a tuple or None.
+        A position outside a parameter's axes is an error.
+      diagonal: which parameters have no Kronecker factors.
+        A regular expression: parameters with a match in their key path, by default `EMBEDDINGS`.
+        None: every parameter has factors.
+        A callable: from the key path and the shape to a bool.
+        Unless it is None, two more kinds have no factors, not counting layer axes: vectors and scalars, that is
+        parameters with at most one axis longer than 1, unless a rule of `group` applies to them; and parameters with
+        two or more such axes of which one is longer than 32,768. `Plan.rest` lists them, each with the reason.
+      group: rules that join or reshape parameters, such as `weight_and_bias()`. The first that applies wins.
+      factor_dtype: the dtype of the factors, real floating point of at least 16 bits.
+        None: the widest dtype among the stack's parameters.
+        A dtype: the same for every factor.
+        A tuple: one dtype for each axis, or None for the default.
+        A mapping: from a block's number of axes to a dtype or a tuple. Other blocks have the default.
 
     Raises:
-      ValueError: for a number out of range or an unknown structure.
-      TypeError: for an argument of another kind than the above.
+      ValueError: for a number out of range, an unknown structure or an invalid regular expression.
+      TypeError: for an argument of any other type.
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
       >>> params = {"kernel": jnp.zeros((768, 256)), "bias": jnp.zeros(256)}
       >>> plan = rf.Layout(block_size=256).plan(params)
       >>> [(stack.count, stack.shape) for stack in plan.stacks]
-      [(1, (256,)), (3, (256, 256))]
+      [(3, (256, 256))]
       >>> [block.name for block in plan.blocks]
-      ['bias', 'kernel[0, 0]', 'kernel[1, 0]', 'kernel[2, 0]']
+      ['kernel[0, 0]', 'kernel[1, 0]', 'kernel[2, 0]']
+      >>> [(parameter.path, parameter.reason) for parameter in plan.rest]
+      [('bias', 'a vector or scalar')]
     """
 
     structure: rules.StructureRule = None
     max_dense_dim: int = 2048
-    block_size: int | None = None
-    merge_dims: int | None = None
+    block_size: int | None = 512
+    merge_dims: int | None = 32
     layer_axes: rules.LayerRule = None
-    diagonal: rules.DiagonalRule = None
+    diagonal: rules.DiagonalRule = EMBEDDINGS
     group: tuple[Group, ...] = ()
     factor_dtype: rules.DTypeRule = None
 
     def __post_init__(self) -> None:
-        """Checks the arguments, and makes mappings and lists immutable."""
+        """Checks the arguments and makes mappings and lists immutable."""
         for name in ("structure", "layer_axes", "group", "factor_dtype"):
-            object.__setattr__(self, name, rules.frozen(getattr(self, name)))
+            object.__setattr__(self, name, rules.freeze(getattr(self, name)))
         rules.require_structure_rule(self.structure)
         rules.require_layer_rule(self.layer_axes)
         rules.require_diagonal_rule(self.diagonal)
@@ -109,39 +126,61 @@ class Layout:
             raise TypeError(f"group must be a tuple of Group rules, got {self.group!r}.")
 
     def plan(self, params: Any) -> Plan:
-        """Returns the plan of a tree of parameters. Nothing is computed or allocated; equal trees give one plan.
+        """Returns the plan of a tree of parameters, without any computation; cached by key paths and shapes.
 
         Args:
-          params: arrays, `jax.ShapeDtypeStruct`s or tracers. Where there is None, there is no parameter.
+          params: a tree of arrays, `jax.ShapeDtypeStruct`s or tracers. None stands for no parameter.
+
+        Returns:
+          The plan.
 
         Raises:
           TypeError: for a parameter that is not real floating point.
-          ValueError: for a rule that cannot be applied to a parameter, two parameters with one key path, or a regular
-            expression that is found in no key path. It names the path, or the nearest ones.
+          ValueError: for a rule that does not fit a parameter, a regular expression that matches none, or two
+            parameters with the same key path. The message names the key path, or the nearest ones.
         """
         return _plan(self, trees.real_shapes(params))
 
 
+class _Parameter(NamedTuple):
+    """A parameter with entries: its key path, the same as patterns see it, its shape and its layer axes."""
+
+    path: str
+    plain: str
+    shape: Shape
+    layer_axes: tuple[int, ...]
+
+    @property
+    def layer_shape(self) -> Shape:
+        """The lengths of the layer axes."""
+        return tuple(self.shape[axis] for axis in self.layer_axes)
+
+    @property
+    def tensor_shape(self) -> Shape:
+        """The shape of one layer."""
+        return without_axes(self.shape, self.layer_axes)
+
+
 @functools.lru_cache(maxsize=128)
 def _plan(layout: Layout, shapes: tuple[tuple[str, Shape], ...]) -> Plan:
-    empty = tuple((path, shape) for path, shape in shapes if 0 in shape)
-    parameters = {path: shape for path, shape in shapes if 0 not in shape}
     plain = plain_paths(path for path, _ in shapes)
     _require_matches(layout, list(plain.values()))
-    layer_axes = {
-        path: rules.layer_axes_of(layout.layer_axes, plain[path], shape) for path, shape in parameters.items()
+    parameters = {
+        path: _Parameter(path, plain[path], shape, rules.layer_axes_of(layout.layer_axes, plain[path], shape))
+        for path, shape in shapes
+        if 0 not in shape
     }
-    of_a_layer = {path: without_axes(shape, layer_axes[path]) for path, shape in parameters.items()}
-    reasons = _reasons_before_groups(layout, parameters, of_a_layer, plain)
-    with_factors = {path: shape for path, shape in of_a_layer.items() if path not in reasons}
-    assignments = assign(layout.group, with_factors, plain)
+    reasons = {path: reason for path, parameter in parameters.items() if (reason := _reason(layout, parameter))}
+    with_factors = {path: parameter for path, parameter in parameters.items() if path not in reasons}
+    tensor_shapes = {path: parameter.tensor_shape for path, parameter in with_factors.items()}
+    assignments = assign(layout.group, tensor_shapes, plain)
     if layout.diagonal is not None:
         alone = [assignment.name for assignment in assignments if assignment.rule is None]
-        reasons |= {path: "a vector or scalar" for path in alone if _is_vector(of_a_layer[path])}
+        reasons |= {path: "a vector or scalar" for path in alone if _is_vector(tensor_shapes[path])}
     units = tuple(
-        _unit(layout, assignment, {path: (parameters[path], layer_axes[path]) for path in assignment.paths})
+        _unit(layout, assignment, [parameters[path] for path in assignment.paths])
         for assignment in assignments
-        if assignment.paths[0] not in reasons
+        if assignment.name not in reasons
     )
     stacks, flat = place([part for unit in units for part in unit.stacks])
     placements = iter(flat)
@@ -150,102 +189,112 @@ def _plan(layout: Layout, shapes: tuple[tuple[str, Shape], ...]) -> Plan:
         stacks=stacks,
         placements=tuple(tuple(next(placements) for _ in unit.stacks) for unit in units),
         rest=tuple(
-            Rest(path, shape, reasons[path], layer_axes[path]) for path, shape in parameters.items() if path in reasons
+            Rest(path, parameter.shape, reasons[path], parameter.layer_axes)
+            for path, parameter in parameters.items()
+            if path in reasons
         ),
-        empty=empty,
+        empty=tuple((path, shape) for path, shape in shapes if 0 in shape),
     )
     names = collections.Counter(block.name for block in plan.blocks)
     if twice := [name for name, number in names.items() if number > 1]:
         raise ValueError(
-            f"blocks must have distinct names, but two have {twice[0]!r}. Rename the parameter whose key path is the "
-            "name of a block or group of another."
+            f"blocks must have distinct names, but two are called {twice[0]!r}. Rename the parameter whose key path "
+            "equals the name of another parameter's block or group."
         )
     return plan
 
 
-def _require_matches(layout: Layout, plain: list[str]) -> None:
-    """Raises a ValueError for a pattern of the layout that is found in none of the plain paths."""
+def _require_matches(layout: Layout, plain: Sequence[str]) -> None:
+    """Raises a ValueError for a pattern of the layout that matches none of the plain key paths."""
     for pattern in layout.layer_axes if isinstance(layout.layer_axes, Mapping) else ():
         require_match("a key of layer_axes", pattern, plain)
+    # The ready-made pattern fits models with and without embeddings.
     if isinstance(layout.diagonal, str) and layout.diagonal != EMBEDDINGS:
         require_match("diagonal", layout.diagonal, plain)
     require_groups(layout.group, plain)
 
 
 def _is_vector(shape: Shape) -> bool:
-    return len(squeezed(shape)) == 1
+    return len(squeeze(shape)) == 1
 
 
-def _reasons_before_groups(
-    layout: Layout, parameters: Mapping[str, Shape], of_a_layer: Mapping[str, Shape], plain: Mapping[str, str]
-) -> dict[str, str]:
-    """Returns why parameters have no factors, by key path, as far as that does not depend on groups."""
-    reasons = {}
-    for path, shape in parameters.items():
-        reason = rules.reason_without_factors(layout.diagonal, plain[path], shape)
-        layer = of_a_layer[path]
-        if reason is None and layout.diagonal is not None and not _is_vector(layer) and max(layer) > _LONGEST_AXIS:
-            reason = f"an axis longer than {_LONGEST_AXIS:,}"
-        if reason is not None:
-            reasons[path] = reason
-    return reasons
+def _reason(layout: Layout, parameter: _Parameter) -> str | None:
+    """Returns why a parameter has no factors whatever the groups are, or None if it may have some."""
+    if layout.diagonal is None:
+        return None
+    if reason := rules.reason_without_factors(layout.diagonal, parameter.plain, parameter.shape):
+        return reason
+    shape = parameter.tensor_shape
+    is_long = not _is_vector(shape) and max(shape) > _LONGEST_AXIS
+    return f"an axis longer than {_LONGEST_AXIS:,}" if is_long else None
 
 
-def _unit(layout: Layout, assignment: Assignment, members: dict[str, tuple[Shape, tuple[int, ...]]]) -> Unit:
-    name, plain, paths, rule = assignment
+def _unit(layout: Layout, assignment: Assignment, members: Sequence[_Parameter]) -> Unit:
     layer_shape = _layer_shape(members)
-    of_a_layer = {path: without_axes(*member) for path, member in members.items()}
-    tensor_shape = of_a_layer[paths[0]] if rule is None else joined_shape(rule, of_a_layer)
-    axes = squeezed(tensor_shape)
-    lengths = axes if layout.merge_dims is None else merged(axes, layout.merge_dims)
-    factories = rules.structures_of(layout.structure, plain, lengths)
+    tensor_shape = members[0].tensor_shape
+    if assignment.rule is not None:
+        tensor_shape = join_shapes(assignment.rule, {member.path: member.tensor_shape for member in members})
+    squeezed = squeeze(tensor_shape)
+    lengths = squeezed if layout.merge_dims is None else merge(squeezed, layout.merge_dims)
+    factories = rules.structures_of(layout.structure, assignment.plain, lengths)
     if factories is None:
-        factories = _default_structures(layout, lengths, is_vector=len(axes) == 1)
+        factories = _default_structures(layout, lengths, is_vector=len(squeezed) == 1)
     for factory, length in zip(factories, lengths, strict=True):
         if not isinstance(structure := factory(length), Structure) or structure.dim != length:
-            raise ValueError(f"structure must make a structure of {length} rows at {name!r}, got {structure!r}.")
+            raise ValueError(
+                f"structure must return a structure of {length} rows for {assignment.name!r}, got {structure!r}."
+            )
     cuts = tuple(_cut(layout, factory, length) for factory, length in zip(factories, lengths, strict=True))
-    factor_dtypes = _factor_dtypes(layout, name, len(lengths))
     return Unit(
-        name=name,
-        paths=paths,
-        shapes=tuple(shape for shape, _ in members.values()),
-        layer_axes=tuple(axes for _, axes in members.values()),
-        rule=rule,
+        name=assignment.name,
+        paths=assignment.paths,
+        shapes=tuple(member.shape for member in members),
+        layer_axes=tuple(member.layer_axes for member in members),
+        rule=assignment.rule,
         layer_shape=layer_shape,
         tensor_shape=tensor_shape,
         lengths=lengths,
         cuts=cuts,
-        stacks=stacks_of(factories, factor_dtypes, cuts, layer_shape),
+        stacks=make_stacks(factories, _factor_dtypes(layout, assignment.name, len(lengths)), cuts, layer_shape),
     )
 
 
-def _layer_shape(members: dict[str, tuple[Shape, tuple[int, ...]]]) -> Shape:
-    """Returns the lengths of the layer axes, after checking that all members of a group have the same."""
-    layer_shapes = {path: tuple(shape[axis] for axis in axes) for path, (shape, axes) in members.items()}
+def _layer_shape(members: Sequence[_Parameter]) -> Shape:
+    """Returns the lengths of the layer axes, after checking that all members of a group agree."""
+    layer_shapes = {member.path: member.layer_shape for member in members}
     if len(set(layer_shapes.values())) > 1:
-        shapes = {path: shape for path, (shape, _) in members.items()}
+        shapes = {member.path: member.shape for member in members}
         raise ValueError(
-            f"parameters of one group must have the same layer axes, but layer_axes gives {layer_shapes} in {shapes}."
+            f"parameters of one group must have the same layer axes, but layer_axes gives {layer_shapes} for the "
+            f"shapes {shapes}."
         )
-    return next(iter(layer_shapes.values()))
+    return members[0].layer_shape
 
 
 def _default_structures(layout: Layout, lengths: Shape, *, is_vector: bool) -> tuple[StructureFactory, ...]:
     if is_vector:
         return (diagonal,) * len(lengths)
-    longest_block = lambda length: min(length, layout.block_size or length)
-    return tuple(dense if longest_block(length) <= layout.max_dense_dim else diagonal for length in lengths)
+    is_dense = lambda length: _block_length(length, layout.block_size) <= layout.max_dense_dim
+    return tuple(dense if is_dense(length) else diagonal for length in lengths)
 
 
 def _factor_dtypes(layout: Layout, name: str, axes: int) -> tuple[jnp.dtype | None, ...]:
     try:
         return rules.factor_dtypes_of(layout.factor_dtype, axes)
     except ValueError as error:
-        raise ValueError(f"{error} The block is of {name!r}.") from None
+        raise ValueError(f"{error} The block belongs to {name!r}.") from None
 
 
 def _cut(layout: Layout, factory: StructureFactory, length: int) -> Cut:
-    if layout.block_size is None or factory(length) == diagonal(length):
+    if factory(length) == diagonal(length):
         return Cut(length, length)
-    return Cut(length, min(length, layout.block_size))
+    return Cut(length, _block_length(length, layout.block_size))
+
+
+def _block_length(length: int, block_size: int | None) -> int:
+    """Returns the length of an axis's blocks, the last of which may be shorter.
+
+    Blocks of exactly `block_size` could leave a last one of a single row, with a factor of its own.
+    """
+    blocks = 1 if block_size is None else math.ceil(length / block_size)
+    return math.ceil(length / blocks)

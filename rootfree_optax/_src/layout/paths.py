@@ -15,29 +15,29 @@ _WORDS = "|".join(
         "logits",
         "vocabs?",
         "tokens?(?![_-]?mix)",
-        # The last word of a component: what follows may be a number, but no other word.
+        # The last word of a component: a number may follow, another word may not.
         r"(?<!multi)(?<!multi[_-])head(?=[\d_\[\]-]*(?:[/.]|$))",
     ]
 )
-# A word begins after anything but a letter, or with a capital before a small letter. It ends before anything but a
-# small letter, and after a capital before anything but a letter.
+# A word starts after a character that is not a letter, or with a capital followed by a small letter. The next character
+# is not a small letter, nor a capital if the word ends with one.
 EMBEDDINGS = rf"(?:(?<![A-Za-z])|(?=[A-Z][a-z]))(?i:{_WORDS})(?![a-z]|(?<=[A-Z])[A-Z])"
 """A regular expression for the key paths of embeddings, position tables and output heads.
 
-It finds embed, embedding, embedder, unembed, emb, wte, wpe, pos, position, head, logits, vocab and token, most of them
-with a plural s, as whole words of a path in the spelling of any framework: in `embed_tokens`, `tok_embeddings`,
-`Embed_0`, `posEmbed`, `LMHead`, `transformer.wte.weight`, but not in `header`, `overhead` or `positive`. A head counts
-only as the last word of a path's component, as in `lm_head` and `classifier_head_0`, so that `heads`,
-`attention_head_proj`, `MultiHeadAttention` and `multi_head` are hidden layers, as are `token_mixing` and
-`position_wise`. Extend it with `|`, as in `rf.EMBEDDINGS + "|^router/"`.
+It matches these words in the spelling of any framework: emb, embed, embedding, embedder, unembed, wte, wpe, pos,
+position, head, logits, vocab, token, most of them with a plural s. They are found in `embed_tokens`,
+`tok_embeddings`, `Embed_0`, `posEmbed`, `LMHead` and `transformer.wte.weight`, but not in `header`, `overhead` or
+`positive`. A head must be the last word of a path's component, as in `lm_head` and `classifier_head_0`, so `heads`,
+`attention_head_proj`, `MultiHeadAttention` and `multi_head` do not match. Nor do `token_mixing` and `position_wise`.
+Extend the pattern with `|`: `rf.EMBEDDINGS + "|^router/"`.
 """
 
 
 def plain_paths(paths: Iterable[str]) -> dict[str, str]:
     """Returns each key path as patterns and callables see it, the same in every framework.
 
-    A leading 'params/' is dropped, and a trailing '/value' or '/array' that only boxes one array, as `nnx.Variable`,
-    `nn.Partitioned` and Haliax's `NamedArray` do. If two paths would become one, all stay as they are.
+    Drops a leading 'params/', and a trailing '/value' or '/array' with nothing beside it: the box of `nnx.Variable`,
+    `nn.Partitioned` or Haliax's `NamedArray`. If that would make two paths equal, all paths stay as they are.
     """
     names = {path: path.removeprefix("params/") for path in paths}
     below = collections.Counter(parent for name in names.values() for parent in _parents(name))
@@ -61,9 +61,9 @@ def require_expression(name: str, pattern: str) -> None:
 
 
 def require_match(name: str, pattern: str, paths: Iterable[str]) -> None:
-    """Raises a ValueError that names the nearest key paths if `pattern` is found in none of some paths.
+    """Raises a ValueError with the nearest key paths if `pattern` matches none of the paths, unless there are none.
 
-    A tree without parameters is no error: an optimizer may have been given none of the parameters of a model.
+    An optimizer may be given no parameters, for example by `optax.partition`.
     """
     paths = list(paths)
     if paths and not any(re.search(pattern, path) for path in paths):

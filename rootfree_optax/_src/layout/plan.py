@@ -1,4 +1,4 @@
-"""A plan: how the parameters of one model become stacks of blocks, as plain static data."""
+"""A plan: how the parameters of one model become stacks of blocks, as static data."""
 
 import dataclasses
 import functools
@@ -17,16 +17,16 @@ from rootfree_optax._src.layout.unit import Unit, no_relayout
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One block: the tensor that has a factor for each of its axes.
+    """A tensor with one factor for each of its axes.
 
     Args:
-      name: the key path, with the block's index if there are several: 'dense/kernel[0, 1]' for a block along the
-        axes, 'layers/kernel[3]' for a layer, 'layers/kernel[3; 0, 1]' for a block of a layer.
-      parameter: the key path alone.
+      name: the key path, followed by an index if the parameter has several blocks: 'dense/kernel[0, 1]' for a block
+        along the axes, 'layers/kernel[3]' for a layer, 'layers/kernel[3; 0, 1]' for a block of a layer.
+      parameter: the key path.
       layer: the index along the layer axes.
-      index: the index along the axes, counted in blocks.
-      stack: which stack holds it.
-      position: where in that stack.
+      index: the index along the other axes, in blocks.
+      stack: the index of the stack.
+      position: the position in the stack.
     """
 
     name: str
@@ -43,9 +43,9 @@ class Rest:
 
     Args:
       path: the key path.
-      shape: the parameter's shape.
-      reason: why it has no factors, as in "'embed' in its key path".
-      layer_axes: the positions of its layer axes.
+      shape: the shape.
+      reason: why the parameter has no factors, such as "'embed' in its key path".
+      layer_axes: the positions of the layer axes.
     """
 
     path: str
@@ -56,14 +56,14 @@ class Rest:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a tree of parameters becomes stacks of blocks. `Layout.plan` makes it; it is static, hashable, and small.
+    """How a tree of parameters becomes stacks of blocks: static, hashable and small. Made by `Layout.plan`.
 
     Args:
       units: the parameters and groups.
       stacks: the stacks.
-      placements: for each unit, where in the stacks its blocks stand.
-      rest: the parameters without factors, which are in no stack.
-      empty: key paths and shapes of the parameters without entries, which have no blocks.
+      placements: for each unit, the places of its blocks in the stacks.
+      rest: the parameters without factors. They are in no stack.
+      empty: the key paths and shapes of parameters without entries. They have no blocks.
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
@@ -72,7 +72,7 @@ class Plan:
       >>> [block.name for block in plan.blocks]
       ['kernel[0, 0]', 'kernel[0, 1]', 'kernel[1, 0]', 'kernel[1, 1]']
       >>> [(stack.count, stack.shape) for stack in plan.stacks]
-      [(2, (3, 3)), (2, (1, 3))]
+      [(4, (2, 3))]
     """
 
     units: tuple[Unit, ...]
@@ -82,19 +82,20 @@ class Plan:
     empty: tuple[tuple[str, Shape], ...] = ()
 
     def pack(self, tree: Any, name: str = "gradients", relayout: RelayoutFn = no_relayout) -> tuple[jax.Array, ...]:
-        """Returns the blocks of a tree like the parameters, one array [count, *shape] for each stack.
-
-        The dtype of a stack is the widest among its members'. A parameter without a gradient (None) becomes NaN.
-        Parameters without factors, those of `rest`, are in no stack.
+        """Packs a tree like the parameters into stacks.
 
         Args:
-          tree: arrays of the parameters' shapes.
-          name: what the tree is called in an error.
-          relayout: moves arrays between devices on their way to blocks, see `Unit.to_blocks`.
+          tree: arrays of the parameters' shapes. None, for a parameter without a gradient, becomes NaN. Parameters
+            without factors (`rest`) are skipped.
+          name: the tree's name in an error message.
+          relayout: reshards arrays on their way to blocks, see `Unit.to_blocks`.
+
+        Returns:
+          One array [count, *shape] for each stack, with the widest dtype among its parameters.
 
         Raises:
-          ValueError: for a tree unlike the parameters, or a group of which some parameters have a gradient and others
-            have none. It names the key path.
+          ValueError: for a tree unlike the parameters, or a group with gradients for some of its parameters only. The
+            message names the key path.
         """
         leaves = self._named_leaves(tree, name)
         pieces: list[jax.Array | None] = []
@@ -103,8 +104,8 @@ class Plan:
             if missing := [path for path, array in zip(unit.paths, arrays, strict=True) if array is None]:
                 if len(missing) < len(arrays):
                     raise ValueError(
-                        f"{name} must have an array for all parameters of the group {unit.name!r} or for none, got "
-                        f"None at {missing[0]!r}. Take it out of the group, or pass zeros."
+                        f"{name} must have arrays for all parameters of the group {unit.name!r} or for none, got "
+                        f"None at {missing[0]!r}. Remove it from the group, or pass zeros."
                     )
                 pieces += [None] * len(unit.stacks)
             else:
@@ -120,18 +121,22 @@ class Plan:
         rest: Mapping[str, jax.Array] | None = None,
         equal_kernels: bool = False,
     ) -> Any:
-        """Returns the tree whose blocks are given: the inverse of `pack`.
+        """Unpacks stacks into a tree like the parameters: the inverse of `pack`.
 
         Args:
-          stacks: [count, *shape] for each stack.
-          like: the tree that was packed. Each array gets the dtype of its leaf; None stays None.
-          relayout: moves arrays between devices on their way from blocks, see `Unit.to_blocks`.
-          rest: the arrays of the parameters without factors, by key path; may leave out those that are None in `like`.
-          equal_kernels: whether the program hides where in a stack each parameter's blocks begin, so that parameters of
-            one shape get one kernel, compiled once; for stacks that every device has whole.
+          stacks: one array [count, *shape] for each stack.
+          like: the tree that was packed.
+          relayout: reshards arrays on their way from blocks, see `Unit.to_blocks`.
+          rest: one array for each parameter without factors, by key path. Required if `self.rest` has parameters that
+            are not None in `like`.
+          equal_kernels: whether parameters of one shape share one compiled kernel, see `opaque`. For stacks that are
+            whole on every device.
+
+        Returns:
+          A tree with the dtypes of `like`, and None where `like` has None.
 
         Raises:
-          ValueError: for stacks or a tree unlike the plan's, or for a `rest` without one of its parameters.
+          ValueError: for stacks, a tree or a `rest` unlike the plan's.
         """
         shapes = [array.shape for array in stacks]
         expected = [(target.count, *target.shape) for target in self.stacks]
@@ -150,15 +155,15 @@ class Plan:
         return jax.tree.unflatten(jax.tree.structure(like, is_leaf=trees.is_none), results)
 
     def _named_leaves(self, tree: Any, name: str) -> dict[str, Any]:
-        """Returns the leaves by key path, after checking that they are those of the parameters."""
+        """Returns the leaves by key path, after checking their paths and shapes."""
         leaves = trees.named_leaves(tree)
-        # The parameters may have None as well, where there is no parameter.
+        # None elsewhere stands for no parameter.
         relevant = {path: leaf for path, leaf in leaves.items() if leaf is not None or path in self._shapes}
         trees.require_shapes(relevant, self._shapes, name=name)
         return leaves
 
     def _require_rest(self, arrays: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the arrays of the parameters without factors that have a gradient, after checking them."""
+        """Returns the arrays of `rest` for the leaves that are not None, after checking paths and shapes."""
         expected = {entry.path: entry.shape for entry in self.rest if leaves[entry.path] is not None}
         if missing := expected.keys() - arrays.keys():
             raise ValueError(
@@ -184,7 +189,7 @@ class Plan:
 
     @functools.cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """All blocks: by parameter, then shape, then layer, then index along the axes."""
+        """All blocks, ordered by parameter, shape, layer and index."""
         return tuple(
             Block(unit.name + _suffix(unit, layer, index), unit.name, layer, index, place.stack, place.start + offset)
             for unit, places in zip(self.units, self.placements, strict=True)
@@ -194,6 +199,6 @@ class Plan:
 
 
 def _suffix(unit: Unit, layer: Shape, index: Shape) -> str:
-    """Returns a block's index as its name shows it, nothing for the only block of a parameter."""
+    """Returns the index in a block's name, or an empty string for the only block of a parameter."""
     indices = [", ".join(map(str, part)) for part, shown in ((layer, bool(layer)), (index, unit.is_cut)) if shown]
     return f"[{'; '.join(indices)}]" if indices else ""

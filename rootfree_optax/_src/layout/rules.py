@@ -1,4 +1,4 @@
-"""The user's rules: which parameters have factors, of which structure and dtype, and which axes index layers."""
+"""The user's rules: which axes index layers, which parameters have factors, and their structures and dtypes."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,12 +28,11 @@ LayerRule: TypeAlias = LayerAxes | Mapping[str, LayerAxes] | Callable[[str, Shap
 
 
 class FrozenMapping(Mapping[Key, Value]):
-    """A mapping that cannot change, has a hash, and remembers its order."""
+    """An immutable, hashable, ordered mapping."""
 
     def __init__(self, mapping: Mapping[Key, Value]) -> None:
         """Copies a mapping whose keys and values are hashable."""
         self._items = dict(mapping)
-        self._hash = hash(tuple(self._items.items()))
 
     def __getitem__(self, key: Key) -> Value:
         """Returns the value of a key."""
@@ -49,26 +48,27 @@ class FrozenMapping(Mapping[Key, Value]):
 
     def __hash__(self) -> int:
         """Returns the hash of the items, in order."""
-        return self._hash
+        # Not cached: the hash of a string differs between processes, so that a pickled one would be wrong.
+        return hash(tuple(self._items.items()))
 
     def __eq__(self, other: object) -> bool:
         """Returns whether the other has the same items in the same order."""
         return isinstance(other, FrozenMapping) and list(self.items()) == list(other.items())
 
     def __repr__(self) -> str:
-        """Returns what a dictionary would."""
+        """Returns the representation of a dictionary."""
         return repr(self._items)
 
 
-def frozen(rule: Any) -> Any:
-    """Returns a rule with mappings, and lists within them, made immutable."""
+def freeze(rule: Any) -> Any:
+    """Returns a rule with immutable mappings and tuples in place of mappings and lists."""
     if isinstance(rule, Mapping):
-        return FrozenMapping({key: frozen(value) for key, value in rule.items()})
+        return FrozenMapping({key: freeze(value) for key, value in rule.items()})
     return tuple(rule) if isinstance(rule, list) else rule
 
 
 def require_structure_rule(rule: StructureRule) -> None:
-    """Raises a ValueError or TypeError for a rule that is none, or that names an unknown structure."""
+    """Raises a ValueError or TypeError for an invalid rule or an unknown structure."""
     if isinstance(rule, Mapping):
         for ndim, structure in rule.items():
             if not isinstance(ndim, int) or ndim < 1:
@@ -86,15 +86,16 @@ def require_structure_rule(rule: StructureRule) -> None:
 
 
 def structures_of(rule: StructureRule, path: str, lengths: Shape) -> tuple[StructureFactory, ...] | None:
-    """Returns the structure that a rule gives each axis of a parameter, None where the default rule decides.
+    """Returns the structure of each axis of a parameter, or None to leave it to the default rule.
 
     Args:
       rule: the user's rule.
       path: the parameter's key path.
-      lengths: of its axes, squeezed and merged.
+      lengths: the lengths of its axes, squeezed and merged.
 
     Raises:
-      ValueError: that names the path, for a structure that is unknown or not given, or as many as there are not axes.
+      ValueError: for an unknown or missing structure, or if the number of structures differs from the number of axes.
+        The message names the path.
     """
     structure: AxesStructure | None
     if isinstance(rule, Mapping):
@@ -130,16 +131,16 @@ def _factories(names: Sequence[AxisStructure], ndim: int, owner: str) -> tuple[S
 
 
 def factor_dtypes_of(rule: DTypeRule, axes: int, name: str = "factor_dtype") -> tuple[jnp.dtype | None, ...]:
-    """Returns the dtype of each factor of a block, None for the default.
+    """Returns the dtype of each factor of a block, or None for the default.
 
     Args:
-      rule: a dtype for every axis; a tuple with one for each axis; or a mapping from the number of axes to either.
-        None stands for the default, as does a number of axes that is not in the mapping.
+      rule: a dtype for every axis, a tuple with one for each axis, or a mapping from the number of axes to either.
       axes: the block's number of axes.
-      name: what the rule is called in an error.
+      name: the rule's name in an error message.
 
     Raises:
-      ValueError: for a tuple of another length, or a dtype that is not real floating point.
+      ValueError: if the number of dtypes differs from the number of axes, or for a dtype that is not real floating
+        point.
     """
     if isinstance(rule, Mapping):
         rule = rule.get(axes)
@@ -151,13 +152,13 @@ def factor_dtypes_of(rule: DTypeRule, axes: int, name: str = "factor_dtype") -> 
 
 
 def dtypes_of(rule: DTypeRule, axes: int, default: DTypeLike = jnp.float32) -> tuple[jnp.dtype, ...]:
-    """Returns the dtype of each factor of a block, with `default` where the rule names none."""
+    """Returns the dtype of each factor of a block, see `factor_dtypes_of`, with `default` in place of None."""
     dtypes = factor_dtypes_of(rule, axes, "preconditioner_dtype")
     return tuple(jnp.dtype(default if dtype is None else dtype) for dtype in dtypes)
 
 
 def require_dtype_rule(rule: DTypeRule, name: str = "preconditioner_dtype") -> None:
-    """Raises a ValueError for a rule that names a dtype that is not real floating point, or no number of axes."""
+    """Raises a ValueError for a dtype that is not real floating point, or a key that is not a number of axes."""
     if isinstance(rule, Mapping) and not all(isinstance(ndim, int) and ndim >= 1 for ndim in rule):
         raise ValueError(f"{name} must map numbers of axes, at least 1, to dtypes; got the keys {list(rule)}.")
     for per_axes in rule.values() if isinstance(rule, Mapping) else [rule]:
@@ -190,12 +191,12 @@ def layer_axes_of(rule: LayerRule, path: str, shape: Shape) -> tuple[int, ...]:
     """Returns the positions of a parameter's layer axes, counted from the first axis.
 
     Args:
-      rule: the user's rule; of a mapping, the first expression that is found in the path decides.
+      rule: the user's rule.
       path: the parameter's key path.
       shape: the parameter's shape.
 
     Raises:
-      ValueError: that names the path, for a position that is out of range or named twice.
+      ValueError: for a position out of range, or the same axis twice. The message names the path.
     """
     if isinstance(rule, Mapping):
         found = next((positions for pattern, positions in rule.items() if re.search(pattern, path)), None)
@@ -225,7 +226,7 @@ def require_diagonal_rule(rule: DiagonalRule) -> None:
 
 
 def reason_without_factors(rule: DiagonalRule, path: str, shape: Shape) -> str | None:
-    """Returns why a rule gives a parameter no factors, None if the rule does not."""
+    """Returns why a parameter has no factors under a rule, or None if it may have some."""
     if isinstance(rule, str):
         found = re.search(rule, path)
         return None if found is None else f"{found[0]!r} in its key path"

@@ -1,7 +1,7 @@
-"""Cutting a tensor into blocks along its axes, and putting it together again.
+"""Splits a tensor into blocks along its axes, and joins them again.
 
-No block is padded: what is left of an axis makes a shorter piece, so that a tensor of N axes has blocks of up to 2ᴺ
-shapes. All blocks of one shape come out of one reshape and transposition.
+Blocks are not padded. The last piece of an axis may be shorter, so the blocks of a tensor with N axes have up to 2ᴺ
+shapes. All blocks of one shape are split off by one reshape and one transposition.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from rootfree_optax._src.common.trees import Shape
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Consecutive pieces of equal length: `count` of `length`, the first of which begins at `start`."""
+    """`count` consecutive pieces of one `length`, from `start` on."""
 
     start: int
     length: int
@@ -25,17 +25,17 @@ class Run:
 
     @property
     def stop(self) -> int:
-        """Where the last piece ends."""
+        """The end of the last piece."""
         return self.start + self.count * self.length
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """An axis cut into consecutive pieces, of which the last may be shorter.
+    """An axis cut into consecutive pieces of one length; the last may be shorter.
 
     Args:
-      length: the axis's length, at least one.
-      piece: the pieces' length, in [1, length]; `length` leaves the axis whole.
+      length: the length of the axis, at least 1.
+      piece: the length of a piece, in [1, length]. With `length`, the axis stays whole.
     """
 
     length: int
@@ -43,14 +43,14 @@ class Cut:
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """The pieces, as one run, or as two where the last is shorter."""
+        """One run, or two if the last piece is shorter."""
         count, rest = divmod(self.length, self.piece)
         full = Run(0, self.piece, count)
         return (full, Run(full.stop, rest, 1)) if rest else (full,)
 
 
 def windows(cuts: Sequence[Cut]) -> tuple[tuple[Run, ...], ...]:
-    """Returns the parts of a tensor whose blocks have one shape, each as a run per axis; the last axis varies first."""
+    """Returns the windows of a tensor, each with blocks of one shape, as one run per axis, in row-major order."""
     return tuple(itertools.product(*(cut.runs for cut in cuts)))
 
 
@@ -64,33 +64,33 @@ def block_count(window: Sequence[Run]) -> int:
     return math.prod(run.count for run in window)
 
 
+# Reshards a tensor [*layers, *lengths], or blocks before their counts are merged, [*layers, *counts, *block], so that
+# splitting and joining stay on each device. Called as relayout(array, cuts, first axis of the lengths or of the block).
 RelayoutFn: TypeAlias = Callable[[jax.Array, Sequence[Cut], int], jax.Array]
 
 
 def split(array: jax.Array, cuts: Sequence[Cut], relayout: RelayoutFn) -> tuple[jax.Array, ...]:
-    """Cuts each layer's tensor into blocks.
+    """Splits each layer of a tensor into blocks.
 
     Args:
-      array: [*layers, *lengths], the lengths being those of `cuts`.
+      array: [*layers, *lengths], with the lengths of `cuts`.
       cuts: one per axis of a layer.
-      relayout: moves the blocks between devices before their axes of counts are merged, [*layers, *counts, *block];
-        called as relayout(blocks, cuts, first axis of the block).
+      relayout: reshards the blocks before their counts are merged.
 
     Returns:
-      For each window one array [n, *block], in which n counts the layers and, within a layer, the blocks in row-major
-      order.
+      One array [n, *block] for each window, ordered by layer and, within a layer, row by row.
     """
     return tuple(_to_blocks(_slice(array, window), cuts, window, relayout) for window in windows(cuts))
 
 
 def join(blocks: Sequence[jax.Array], cuts: Sequence[Cut], layer_shape: Shape, relayout: RelayoutFn) -> jax.Array:
-    """Puts blocks of one dtype together again: the inverse of `split`.
+    """Joins blocks of one dtype: the inverse of `split`.
 
     Args:
-      blocks: for each window one array [n, *block].
+      blocks: one array [n, *block] for each window.
       cuts: one per axis of a layer.
       layer_shape: the lengths of the layer axes.
-      relayout: see `split`.
+      relayout: reshards the blocks once their counts are separate axes.
 
     Returns:
       [*layers, *lengths].
@@ -112,14 +112,14 @@ def _slice(array: jax.Array, window: Sequence[Run]) -> jax.Array:
     layer_shape = array.shape[: array.ndim - len(window)]
     starts = (*(0 for _ in layer_shape), *(run.start for run in window))
     stops = (*layer_shape, *(run.stop for run in window))
-    # A slice of everything would still be an operation of the program.
+    # A slice of the whole array would still be an operation of the program.
     return array if stops == array.shape and not any(starts) else jax.lax.slice(array, starts, stops)
 
 
 def _interleaved(window: Sequence[Run], layer_shape: Shape) -> tuple[Shape, tuple[int, ...]]:
-    """Returns the shape in which each cut axis is two, (count, length), and the permutation that brings counts first.
+    """Returns the shape with two axes (count, length) for each cut axis, and the permutation that moves counts first.
 
-    An axis in one piece stays one, so that a tensor cut along its first axis alone needs no transposition.
+    An axis in one piece stays one axis, so a tensor that is cut along its first axis only needs no transposition.
     """
     shape, counts, lengths = list(layer_shape), list(range(len(layer_shape))), []
     for run in window:

@@ -1,4 +1,4 @@
-"""Stacks: all blocks of one kind, over the whole tree, as one array."""
+"""Stacks: all blocks of one kind in the whole tree, as one array."""
 
 import dataclasses
 import math
@@ -14,12 +14,12 @@ from rootfree_optax._src.structures.base import Flops, Structure
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Blocks of one shape, one structure and one choice of dtypes, held in one array [count, *shape].
+    """Blocks with one shape, the same structures and the same factor dtypes, in one array [count, *shape].
 
     Args:
-      shape: of a block, (d₁, …, d_N).
-      structures: of the factors, one per axis.
-      factor_dtypes: the dtypes of the factors, one per axis; None is the widest dtype of the stack's parameters.
+      shape: the shape of a block, (d₁, …, d_N).
+      structures: the structures of the factors, one per axis.
+      factor_dtypes: the dtypes of the factors, one per axis. None: the widest dtype among the stack's parameters.
       count: the number of blocks.
     """
 
@@ -30,7 +30,7 @@ class Stack:
 
     @property
     def part_shapes(self) -> list[Shape]:
-        """The shapes of the factors' parts, with their leading axis of blocks, axis by axis."""
+        """The shapes of the parts of all factors, axis by axis, with a leading axis of blocks."""
         return [(self.count, *shape) for structure in self.structures for shape in structure.part_shapes]
 
     def state_bytes(
@@ -76,7 +76,7 @@ class Stack:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where blocks stand: in which stack, from which position on, and how many."""
+    """The place of consecutive blocks: the stack, the position of the first, and their number."""
 
     stack: int
     start: int
@@ -84,10 +84,10 @@ class Placement:
 
 
 def place(parts: Sequence[Stack]) -> tuple[tuple[Stack, ...], tuple[Placement, ...]]:
-    """Concatenates small stacks, in order, into one for each kind: each shape, structures and dtypes.
+    """Concatenates small stacks, in order, into one stack for each kind of block.
 
     Returns:
-      The stacks, in the order in which they first occur, and the place in them of each part.
+      The stacks, in the order of their first parts, and the place of each part.
     """
     counts: dict[Stack, int] = {}
     kinds, starts = [dataclasses.replace(part, count=0) for part in parts], []
@@ -102,13 +102,13 @@ def place(parts: Sequence[Stack]) -> tuple[tuple[Stack, ...], tuple[Placement, .
 
 
 def padded_lengths(stacks: Sequence[Stack], shapes: Sequence[Shape]) -> tuple[int, ...] | None:
-    """Returns the length of each stack's arrays, if their parts have these shapes, and None if they cannot.
+    """Returns the length of each stack's arrays, or None if arrays of these shapes cannot hold the stacks.
 
-    Each count may be rounded up to a multiple of one number, as it is for stacks that are split over devices.
+    Lengths may be the counts rounded up to a multiple of one number, as for stacks that are split over devices.
 
     Args:
-      stacks: what the arrays should hold.
-      shapes: of all parts of all factors, in the order of `Stack.part_shapes`.
+      stacks: the stacks.
+      shapes: the shapes of all parts of all factors, in the order of `Stack.part_shapes`.
     """
     expected = [(i, stack.count, shape) for i, stack in enumerate(stacks) for shape in stack.part_shapes]
     if [tuple(shape[1:]) for shape in shapes] != [shape[1:] for _, _, shape in expected]:
@@ -121,7 +121,7 @@ def padded_lengths(stacks: Sequence[Stack], shapes: Sequence[Shape]) -> tuple[in
 
 
 def widest(dtypes: Iterable[DTypeLike]) -> jnp.dtype:
-    """Returns a dtype that holds numbers of all given real floating-point dtypes; float32 for none."""
+    """Returns a dtype that holds the numbers of all given real floating-point dtypes; float32 if there are none."""
     distinct = {jnp.dtype(dtype) for dtype in dtypes}
     if len(distinct) == 1:
         return distinct.pop()
@@ -131,15 +131,15 @@ def widest(dtypes: Iterable[DTypeLike]) -> jnp.dtype:
 def stack(
     pieces: Sequence[jax.Array | None], placements: Sequence[Placement], stacks: Sequence[Stack]
 ) -> tuple[jax.Array, ...]:
-    """Concatenates arrays of blocks, in the order of their placements.
+    """Concatenates arrays of blocks into stacks.
 
     Args:
-      pieces: [n, *block] for each placement; None stands for blocks without values, which become NaN.
-      placements: their places, as `place` returned them.
-      stacks: what to fill.
+      pieces: one array [n, *block] for each placement, or None for blocks of NaN.
+      placements: the places of the pieces, as returned by `place`.
+      stacks: the stacks to fill.
 
     Returns:
-      [count, *shape] for each stack, of the widest dtype among its pieces.
+      One array [count, *shape] for each stack, with the widest dtype among its pieces.
     """
     members: list[list[tuple[jax.Array | None, int]]] = [[] for _ in stacks]
     for piece, placement in zip(pieces, placements, strict=True):
@@ -161,9 +161,10 @@ def unstack(
     """Returns the blocks at the given places: the inverse of `stack`.
 
     Args:
-      arrays: the stacks.
+      arrays: one array [count, *shape] for each stack.
       placements: the places.
-      numbers: as `opaque` returns them, zero and where the blocks begin; without, the program has the numbers.
+      numbers: zero and the positions of the first blocks, as returned by `opaque`. None: positions are constants of the
+        program.
     """
     return [_rows(arrays[place.stack], place, numbers) for place in placements]
 
@@ -174,22 +175,22 @@ def _rows(array: jax.Array, place: Placement, numbers: Mapping[int, jax.Array] |
         return array
     if numbers is None:
         return jax.lax.slice_in_dim(array, place.start, place.start + place.count)
-    # Not dynamic_slice_in_dim: for every parameter it would make its own zeros for the other axes.
+    # dynamic_slice_in_dim would create new zeros for the other axes in every call.
     starts = (numbers[place.start], *(numbers[0] for _ in array.shape[1:]))
     return jax.lax.dynamic_slice(array, starts, (place.count, *array.shape[1:]))
 
 
 def opaque(numbers: Iterable[int], array: jax.Array) -> dict[int, jax.Array]:
-    """Returns for each number an array [] in uint32 whose value the compiler does not see.
+    """Returns for each number a scalar array in uint32 whose value the compiler cannot see.
 
-    Compilers make each distinct kernel anew, in 10 ms or more; rows of a stack that begin at a number that is in the
-    program are a kernel of their own for every parameter of a model.
+    A compiler needs 10 ms or more for each distinct kernel. With constant positions, slicing a stack takes a different
+    kernel for every parameter of a model; with these, parameters of one shape share a kernel.
 
     Args:
-      numbers: at least zero.
-      array: any that is not empty; nothing depends on its values.
+      numbers: non-negative integers.
+      array: any array with entries; the result does not depend on its values.
     """
     distinct = sorted(set(numbers))
     as_arrays = lambda: [jnp.uint32(number) for number in distinct]
-    # Both branches are the same; no compiler looks for that.
+    # Both branches return the same, but compilers do not compare branches.
     return dict(zip(distinct, jax.lax.cond(jnp.ravel(array)[0] > 0, as_arrays, as_arrays), strict=True))

@@ -1,7 +1,7 @@
-"""A unit: a parameter, or a group of them, on its way to blocks and back.
+"""Units: a parameter, or a group of parameters, as one tensor, and its blocks.
 
 Layer axes are moved to the front, by one transposition unless they lead already. Then axes of length one are dropped
-and small neighbours merged, which does not reorder entries: either direction is a single reshape.
+and small neighbouring axes merged. This keeps the order of the entries, so it takes one reshape in each direction.
 """
 
 import dataclasses
@@ -19,24 +19,24 @@ from rootfree_optax._src.layout.stack import Stack, widest
 from rootfree_optax._src.structures import StructureFactory
 
 
-def squeezed(shape: Shape) -> Shape:
-    """Returns a shape without its axes of length one; a scalar's, or one of nothing else, keeps a single one."""
+def squeeze(shape: Shape) -> Shape:
+    """Returns a shape without its axes of length one, or (1,) if no other axis is left."""
     return tuple(length for length in shape if length != 1) or (1,)
 
 
-def merged(shape: Shape, bound: int) -> Shape:
+def merge(shape: Shape, bound: int) -> Shape:
     """Returns a shape with neighbouring axes merged, from the left, while their product stays within `bound`.
 
-    From the left, because the last axis of a kernel is its output in JAX's layers: of (3, 3, 64, 128), a bound of 1024
-    makes (576, 128), the window and the input features against the output features.
+    The last axis stays as it is: it is a kernel's output in Flax. With a bound of 1024, (3, 3, 64, 128) becomes
+    (576, 128), where window and input features form one axis and the output features the other; with 32, (9, 64, 128).
     """
     lengths: list[int] = []
-    for length in shape:
+    for length in shape[:-1]:
         if lengths and lengths[-1] * length <= bound:
             lengths[-1] *= length
         else:
             lengths.append(length)
-    return tuple(lengths)
+    return (*lengths, *shape[-1:])
 
 
 def without_axes(shape: Sequence[int], axes: Sequence[int]) -> Shape:
@@ -46,7 +46,7 @@ def without_axes(shape: Sequence[int], axes: Sequence[int]) -> Shape:
 
 def axes_to_front(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Moves the axes at the given positions to the front, in their order."""
-    # A transposition of nothing would still be an operation of the program.
+    # An identity transposition would still be an operation of the program.
     if axes == tuple(range(len(axes))):
         return array
     return array.transpose(*axes, *without_axes(range(array.ndim), axes))
@@ -61,7 +61,7 @@ def axes_from_front(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def no_relayout(array: jax.Array, cuts: Sequence[split.Cut], first: int) -> jax.Array:
-    """Identity: the default when no resharding is needed, see `split.split`."""
+    """Identity: the default when no resharding is needed, see `RelayoutFn`."""
     del cuts, first
     return array
 
@@ -71,16 +71,16 @@ class Unit:
     """One or more parameters that are preconditioned as one tensor.
 
     Args:
-      name: the key path, of a group as in 'dense/kernel+bias'.
+      name: the key path, or the name of a group, such as 'dense/kernel+bias'.
       paths: the key paths of the parameters.
-      shapes: their shapes.
-      layer_axes: the positions of each parameter's layer axes.
-      rule: the rule that joins them; None for a parameter by itself.
-      layer_shape: the lengths of the layer axes: each index along them is an independent layer.
-      tensor_shape: the shape of a layer of the joined tensor.
-      lengths: the same once squeezed and merged; the product is a layer's size.
-      cuts: how these lengths are cut, one per axis.
-      stacks: the blocks: one small stack for each window of the cuts.
+      shapes: the shapes of the parameters.
+      layer_axes: the positions of the layer axes of each parameter.
+      rule: the rule that joins the parameters, or None for a single parameter as it is.
+      layer_shape: the lengths of the layer axes. Each index along them is an independent layer.
+      tensor_shape: the shape of one layer of the joined tensor.
+      lengths: `tensor_shape`, squeezed and merged.
+      cuts: how `lengths` are cut, one per axis.
+      stacks: the unit's blocks, as one small stack for each window of the cuts.
     """
 
     name: str
@@ -96,15 +96,15 @@ class Unit:
 
     @property
     def is_cut(self) -> bool:
-        """Whether an axis is cut, so that a layer has several blocks."""
+        """Whether an axis is cut, so that each layer has several blocks."""
         return self.stacks[0].shape != self.lengths
 
     def to_blocks(self, arrays: Sequence[jax.Array], relayout: split.RelayoutFn = no_relayout) -> tuple[jax.Array, ...]:
-        """Returns the blocks [n, *block] of each of the unit's stacks.
+        """Returns the blocks [n, *block] of each stack of the unit.
 
         Args:
-          arrays: the parameters' arrays, of `shapes`.
-          relayout: moves the tensor [*layers, *lengths], and blocks cut from it, between devices; see `split.split`.
+          arrays: one array for each parameter, of `shapes`.
+          relayout: reshards the tensor [*layers, *lengths] and the blocks cut from it, see `RelayoutFn`.
         """
         arrays = [axes_to_front(array, axes) for array, axes in zip(arrays, self.layer_axes, strict=True)]
         tensor = arrays[0]
@@ -120,7 +120,7 @@ class Unit:
     def from_blocks(
         self, blocks: Sequence[jax.Array], relayout: split.RelayoutFn = no_relayout
     ) -> tuple[jax.Array, ...]:
-        """Returns the parameters' arrays: the inverse of `to_blocks`."""
+        """Returns one array for each parameter: the inverse of `to_blocks`."""
         if self.is_cut:
             dtype = widest([array.dtype for array in blocks])
             blocks = [array.astype(dtype) for array in blocks]
@@ -135,7 +135,7 @@ class Unit:
         return tuple([axes_from_front(array, axes) for array, axes in zip(arrays, self.layer_axes, strict=True)])
 
     def block_indices(self) -> Iterator[list[tuple[Shape, Shape]]]:
-        """Yields each stack's blocks, in order: the index along the layer axes, and the one along the axes."""
+        """Yields for each stack the indices of its blocks, in order: along the layer axes, and along the cut axes."""
         for window in split.windows(self.cuts):
             first = [run.start // cut.piece for run, cut in zip(window, self.cuts, strict=True)]
             counts = [run.count for run in window]
@@ -146,13 +146,13 @@ class Unit:
             ]
 
 
-def stacks_of(
+def make_stacks(
     factories: Sequence[StructureFactory],
     factor_dtypes: tuple[jnp.dtype | None, ...],
     cuts: Sequence[split.Cut],
     layer_shape: Shape,
 ) -> tuple[Stack, ...]:
-    """Returns the small stacks of a unit: one for each window of its cuts, over all layers."""
+    """Returns the small stacks of a unit, one for each window of its cuts, with the blocks of all layers."""
     layers = math.prod(layer_shape)
     return tuple(
         Stack(

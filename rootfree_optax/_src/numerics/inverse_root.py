@@ -54,7 +54,7 @@ def elementwise(factor: jax.Array, excess: jax.Array, *, shift: ArrayLike) -> ja
 
 def norm_bound(matrix: jax.Array, *, precision: PrecisionLike = None) -> jax.Array:
     """Returns a bound on ‖E‖₂ for symmetric E [..., d, d], at most 1.01·d^(1/4) times as large, as [..., 1, 1]."""
-    size, unit = _size_and_unit(matrix)
+    size, unit = size_and_unit(matrix)
     return size * _unit_norm_bound(matmul(unit, unit, precision=precision))
 
 
@@ -85,7 +85,7 @@ def times_inverse_root(
     """
     table, a = inverse_root_table(), jnp.asarray(shift, excess.dtype)
     multiply = lambda left, right: matmul(left.astype(factor.dtype), right.astype(factor.dtype), precision=precision)
-    size, unit = _size_and_unit(excess)
+    size, unit = size_and_unit(excess)
     square = multiply(unit, unit)
     largest = size * _unit_norm_bound(square)
     shrink = shrink_to_cover(largest, shift=a)
@@ -105,7 +105,7 @@ def times_inverse_root(
     return _times(k, q, multiply) * jax.lax.rsqrt(top)
 
 
-def _size_and_unit(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+def size_and_unit(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the largest absolute entry, and the matrix divided by it, so that no product overflows."""
     size = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
     return size, matrix / jnp.where(size > 0, size, 1)

@@ -66,8 +66,8 @@ def add_decayed_weights(
         del extra_args
         if params is None:
             raise ValueError("weight decay needs the parameters: call tx.update(grads, state, params).")
-        factor = schedules.value_at(weight_decay, state.step)
-        updates = trees.map_gradients(lambda u, p: add_scaled(u, factor, p).astype(u.dtype), updates, params)
+        factor = jnp.asarray(schedules.value_at(weight_decay, state.step))  # once in the program, for all parameters
+        updates = trees.map_gradients(functools.partial(_add_scaled, factor), updates, params)
         return updates, LinkState(optax.safe_increment(state.step))
 
     transformation = optax.GradientTransformationExtraArgs(_init_step, update)
@@ -125,20 +125,12 @@ def heavy_ball(
         del params, extra_args
 
         step = optax.safe_increment(state.step)
-        scale = (1 - momentum) / total_weight(momentum, step + nesterov) if average else 1.0
-        add = functools.partial(_add, momentum, scale, nesterov)
+        scale = (1 - momentum) / total_weight(momentum, step + int(nesterov)) if average else None
+        add = functools.partial(_average, jnp.asarray(momentum), scale, nesterov)
         updates, velocity = trees.map_pairs(add, updates, state.momentum)
         return updates, HeavyBallState(step, velocity)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-@functools.partial(jax.jit, static_argnums=2)  # so that arrays of one shape are traced once
-def _add(
-    momentum: ArrayLike, scale: ArrayLike, nesterov: bool, update: jax.Array, velocity: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    total, new = average_heavy_ball(velocity, update, momentum, nesterov=nesterov)
-    return (jnp.asarray(scale, total.dtype) * total).astype(update.dtype), new
 
 
 def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
@@ -152,8 +144,8 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
         updates: optax.Updates, state: LinkState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, LinkState]:
         del params, extra_args
-        factor = -schedules.value_at(learning_rate, state.step)
-        updates = trees.map_gradients(lambda u: jnp.asarray(factor, u.dtype) * u, updates)
+        factor = -jnp.asarray(schedules.value_at(learning_rate, state.step))
+        updates = trees.map_gradients(functools.partial(_multiply, factor), updates)
         return updates, LinkState(optax.safe_increment(state.step))
 
     return optax.GradientTransformationExtraArgs(_init_step, update)
@@ -178,3 +170,25 @@ def descend(
         optax.identity() if momentum is None else momentum,
         scale_by_learning_rate(learning_rate),
     )
+
+
+# Compiled functions of one array, so that arrays of one shape are traced once, and are in the program once.
+
+
+@jax.jit
+def _add_scaled(factor: ArrayLike, update: jax.Array, param: jax.Array) -> jax.Array:
+    return add_scaled(update, factor, param).astype(update.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _average(
+    momentum: ArrayLike, scale: ArrayLike | None, nesterov: bool, update: jax.Array, velocity: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    total, new = average_heavy_ball(velocity, update, momentum, nesterov=nesterov)
+    average = total if scale is None else jnp.asarray(scale, total.dtype) * total
+    return average.astype(update.dtype), new
+
+
+@jax.jit
+def _multiply(factor: ArrayLike, update: jax.Array) -> jax.Array:
+    return jnp.asarray(factor, update.dtype) * update

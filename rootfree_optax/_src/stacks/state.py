@@ -22,15 +22,15 @@ class StackState(NamedTuple):
     Attributes:
       block: what the rule keeps.
       momentum: the gradients' heavy-ball average v, [blocks, *shape]; None without momentum.
-      mean_square: of each block's last direction, [blocks].
-      is_idle: whether each block's last gradient was all zero, [blocks].
+      squared_norm: of each block's last direction, [blocks].
+      largest_gradient: the largest absolute value of each block's last gradient, [blocks].
       size: how many entries each block has, [blocks]; zero for blocks that pad the stack to a mesh. It never changes.
     """
 
     block: BlockState
     momentum: jax.Array | None
-    mean_square: jax.Array
-    is_idle: jax.Array
+    squared_norm: jax.Array
+    largest_gradient: jax.Array
     size: jax.Array
 
 
@@ -91,8 +91,8 @@ def init_stacks(
         return StackState(
             block,
             momentum,
-            mean_square=repeat(length, jnp.zeros([], jnp.float32)),
-            is_idle=repeat(length, jnp.ones([], bool)),
+            squared_norm=repeat(length, jnp.zeros([], jnp.float32)),
+            largest_gradient=repeat(length, jnp.zeros([], jnp.float32)),
             size=size + zero.astype(size.dtype),
         )
 

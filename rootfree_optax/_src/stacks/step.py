@@ -13,7 +13,6 @@ from rootfree_optax._src.blocks.momentum import average_heavy_ball, total_weight
 from rootfree_optax._src.blocks.rule import BlockRule, BlockState, Step
 from rootfree_optax._src.common.schedules import Staggered
 from rootfree_optax._src.layout.stack import Stack
-from rootfree_optax._src.numerics.dtypes import upcast
 from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.stacks.state import StackState, StackStep
 
@@ -48,13 +47,13 @@ def _precondition(
     average, momentum = gradient, old.momentum
     if step.momentum is not None:
         average, momentum = average_heavy_ball(old.momentum, gradient, step.momentum, nesterov=step.nesterov)
-        weight = total_weight(step.momentum, step.numbers.count + 1 + step.nesterov)
+        weight = total_weight(step.momentum, step.numbers.count + (2 if step.nesterov else 1))
         average = average * (jnp.asarray(1 - step.momentum, average.dtype) / weight.astype(average.dtype))
     direction, block = map_blocks(step.rule.precondition, stack, step.numbers)(block, average, gradient=gradient)
-    flat = upcast(direction).reshape(len(direction), -1)
-    mean_square = jnp.einsum("bi,bi->b", flat, flat).astype(jnp.float32) / flat.shape[1]
-    is_idle = jnp.all(gradient == 0, tuple(range(1, gradient.ndim)))
-    return direction, StackState(block, momentum, mean_square, is_idle, old.size)
+    axes = range(direction.ndim)
+    squared_norm = jnp.einsum(direction, axes, direction, axes, [0]).astype(jnp.float32)
+    largest = jnp.max(jnp.abs(gradient), tuple(axes[1:])).astype(jnp.float32)
+    return direction, StackState(block, momentum, squared_norm, largest, old.size)
 
 
 def map_blocks(function: Any, stack: Stack, numbers: Step) -> Any:

@@ -167,27 +167,21 @@ class Structure(abc.ABC):
         """
         raise ValueError(f"a trace needs a structure that is closed under transposition, got {self.name!r}.")
 
-    def symmetric_root(self, parts, *, precision=None):
-        """Temporary."""
+    def symmetric_root(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
+        """Returns the parts of (K Kᵀ)^(1/2), in the accumulation dtype, if the set is symmetric.
 
-        def root(k):
-            if k.ndim == 1:
-                return jnp.abs(k)
-            w, q = jnp.linalg.eigh(jnp.einsum("...ij,...kj->...ik", k, k))
-            return jnp.einsum("...ij,...j,...kj->...ik", q, jnp.sqrt(jnp.maximum(w, 0)), q)
+        Raises:
+          ValueError: if the set is not symmetric.
+        """
+        raise ValueError(f"a symmetric root needs a structure that is closed under transposition, got {self.name!r}.")
 
-        return tuple(root(k.astype(jnp.promote_types(k.dtype, jnp.float32))) for k in parts)
+    def positive_root(self, parts: Parts) -> Parts:
+        """Returns the parts of M^(1/2), in the accumulation dtype, for a symmetric positive M, if the set is symmetric.
 
-    def positive_root(self, parts, *, precision=None):
-        """Temporary."""
-
-        def root(k):
-            if k.ndim == 1:
-                return jnp.sqrt(jnp.abs(k))
-            w, q = jnp.linalg.eigh(k)
-            return jnp.einsum("...ij,...j,...kj->...ik", q, jnp.sqrt(jnp.maximum(w, 0)), q)
-
-        return tuple(root(k.astype(jnp.promote_types(k.dtype, jnp.float32))) for k in parts)
+        Raises:
+          ValueError: if the set is not symmetric.
+        """
+        raise ValueError(f"a positive root needs a structure that is closed under transposition, got {self.name!r}.")
 
     @abc.abstractmethod
     def flops(self, columns: int) -> Flops:

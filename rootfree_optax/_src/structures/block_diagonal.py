@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.lax import PrecisionLike
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax._src.numerics import inverse_root
+from rootfree_optax._src.numerics import inverse_root, polar
 from rootfree_optax._src.numerics.dtypes import upcast
 from rootfree_optax._src.numerics.products import einsum
 from rootfree_optax._src.structures.base import Flops, Parts, Structure, other_axes
@@ -118,6 +118,14 @@ class BlockDiagonal(Structure):
         cast = lambda matrices: tuple([matrix.astype(parts[0].dtype) for matrix in matrices])
         right = self.matmul(cast(symmetric), parts, precision=precision)
         return self._product("...ji,...jk->...ik", parts, cast(right), precision)
+
+    def symmetric_root(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
+        if self.size == 1:
+            return (jnp.abs(upcast(parts[0])),)
+        return (polar.symmetric_root(parts[0], precision=precision),)
+
+    def positive_root(self, parts: Parts) -> Parts:
+        return (jnp.sqrt(upcast(parts[0])),) if self.size == 1 else (polar.positive_root(parts[0]),)
 
     def trace(self, parts: Parts) -> jax.Array:
         """Returns Tr(K)."""

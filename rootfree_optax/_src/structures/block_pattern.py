@@ -125,6 +125,19 @@ class BlockPattern(Structure):
         each = zip(self.segments, parts, symmetric, strict=True)
         return tuple([segment.congruence((k,), (s,), precision=precision)[0] for segment, k, s in each])
 
+    def symmetric_root(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
+        """Returns the parts of (K Kᵀ)^(1/2), if there is no coupling."""
+        if self.couplings:
+            return super().symmetric_root(parts, precision=precision)
+        each = zip(self.segments, parts, strict=True)
+        return tuple([segment.symmetric_root((part,), precision=precision)[0] for segment, part in each])
+
+    def positive_root(self, parts: Parts) -> Parts:
+        """Returns the parts of M^(1/2), if there is no coupling."""
+        if self.couplings:
+            return super().positive_root(parts)
+        return tuple([segment.positive_root((part,))[0] for segment, part in zip(self.segments, parts, strict=True)])
+
     def trace(self, parts: Parts) -> jax.Array:
         """Returns Tr(K), if there is no coupling."""
         if self.couplings:

@@ -58,11 +58,11 @@ def info(state: Any) -> dict[str, jax.Array]:
             f"{jax.tree.structure(state)}."
         )
     stacks = [stack for node in nodes if isinstance(node.stacks, tuple) for stack in node.stacks]
-    squares = _sum([jnp.where(stack.size > 0, stack.size * stack.mean_square, 0) for stack in stacks], jnp.float32)
+    squares = _sum([jnp.where(stack.size > 0, stack.squared_norm, 0) for stack in stacks], jnp.float32)
     entries = _sum([stack.size for stack in stacks], jnp.float32)
     scalars = {
         "refreshes": functools.reduce(jnp.maximum, [node.refreshes for node in nodes]),
-        "idle_blocks": _sum([stack.is_idle & (stack.size > 0) for stack in stacks], jnp.int32),
+        "idle_blocks": _sum([(stack.largest_gradient == 0) & (stack.size > 0) for stack in stacks], jnp.int32),
         "update_rms": jnp.sqrt(squares / jnp.maximum(entries, 1)),
     }
     for name in ("refused", "shortened"):

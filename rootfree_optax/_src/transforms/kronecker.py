@@ -61,7 +61,7 @@ def scale_by_kronecker(
     mu_dtype: DTypeLike | None = None,
     refresh_every: RefreshEvery = 1,
     statistics_every: Interval | None = None,
-    layout: Layout = Layout(),  # noqa: B008  # a frozen value
+    layout: Layout = Layout(diagonal=None),  # noqa: B008  # a frozen value
     mesh_axes: MeshAxes = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -240,7 +240,7 @@ def _place_state(
       ValueError: if the state is of other parameters, another layout, rule or mesh.
     """
     placed = place_stacks(plan, mesh_axes, (states, updates))
-    lengths = tuple([len(state.mean_square) for state in states])
+    lengths = tuple([len(state.size) for state in states])
     # A parameter without a gradient is not planned for without params, and its blocks could pass for padding.
     if params is None and (mesh_axes is not None or lengths != placed.own_lengths) and trees.has_none(updates):
         raise ValueError("params must be given where a gradient is None: call tx.update(grads, state, params).")

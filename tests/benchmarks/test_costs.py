@@ -1,0 +1,73 @@
+"""What the library promises of state, traffic and program size, by the compiler's own count on small trees."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import trees
+from harness import program, published
+
+import rootfree_optax as rf
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adamw needs it
+
+GPT = trees.gpt(1, 64, 128, 64)
+BFLOAT16 = jnp.dtype("bfloat16")
+# State over parameters, in bytes, and the most bytes that a step moves over AdamW's.
+DIAGONAL = {
+    "rf_rmsprop": (rf.rf_rmsprop(1e-3, momentum=None, batch_size=32), 1.0, 0.8),
+    "rf_rmsprop, momentum": (rf.rf_rmsprop(1e-3, momentum=0.9, batch_size=32), 2.0, 1.05),
+    "rf_adamw": (rf.rf_adamw(1e-3, batch_size=32), 2.0, 1.05),
+    "rf_rmsprop, bfloat16": (rf.rf_rmsprop(1e-3, momentum=None, batch_size=32, accumulator_dtype=BFLOAT16), 0.5, 0.6),
+    "rf_adamw, bfloat16": (rf.rf_adamw(1e-3, batch_size=32, accumulator_dtype=BFLOAT16), 1.0, 0.75),
+}
+
+
+def traffic(tx: optax.GradientTransformation, shapes: trees.Shapes) -> int:
+    params = trees.abstract(shapes)
+    carry = params, jax.eval_shape(tx.init, params)
+    return program.compile_step(functools.partial(program.optimizer_step, tx), carry, params).bytes_accessed
+
+
+def program_lines(tx: optax.GradientTransformation, shapes: trees.Shapes) -> int:
+    params = trees.abstract(shapes)
+    return jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params), params).as_text().count("\n")
+
+
+def state_bytes(tx: optax.GradientTransformation, shapes: trees.Shapes) -> int:
+    """Returns the bytes of all arrays in a state; those of one number, counts, are left out."""
+    state = jax.eval_shape(tx.init, trees.abstract(shapes))
+    return program.tree_bytes([leaf for leaf in jax.tree.leaves(state) if leaf.ndim])
+
+
+@functools.cache
+def adamw_traffic() -> int:
+    return traffic(optax.adamw(1e-3), GPT)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="older compilers fuse half-precision passes otherwise")
+@pytest.mark.parametrize("method", DIAGONAL)
+def test_a_diagonal_step_keeps_its_accumulators_alone_and_moves_no_more_than_promised(method: str) -> None:
+    tx, state_over_parameters, traffic_over_adamws = DIAGONAL[method]
+    assert state_bytes(tx, GPT) == state_over_parameters * 4 * trees.size(GPT)
+    assert traffic(tx, GPT) <= traffic_over_adamws * adamw_traffic()
+
+
+def test_the_program_of_a_kronecker_method_grows_slower_with_depth_than_adamws() -> None:
+    layout = rf.Layout(structure="dense", block_size=16)
+    methods = {"adamw": optax.adamw(1e-3), "sirf": rf.sirf_shampoo(1e-3, batch_size=8, update_every=10, layout=layout)}
+    lines = {
+        name: [program_lines(tx, trees.gpt(depth, 16, 32, 16)) for depth in (1, 2)] for name, tx in methods.items()
+    }
+    growth = {name: deep - shallow for name, (shallow, deep) in lines.items()}
+    assert 0 < growth["sirf"] <= 0.5 * growth["adamw"]
+
+
+@pytest.mark.parametrize("shapes", [trees.gpt(4), trees.resnet(18)], ids=["gpt4", "resnet18"])
+def test_half_precision_factors_keep_at_most_half_more_than_adam(shapes: trees.Shapes) -> None:
+    layout = rf.Layout(block_size=256)
+    half = {"preconditioner_dtype": BFLOAT16, **published.OPTIMIZER}  # with a momentum for every factor
+    tx = rf.sirf_shampoo(1e-3, batch_size=32, layout=layout, **half)
+    assert 0.5 < state_bytes(tx, shapes) / (8 * trees.size(shapes)) <= 1.5

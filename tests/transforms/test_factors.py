@@ -1,0 +1,112 @@
+"""Factors read out of states."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from meshes import FSDP, LAYOUT, draw, mesh_of, shardings_on
+
+import rootfree_optax as rf
+from rootfree_optax._src.blocks.rf import CholeskyInverse
+from rootfree_optax._src.blocks.sirf import ExactRefresh
+
+PARAMS = {"a": jnp.zeros((6, 4)), "b": jnp.zeros(3)}
+GRADIENTS = jax.tree.map(lambda p: jnp.arange(1.0, p.size + 1).reshape(p.shape), PARAMS)
+
+
+def step(tx: optax.GradientTransformation, params: Any = PARAMS, gradients: Any = GRADIENTS) -> Any:
+    """Returns the state after one update."""
+    return tx.update(gradients, tx.init(params), params)[1]
+
+
+def exact(**others: Any) -> optax.GradientTransformationExtraArgs:
+    return rf.scale_by_kronecker(ExactRefresh(), damping=0.1, **others)
+
+
+def test_every_block_has_its_own_matrices_by_name() -> None:
+    layout = rf.Layout(("diagonal", "triltoeplitz"), block_size=3)
+    rule = rf.published.scale_by_sirf_shampoo(batch_size=1, layout=layout)
+    params = {"w": jnp.zeros((4, 5))}
+    state = step(rule, params, {"w": jnp.arange(1.0, 21).reshape(4, 5)})
+    found = rf.factors(state, params, layout)
+    assert list(found) == ["w[0, 0]", "w[0, 1]"]
+    for name, rows in (("w[0, 0]", 3), ("w[0, 1]", 2)):
+        diagonal, toeplitz = map(np.asarray, found[name])
+        [of_stack] = [s.block.factors for s in state.stacks if s.block.factors[1][0].shape == (1, rows)]
+        np.testing.assert_array_equal(diagonal, np.diag(of_stack[0][0][0]))
+        column = np.asarray(of_stack[1][0][0])
+        index = np.subtract.outer(np.arange(rows), np.arange(rows))
+        np.testing.assert_array_equal(toeplitz, np.where(index < 0, 0, column[index]))
+
+
+def test_the_factors_of_rf_shampoo_are_the_curvature() -> None:
+    found = rf.factors(step(rf.scale_by_kronecker(CholeskyInverse(), weight=1.0)), PARAMS)
+    np.testing.assert_allclose(found["b"][0], np.diag([1.0, 4.0, 9.0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.chain(optax.clip_by_global_norm(1e9), optax.chain(tx, optax.scale(-1.0))),
+        lambda tx: optax.masked(tx, {"a": True, "b": True}),
+        lambda tx: optax.partition({"x": tx, "y": optax.sgd(0.1)}, {"a": "x", "b": "x"}),
+        lambda tx: optax.apply_if_finite(tx, 3),
+    ],
+    ids=["chains", "masked", "partition", "apply_if_finite"],
+)
+def test_they_are_found_within_any_state(wrap: Any) -> None:
+    expected = rf.factors(step(exact()), PARAMS)
+    found = rf.factors(step(wrap(exact())), PARAMS)
+    assert found.keys() == expected.keys() == {"a", "b"}
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_they_are_found_in_stacks_that_are_padded_to_a_mesh(kind: AxisType) -> None:
+    plain, gradients = draw(0), draw(1)
+    expected = rf.factors(step(exact(layout=LAYOUT), plain, gradients), plain, LAYOUT)
+    mesh = mesh_of(kind, 8)
+    params, gradients = jax.device_put((plain, gradients), (shardings_on(mesh, FSDP),) * 2)
+    with jax.set_mesh(mesh):
+        state = step(exact(layout=LAYOUT, mesh_axes="data"), params, gradients)
+        found = rf.factors(state, params, LAYOUT)
+    assert found.keys() == expected.keys()
+    assert {len(of_stack.mean_square) for of_stack in state.stacks} == {8, 16}
+    jax.tree.map(lambda k, e: np.testing.assert_allclose(k, e, rtol=1e-5, atol=1e-6), found, expected)
+
+
+def test_states_that_do_not_fit_are_refused() -> None:
+    state = step(exact())
+    with pytest.raises(ValueError, match=r"of one transformation .* Pass the layout that the transformation has"):
+        rf.factors(state, PARAMS, rf.Layout(block_size=2))
+    with pytest.raises(ValueError, match="got no Kronecker transformation"):
+        rf.factors(optax.adam(0.1).init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match=r"arrays of the shapes .* got \[\[\]\]"):
+        rf.factors(rf.scale_by_kronecker(WithoutFactors()).init(PARAMS), PARAMS)
+
+
+@dataclasses.dataclass(frozen=True)
+class WithoutFactors(rf.BlockRule):
+    def init(self, structures: Any, dtypes: Any) -> None:
+        return None
+
+    def precondition(self, state: Any, momentum: Any, **others: Any) -> Any:
+        return momentum, state
+
+
+def test_factors_of_several_transformations_are_not_guessed_at() -> None:
+    params = {"a": jnp.ones((3, 3)), "b": jnp.ones((3, 3))}
+    state = optax.partition({name: exact() for name in params}, {name: name for name in params}).init(params)
+    only = {"a": None, "b": params["b"]}
+    with pytest.raises(ValueError, match=r"must hold one transformation with factors .* got 2\. Pass the state of one"):
+        rf.factors(state, only)
+    assert rf.factors(state.inner_states["b"], only)["b"][0].shape == (3, 3)
+
+
+def test_of_no_parameters_there_are_no_factors() -> None:
+    assert rf.factors(exact().init({}), {}) == {}
