@@ -1,5 +1,6 @@
 """What tests share: small trees, runs of an optimizer, comparisons and errors."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,6 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
+# Programs of a few steps take longer to compile than to run: they are compiled without most optimizations.
+SHORT = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+quick_jit = functools.partial(jax.jit, compiler_options=SHORT)
 
 
 def make_params(dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -37,15 +42,29 @@ def make_gradients(params: Any, steps: int, dtype: Any = None) -> list[Any]:
 def run(tx: optax.GradientTransformationExtraArgs, params: Any, gradients: Any, **extra_args: Any) -> tuple[Any, Any]:
     """Returns the updates of every step, as a list, and the last state.
 
-    Eager, so that the small programs of one operation each are compiled once for all tests.
+    Updates are jitted: calls with one transformation, such as a case of the contract, share their programs.
     """
+    update = quick_jit(tx.update)
     state = tx.init(params)
     history = []
     for gradient in gradients:
-        updates, state = tx.update(gradient, state, params, **extra_args)
+        updates, state = update(gradient, state, params, **extra_args)
         params = optax.apply_updates(params, updates)
         history.append(updates)
     return history, state
+
+
+def scan(tx: optax.GradientTransformationExtraArgs, params: Any, gradients: Any) -> tuple[Any, Any]:
+    """Returns what `run` does, from one program for all steps: for a transformation of traced numbers."""
+
+    def step(carry: Any, gradient: Any) -> tuple[Any, Any]:
+        params, state = carry
+        updates, state = tx.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), updates
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients)
+    (_, state), history = jax.lax.scan(step, (params, tx.init(params)), stacked)
+    return [jax.tree.map(lambda leaf, t=t: leaf[t], history) for t in range(len(gradients))], state
 
 
 def types(tree: Any) -> Any:

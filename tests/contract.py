@@ -1,22 +1,23 @@
 """The optimizers under contract, in one table.
 
 A new optimizer joins by one line in `OPTIMIZERS` (a whole optimizer) or `TRANSFORMATIONS` (a `scale_by_*`); a new
-numeric hyperparameter by one line in `HYPERPARAMETERS`. Every test in test_contract_*.py, and Optax's own suites in
-test_optax_suites.py, then run on it.
+numeric hyperparameter by one line in `HYPERPARAMETERS`. Every test in contract/, and Optax's own suites, then run on
+it: its numbers by default, the wiring that all have in common with `pytest -m contract`.
 """
 
 import collections.abc
 import dataclasses
+import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from kronecker_runs import PUBLISHED, PUBLISHED_MOMENTUM
+from soap import scale_by_soap
 
 import rootfree_optax as rf
 
@@ -30,14 +31,17 @@ HYPERPARAMETERS = {
     "damping": (0.125, 0.5),
     "momentum": (0.5, 0.75),
     "weight_decay": (0.25, 0.5),
+    "statistics_decay": (0.75, 0.5),
     "riemannian_momentum": (0.5, 0.25),
     "preconditioner_lr": (0.125, 0.25),
     "batch_size": (4.0, 6.0),
     "initial_scale": (1.0, 2.0),
     "trust_radius": (0.5, 0.25),
+    "absolute_damping": (0.125, 0.5),
+    "eps": (0.125, 0.5),
 }
 # Parameters that count steps: whole Python numbers, or callables that are no schedules of a number.
-INTERVALS = ("update_every", "curvature_every")
+INTERVALS = ("refresh_every", "statistics_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +54,11 @@ class Case:
       settings: keyword arguments that make the variant; a whole optimizer converges with them on every target.
       mechanized: other settings for `optax.contrib.mechanize`, which finds the step size itself.
       unscheduled: hyperparameters that this variant refuses as a schedule although its constructor takes one.
-      elementwise: whether each entry is preconditioned by itself, with state of the parameter's shape.
-      complex_parameters: whether complex parameters are supported; if not, `init` refuses them with a TypeError.
+      diagonal: whether the state is of the parameters' shapes. Only then are complex parameters supported; otherwise
+        `init` refuses them with a TypeError.
+      elementwise: whether each entry is preconditioned by itself.
+      differentiable: whether updates have derivatives; those of eigenvectors are infinite where eigenvalues repeat.
+      in_default_suite: whether numbers are tested by default, and not with `pytest -m contract` alone.
     """
 
     name: str
@@ -59,21 +66,29 @@ class Case:
     settings: Mapping[str, Any]
     mechanized: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     unscheduled: frozenset[str] = frozenset()
-    elementwise: bool = True
-    complex_parameters: bool = True
+    diagonal: bool = False
+    elementwise: bool = False
+    differentiable: bool = True
+    in_default_suite: bool = True
 
     @property
     def positive(self) -> set[str]:
         """The hyperparameters that may not be zero."""
-        return {"batch_size"} if self.elementwise else {"batch_size", "initial_scale", "trust_radius"}
+        always = {"batch_size", "trust_radius", "statistics_decay"}
+        return always if self.diagonal else always | {"initial_scale"}
 
     @property
     def static(self) -> list[str]:
-        """The constructor's parameters that are no numbers."""
-        return [name for name in self.parameters if name not in numeric_parameters(self.make)]
+        """The constructor's parameters that are no numbers, or have no effect."""
+        return [name for name in self.parameters if name not in self.numeric]
 
     def __call__(self, **changes: Any) -> optax.GradientTransformationExtraArgs:
-        """Returns the transformation, with `changes` to its settings."""
+        """Returns the transformation, with `changes` to its settings; the same one for equal numbers.
+
+        So that tests share the programs of `jax.jit(tx.update)`.
+        """
+        if all(isinstance(value, (int, float, str, type(None))) for value in changes.values()):
+            return _transformation(self.name, tuple(sorted(changes.items())))
         return self.make(**{**self.settings, **changes})
 
     @property
@@ -83,9 +98,11 @@ class Case:
 
     @property
     def numeric(self) -> list[str]:
-        """The numeric hyperparameters that this variant does not leave at None."""
+        """The numeric hyperparameters of this variant that have an effect: not those left at None."""
         defaults = {name: parameter.default for name, parameter in self.parameters.items()}
         settings = {**defaults, **self.settings}
+        if settings.get("step_size") == "adamw":
+            settings["absolute_damping"] = None
         return [name for name in numeric_parameters(self.make) if settings[name] is not None]
 
     @property
@@ -106,98 +123,102 @@ def numeric_parameters(make: Callable[..., Any], *, schedule: bool = False) -> l
     return [name for name in parameters if name not in INTERVALS and admits(parameters[name].annotation)]
 
 
-_CONVERGENT = {"damping": 1e-2, "batch_size": 1}
-_MOMENTUM = {
-    "learning_rate": 4e-3,
-    "momentum": 0.9,
-    "weight_decay": 1e-4,
-    "accumulator_dtype": jnp.dtype(jnp.float32),
-    **_CONVERGENT,
-}
-_ADAM_FREE = {"learning_rate": 1.0, "b2": 0.99, "damping": 1.0}
+_FLOAT32_STATE = {"mu_dtype": jnp.dtype(jnp.float32), "nu_dtype": jnp.dtype(jnp.float32)}
+_DIAGONAL = {"learning_rate": 2e-2, "damping": 1e-2}
+_MATRIX = {"learning_rate": 2e-2, "momentum": 0.9, "refresh_every": 3}
+_NEWTON = {"step_size": "newton", "batch_size": 1, "damping": 1e-2, "absolute_damping": 0.1, "learning_rate": 2e-3}
+_PAPER = {"damping": 1e-2, "batch_size": 1}
+_PAPER_MATRIX = {"learning_rate": 2e-3, "preconditioner_lr": 0.01, "momentum": 0.9, "weight_decay": 1e-5, **_PAPER}
 
-_KRONECKER = {
-    "learning_rate": 2e-3,
-    "momentum": 0.9,
-    "weight_decay": 1e-5,
-    "preconditioner_lr": 0.01,
-    "damping": 0.1,
-    "batch_size": 1,
-}
+_rms = functools.partial(Case, mechanized={"learning_rate": 1.0, "damping": 1.0}, diagonal=True)
+_adam = functools.partial(Case, mechanized={"learning_rate": 1.0, "b2": 0.99, "damping": 1.0}, diagonal=True)
+_matrix = functools.partial(Case, mechanized={"learning_rate": 1.0, "damping": 1.0})
 
 OPTIMIZERS = (
-    Case(
-        "rf_rmsprop",
-        rf.rf_rmsprop,
-        {"learning_rate": 2e-2, **_CONVERGENT},
-        mechanized={"learning_rate": 1.0, "decay": 0.9999, "damping": 1.0},
+    _rms("rf_rmsprop", rf.rf_rmsprop, {**_DIAGONAL, **_FLOAT32_STATE}),
+    _rms("rf_rmsprop_newton", rf.rf_rmsprop, {**_DIAGONAL, **_NEWTON}, in_default_suite=False),
+    _adam("rf_adamw", rf.rf_adamw, _DIAGONAL),
+    _adam("rf_adamw_newton", rf.rf_adamw, {**_DIAGONAL, **_NEWTON}, in_default_suite=False),
+    _matrix("sirf_muon", rf.sirf_muon, _MATRIX),
+    _matrix("sirf_muon_newton", rf.sirf_muon, {**_MATRIX, **_NEWTON}, in_default_suite=False),
+    _matrix("sirf_shampoo", rf.sirf_shampoo, _MATRIX),
+    _matrix(
+        "sirf_shampoo_newton",
+        rf.sirf_shampoo,
+        {**_MATRIX, **_NEWTON, "trust_radius": 8.0, "refresh_every": rf.staggered(2)},
     ),
-    Case("rf_rmsprop_momentum", rf.rf_rmsprop, _MOMENTUM, mechanized={"learning_rate": 1.0, "damping": 1.0}),
-    Case("rf_adamw", rf.rf_adamw, {"learning_rate": 2e-2, **_CONVERGENT}, mechanized=_ADAM_FREE),
-    Case(
-        "rf_adamw_bias_correction",
-        rf.rf_adamw,
-        {"learning_rate": 3e-2, "b1": 0.9, "b2": 0.999, "bias_correction": True, "initial_scale": 0.0, **_CONVERGENT},
-        mechanized=_ADAM_FREE,
+    _matrix("kl_shampoo", rf.kl_shampoo, _MATRIX),
+    _matrix("kl_shampoo_newton", rf.kl_shampoo, {**_MATRIX, **_NEWTON, "trust_radius": 8.0}, in_default_suite=False),
+    _rms(
+        "published_rf_rmsprop",
+        rf.published.rf_rmsprop,
+        {"learning_rate": 4e-3, "momentum": 0.9, "weight_decay": 1e-4, **_PAPER},
+        elementwise=True,
+    ),
+    _adam(
+        "published_rf_adamw",
+        rf.published.rf_adamw,
+        {"learning_rate": 3e-2, "b1": 0.9, "b2": 0.999, "bias_correction": True, "initial_scale": 0.0, **_PAPER},
         unscheduled=frozenset({"b2"}),
+        elementwise=True,
     ),
-    Case(
-        "rf_shampoo",
-        rf.rf_shampoo,
-        _KRONECKER,
-        mechanized={"learning_rate": 1.0, "damping": 1.0},
-        elementwise=False,
-        complex_parameters=False,
-    ),
-    Case(
-        "sirf_shampoo_published",
-        rf.sirf_shampoo,
-        # At the others' learning rate, how near it comes to Rosenbrock's minimum is decided by rounding.
-        {
-            "update_every": 2,
-            "riemannian_momentum": 0.5,
-            **PUBLISHED,
-            **PUBLISHED_MOMENTUM,
-            **_KRONECKER,
-            "learning_rate": 5e-4,
-        },
-        mechanized={"learning_rate": 1.0, "damping": 1.0},
-        elementwise=False,
-        complex_parameters=False,
-    ),
-    Case(
-        "sirf_shampoo",
-        rf.sirf_shampoo,
-        _KRONECKER,
-        mechanized={"learning_rate": 1.0, "damping": 1.0},
-        elementwise=False,
-        complex_parameters=False,
-    ),
-    Case(
-        "sirf_shampoo_interval",
-        rf.sirf_shampoo,
-        {"update_every": 3, "curvature_every": 1, "trust_radius": 8.0, **_KRONECKER},
-        mechanized={"learning_rate": 1.0, "damping": 1.0},
-        elementwise=False,
-        complex_parameters=False,
+    _matrix("published_rf_shampoo", rf.published.rf_shampoo, {**_PAPER_MATRIX, "damping": 0.1}),
+    # At the others' learning rate, how near it comes to Rosenbrock's minimum is decided by rounding.
+    _matrix(
+        "published_sirf_shampoo",
+        rf.published.sirf_shampoo,
+        {**_PAPER_MATRIX, "damping": 0.1, "refresh_every": 2, "learning_rate": 5e-4},
     ),
 )
 
 TRANSFORMATIONS = (
-    Case("scale_by_rf_rms", rf.scale_by_rf_rms, {"batch_size": 1}),
     Case(
         "scale_by_rf_adam_bfloat16_state",
         rf.scale_by_rf_adam,
-        {"batch_size": 1, "accumulator_dtype": jnp.dtype(jnp.bfloat16)},
+        {"mu_dtype": jnp.dtype(jnp.bfloat16), "nu_dtype": jnp.dtype(jnp.bfloat16)},
+        diagonal=True,
     ),
+    # A user's rule. Damped, because what it divides rounding errors by is a rounding error.
+    Case("scale_by_soap", scale_by_soap, {"damping": 1e-2, "refresh_every": 2}, differentiable=False),
 )
 
 ALL = OPTIMIZERS + TRANSFORMATIONS
+# One case of each constructor of the library, whose errors and documented ranges are part of the contract.
+CONSTRUCTORS = tuple(
+    {case.make: case for case in reversed(ALL) if case.make.__module__.startswith("rootfree_optax")}.values()
+)
+# What all have in common is tested on one diagonal and one Kronecker method, unless `-m contract` asks for all.
+REPRESENTATIVES = ("rf_rmsprop", "sirf_shampoo_newton")
 
 
-def over(cases: tuple[Case, ...]) -> pytest.MarkDecorator:
-    """Runs a test once per case, which it takes as the argument `case`."""
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+@functools.cache
+def _transformation(name: str, changes: tuple[tuple[str, Any], ...]) -> optax.GradientTransformationExtraArgs:
+    [case] = [case for case in ALL if case.name == name]
+    return case.make(**{**case.settings, **dict(changes)})
+
+
+def over(cases: Iterable[Case], *, having: str | None = None, wiring: bool = False) -> pytest.MarkDecorator:
+    """Runs a test once per case, which it takes as the argument `case`.
+
+    Args:
+      cases: the cases.
+      having: the name of a hyperparameter or option; cases that have none of this name, or leave it without effect, are
+        left out.
+      wiring: whether all cases share the code under test, so that representatives serve by default.
+    """
+
+    def has_it(case: Case) -> bool:
+        return having in case.parameters and (having in case.numeric or having not in numeric_parameters(case.make))
+
+    def marks_of(case: Case) -> list[pytest.MarkDecorator]:
+        by_default = case.name in REPRESENTATIVES if wiring else case.in_default_suite
+        return [] if by_default else [pytest.mark.contract]
+
+    return pytest.mark.parametrize(
+        "case",
+        [pytest.param(case, marks=marks_of(case)) for case in cases if having is None or has_it(case)],
+        ids=lambda case: case.name,
+    )
 
 
 def tolerance_of(case: Case, dtype: Any = jnp.float32) -> float:

@@ -1,5 +1,8 @@
-"""What the tests of the two Kronecker transformations share."""
+"""What the tests of the Kronecker transformation and of its rules share."""
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -8,65 +11,97 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from layouts import whole
 
 import rootfree_optax as rf
+from rootfree_optax._src.blocks.sirf import ExactRefresh, SirfState
 
 SETTING = {"preconditioner_lr": 0.3, "damping": 0.1, "batch_size": 4}
-# How the official code does what this library does otherwise by default.
-PUBLISHED = {"refresh": "published", "initial_scale": 1.0}
-PUBLISHED_MOMENTUM = {"momentum_of": "directions", "nesterov": False}
+EXACT_SETTING = {"weight": 0.1, "damping": 0.01, "batch_size": 4}
+
+# Programs of a few steps take longer to compile than to run: they are compiled without most optimizations.
+SHORT = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+quick_jit = functools.partial(jax.jit, compiler_options=SHORT)
+
+scale_by_published, sirf_published = rf.published.scale_by_sirf_shampoo, rf.published.sirf_shampoo
+both_forms = pytest.mark.parametrize("make", [scale_by_published, rf.published.scale_by_rf_shampoo])
 
 
-def scale_by_published(preconditioner_lr=0.2, damping=1e-4, riemannian_momentum=0.5, **others):
-    return rf.scale_by_sirf_shampoo(preconditioner_lr, damping, riemannian_momentum, **{**PUBLISHED, **others})
+class ExactFromOne(ExactRefresh):
+    """The exact refresh of factors that start at one, as those of the methods that it is compared with do."""
+
+    start = rf.BlockRule.start
+
+    def init(self, structures: Any, dtypes: Any) -> SirfState:
+        return super().init(structures, dtypes)._replace(is_calibrated=jnp.ones([], bool))
 
 
-EXACT_SETTING = {"preconditioner_lr": 0.1, "damping": 0.01, "batch_size": 4}
+def scale_by_exact(from_one: bool = True, **changes: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns the exact refresh with a constant weight.
+
+    Args:
+      from_one: whether factors start at one, rather than at the first gradient.
+      changes: options of the rule and of the transformation.
+    """
+    names = {field.name for field in dataclasses.fields(ExactRefresh)}
+    of_rule = {"observes": "statistics_every" in changes} | {n: v for n, v in changes.items() if n in names}
+    others = {name: value for name, value in changes.items() if name not in names}
+    rule = ExactFromOne(**of_rule) if from_one else ExactRefresh(**of_rule)
+    return rf.scale_by_kronecker(rule, **{"layout": whole(), **EXACT_SETTING, **others})
 
 
-def scale_by_exact(**changes):
-    """Returns the exact refresh from a curvature of one on, unless `changes` say otherwise."""
-    return rf.scale_by_sirf_shampoo(**{**EXACT_SETTING, "refresh": "exact", "initial_scale": 1.0, **changes})
-
-
-def sirf_published(*args, preconditioner_lr=0.2, riemannian_momentum=0.5, **others):
-    given = {"preconditioner_lr": preconditioner_lr, "riemannian_momentum": riemannian_momentum, **others}
-    return rf.sirf_shampoo(*args, **{**PUBLISHED, **PUBLISHED_MOMENTUM, **given})
-
-
-both_forms = pytest.mark.parametrize("make", [scale_by_published, rf.scale_by_rf_shampoo])
-
-
-def draw(shapes, steps=3, seed=0):
+def draw(shapes: Any, steps: int = 3, seed: int = 0) -> Any:
     """Returns a tree of gradients, with a leading axis of steps."""
     rng = np.random.default_rng(seed)
     draw_one = lambda shape: np.float32(rng.standard_normal((steps, *shape)))
     return jax.tree.map(draw_one, shapes, is_leaf=lambda node: isinstance(node, tuple))
 
 
-def run(tx: optax.GradientTransformationExtraArgs, gradients: Any) -> tuple[Any, Any]:
-    """Returns the directions of all steps, and the states after each, with a leading axis of steps."""
+def compile_run(make: Callable[..., optax.GradientTransformationExtraArgs]) -> Callable[..., tuple[Any, Any]]:
+    """Returns a compiled function `(gradients, *numbers)` like `run`, of `make(*numbers)`: one for many numbers."""
 
-    @jax.jit
-    def steps(gradients):
+    @quick_jit
+    def steps(gradients: Any, *numbers: Any) -> tuple[Any, Any]:
+        tx = make(*numbers)
         params = jax.tree.map(lambda g: jnp.zeros_like(g[0]), gradients)
 
-        def step(state, gradient):
+        def step(state: Any, gradient: Any) -> tuple[Any, tuple[Any, Any]]:
             direction, state = tx.update(gradient, state, params)
             return state, (direction, state)
 
         return jax.lax.scan(step, tx.init(params), gradients)[1]
 
-    return jax.device_get(steps(gradients))
+    return lambda *arguments: jax.device_get(steps(*arguments))
 
 
-def last(history):
+def run(tx: optax.GradientTransformationExtraArgs, gradients: Any) -> tuple[Any, Any]:
+    """Returns the directions of all steps, and the states after each, with a leading axis of steps."""
+    return compile_run(lambda: tx)(gradients)
+
+
+def last(history: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[-1], history)
 
 
-def assert_close(actual, expected):
-    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
-
-
-def params_of(gradients):
+def params_of(gradients: Any) -> Any:
     return jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), gradients)
+
+
+def factors_of(state: rf.ScaleByKroneckerState) -> list[Any]:
+    """Returns the parts of each stack's factors."""
+    return [stack.block.factors for stack in state.stacks]
+
+
+def with_factors(state: rf.ScaleByKroneckerState, factors: Any) -> rf.ScaleByKroneckerState:
+    """Returns a state with other factors, the parts of each stack's."""
+    pairs = zip(state.stacks, factors, strict=True)
+    return state._replace(stacks=tuple(s._replace(block=s.block._replace(factors=tuple(f))) for s, f in pairs))
+
+
+def dense_factors(state: Any, params: Any, layout: rf.Layout | None = None) -> dict[str, tuple[np.ndarray, ...]]:
+    """Returns what `rf.factors` reads from a state that is of NumPy arrays."""
+    return jax.device_get(rf.factors(jax.tree.map(jnp.asarray, state), params, layout or whole()))
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)

@@ -8,10 +8,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import rootfree_optax as rf
 
-# Ten blocks of 4×4, two of 2×4 and one vector: nothing divides by eight.
+# Eight blocks of 4×4, four of 3×4 and one vector.
 SHAPES = {"up": (4, 16), "down": (16, 4), "odd": (6, 8), "bias": (16,)}
-LAYOUT = rf.Layout(block_size=4)
-SETTINGS = {"batch_size": 4, "update_every": 2, "layout": LAYOUT, "weight_decay": 0.1, "damping": 0.1}
+LAYOUT = rf.Layout(block_size=4, merge_dims=None, diagonal=None)
+SETTINGS = {"batch_size": 4, "refresh_every": 2, "layout": LAYOUT, "weight_decay": 0.1, "damping": 0.1}
 FSDP = {"up": (None, "data"), "down": ("data",), "odd": (None, "data"), "bias": ("data",)}
 TENSOR = {"up": ("data", "model"), "down": ("model", "data"), "odd": (None, "data"), "bias": ("model",)}
 

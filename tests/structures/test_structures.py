@@ -193,6 +193,29 @@ def test_identity_and_zeros(name):
         np.testing.assert_array_equal(dense(structure, zeros), np.zeros((7, 7)))
 
 
+@pytest.mark.parametrize("name", ["dense", "diagonal", "block3diagonal", "block5diagonal"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_roots_agree_with_dense_algebra(name, dtype):
+    structure = structure_factory(name)(11)
+    parts = to_jax(random_parts(np.random.default_rng(0), structure), dtype)
+    half = jax.jit(structure.symmetric_root)(parts)
+    quarter = jax.jit(structure.positive_root)(half)
+    assert all(part.dtype == jnp.float32 for part in (*half, *quarter))
+    square, half, quarter = (dense(structure, parts) for parts in (structure.square(parts), half, quarter))
+    np.testing.assert_array_equal(half, half.T)
+    assert min(*np.linalg.eigvalsh(half), *np.linalg.eigvalsh(quarter)) > 0
+    np.testing.assert_allclose(half @ half, square, atol=2e-5 * np.linalg.norm(square, 2))
+    np.testing.assert_allclose(quarter @ quarter, half, atol=2e-5 * np.linalg.norm(half, 2))
+
+
+@pytest.mark.parametrize("name", ["triltoeplitz", "hierarchical3_2"])
+def test_roots_and_squares_of_a_set_without_transposes_are_an_error(name):
+    structure = structure_factory(name)(11)
+    for operation in (structure.square, structure.symmetric_root, structure.positive_root):
+        with pytest.raises(ValueError, match=f"closed under transposition, got '{name}'"):
+            operation(structure.identity(jnp.float32))
+
+
 def intermediates(jaxpr):
     """Yields every equation's primitive and outputs, those of inner functions included."""
     for equation in jaxpr.eqns:

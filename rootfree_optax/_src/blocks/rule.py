@@ -25,7 +25,7 @@ class Step(NamedTuple):
       largest_scale: the base-2 logarithm of the largest `BlockRule.scale` of all blocks, a scalar; −∞ without any.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
     weight: ArrayLike
     damping: ArrayLike
     absolute_damping: ArrayLike = 0.0
@@ -144,6 +144,7 @@ class BlockRule(abc.ABC):
     def supports(self, structure: Structure) -> str | None:
         """Returns why an axis may not have a structure, as the end of a sentence, or None if it may."""
         del structure
+        return None
 
     def flops(self, structures: Sequence[Structure]) -> BlockFlops | None:
         """Returns what the products for one block cost, which `rf.describe` shows; None for unknown."""
@@ -156,6 +157,7 @@ class BlockRule(abc.ABC):
         Rules find the largest of all blocks as `step.largest_scale`: a block far below it is rounding noise.
         """
         del state
+        return None
 
     def waits(self, state: BlockState) -> jax.Array:
         """Returns whether the block still waits for its first gradient, a scalar. A rule with `start` says so here."""

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered, saturate, within_range
 from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
 
-Factors = tuple[Parts, ...]
+Factors: TypeAlias = tuple[Parts, ...]
+Kept: TypeAlias = Any  # None where it is off
 
 
 class SirfState(NamedTuple):
@@ -43,13 +44,13 @@ class SirfState(NamedTuple):
     """
 
     factors: Factors
-    momenta: Factors | None
-    preconditioners: Factors | None
-    statistics: Factors | None
-    observed: jax.Array | None
-    is_calibrated: jax.Array | None
+    momenta: Kept
+    preconditioners: Kept
+    statistics: Kept
+    observed: Kept
+    is_calibrated: Kept
     refused: jax.Array
-    shortened: jax.Array | None
+    shortened: Kept
 
 
 def scale_factors(factors: Factors, scale: ArrayLike) -> Factors:
@@ -398,9 +399,9 @@ class ExactRefresh(InverseFreeRule):
             shortened=self.trust_radius is not None,
         )
 
-    def waits(self, state: SirfState) -> jax.Array | None:
+    def waits(self, state: SirfState) -> jax.Array:
         """Returns whether the factors have not been scaled to a gradient yet."""
-        return ~state.is_calibrated
+        return jnp.logical_not(state.is_calibrated)
 
     def start(self, state: SirfState, gradient: jax.Array, *, structures: Sequence[Structure], step: Step) -> SirfState:
         """Scales the factors to the block's first gradient: Kₙ ← (B·mean(g²) + λ)^(−1/2N)·Kₙ."""
@@ -536,9 +537,9 @@ class PublishedRefresh(InverseFreeRule):
             )
             directions = factor_steps(outers, structures, state.factors, damping=step.damping, precision=self.precision)
             if state.momenta is not None:
+                alpha: Any = self.riemannian_momentum
                 average = lambda m, new: (
-                    jnp.asarray(self.riemannian_momentum, new.dtype) * m.astype(new.dtype)
-                    + jnp.asarray(1 - self.riemannian_momentum, new.dtype) * new
+                    jnp.asarray(alpha, new.dtype) * m.astype(new.dtype) + jnp.asarray(1 - alpha, new.dtype) * new
                 )
                 directions = jax.tree.map(average, state.momenta, directions)
             return self._refresh(state, directions, structures=structures, step=step)

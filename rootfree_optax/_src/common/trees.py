@@ -112,7 +112,9 @@ def map_pairs(function: Callable[..., tuple[Any, Any]], gradients: Any, accumula
 
     A gradient of None gives None, and leaves the accumulator as it was.
     """
+    structure: Any
     leaves, structure = jax.tree.flatten(gradients, is_leaf=is_none)
     old = structure.flatten_up_to(accumulators)
     pairs = [(None, a) if g is None else function(g, a) for g, a in zip(leaves, old, strict=True)]
-    return tuple([jax.tree.unflatten(structure, [pair[i] for pair in pairs]) for i in range(2)])  # type: ignore[return-value]
+    first, second = ([pair[i] for pair in pairs] for i in range(2))
+    return jax.tree.unflatten(structure, first), jax.tree.unflatten(structure, second)

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from rootfree_optax._src.layout import Plan
+from rootfree_optax._src.layout.split import RelayoutFn
 from rootfree_optax._src.layout.stack import Stack
+from rootfree_optax._src.layout.unit import no_relayout
 from rootfree_optax._src.mesh.relayout import move, route, split_within_blocks
 from rootfree_optax._src.mesh.shard_map import Axes, axes_of_type, map_shards, partition
 from rootfree_optax._src.mesh.state_shardings import AnyMesh, mesh_in_use
@@ -53,6 +55,11 @@ class WholeStacks:
     def axes(self) -> Axes:
         """The mesh axes that the stacks are divided over."""
         return ()
+
+    @property
+    def shards(self) -> int:
+        """How many parts each stack is divided into."""
+        return 1
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -157,8 +164,8 @@ class DividedStacks(WholeStacks):
         """Returns the tree whose blocks are given: the inverse of `pack`."""
         return _unpack_divided(self, tuple(stacks), like, rest)
 
-    def _pack_padded(self, tree: Any, name: str, sample_axis: bool, **relayout: Any) -> Stacks:
-        stacks = _pack(self.plan, tree, name, sample_axis, **relayout)
+    def _pack_padded(self, tree: Any, name: str, sample_axis: bool, relayout: RelayoutFn = no_relayout) -> Stacks:
+        stacks = _pack(self.plan, tree, name, sample_axis, relayout)
         return tuple(_pad(stack, length) for stack, length in zip(stacks, self.lengths, strict=True))
 
     def _unpack_padded(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] | None) -> Any:
@@ -226,8 +233,8 @@ def _shard_like(tree: Any, reference: Any) -> Any:
     return jax.tree.map(shard, tree, reference)
 
 
-def _pack(plan: Plan, tree: Any, name: str, sample_axis: bool, **relayout: Any) -> Stacks:
-    pack = functools.partial(plan.pack, name=name, **relayout)
+def _pack(plan: Plan, tree: Any, name: str, sample_axis: bool, relayout: RelayoutFn = no_relayout) -> Stacks:
+    pack = lambda tree: plan.pack(tree, name, relayout)
     return jax.vmap(pack, out_axes=1)(tree) if sample_axis else pack(tree)
 
 
@@ -251,7 +258,7 @@ def _pack_divided(divided: DividedStacks, tree: Any, name: str, sample_axis: boo
 
     def to_stacks(tree: Any) -> Stacks:
         relayout = functools.partial(split_within_blocks, mesh, axes)
-        stacks = divided._pack_padded(tree, name, sample_axis, relayout=relayout)
+        stacks = divided._pack_padded(tree, name, sample_axis, relayout)
         return tuple(move(mesh, stack, route(mesh, axes, stack.shape)) for stack in stacks)
 
     return partition(mesh, to_stacks, [PartitionSpec(axes)] * len(divided.stacks), tree)

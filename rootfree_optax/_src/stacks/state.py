@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from rootfree_optax._src.blocks.rule import BlockRule, BlockState, Step
 from rootfree_optax._src.common.schedules import Staggered
 from rootfree_optax._src.layout.stack import Stack
 
-Due: TypeAlias = jax.Array | bool  # True itself where something is done at every step
+Due: TypeAlias = jax.Array | bool | Staggered  # True itself where something is done at every step
 
 
 class StackState(NamedTuple):
@@ -28,7 +28,7 @@ class StackState(NamedTuple):
     """
 
     block: BlockState
-    momentum: jax.Array | None
+    momentum: Any  # an array, or None
     squared_norm: jax.Array
     largest_gradient: jax.Array
     size: jax.Array
@@ -53,7 +53,7 @@ class StackStep(NamedTuple):
     rule: BlockRule
     numbers: Step
     observe: Due | None
-    refresh: Due | Staggered
+    refresh: Due
     momentum: ArrayLike | None
     nesterov: bool
 

@@ -208,5 +208,6 @@ def measure_largest_scale(rule: BlockRule, states: tuple[StackState, ...], local
     """
     if type(rule).scale is BlockRule.scale:
         return jnp.asarray(-jnp.inf, jnp.float32)
-    largest = jnp.max(jnp.stack([jnp.max(jax.vmap(rule.scale)(state.block)) for state in states]))
+    scale_of: Any = jax.vmap(rule.scale)
+    largest = jnp.max(jnp.stack([jnp.max(scale_of(state.block)) for state in states]))
     return jax.lax.pmax(largest, local_axes) if local_axes else largest

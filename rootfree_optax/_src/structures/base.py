@@ -101,7 +101,23 @@ class Structure(abc.ABC):
         Raises:
           ValueError: if the set is not symmetric.
         """
-        raise ValueError(f"K Kᵀ needs a structure that is closed under transposition, got {self.name!r}.")
+        raise self.not_symmetric("K Kᵀ")
+
+    def symmetric_root(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
+        """Returns the parts of (K Kᵀ)^(1/2), which is symmetric positive semidefinite, if the set is symmetric.
+
+        Raises:
+          ValueError: if the set is not symmetric.
+        """
+        raise self.not_symmetric("(K Kᵀ)^(1/2)")
+
+    def positive_root(self, parts: Parts) -> Parts:
+        """Returns the parts of M^(1/2) for symmetric positive semidefinite M, if the set is symmetric.
+
+        Raises:
+          ValueError: if the set is not symmetric.
+        """
+        raise self.not_symmetric("M^(1/2)")
 
     def congruence(self, parts: Parts, symmetric: Parts, *, precision: PrecisionLike = None) -> Parts:
         """Returns the parts of Kᵀ S K, in the accumulation dtype, for a symmetric S, if the set is symmetric.
@@ -109,7 +125,7 @@ class Structure(abc.ABC):
         Raises:
           ValueError: if the set is not symmetric.
         """
-        raise ValueError(f"Kᵀ S K needs a structure that is closed under transposition, got {self.name!r}.")
+        raise self.not_symmetric("Kᵀ S K")
 
     def times_inverse_root(
         self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: PrecisionLike = None
@@ -165,27 +181,15 @@ class Structure(abc.ABC):
         Raises:
           ValueError: if the set is not symmetric.
         """
-        raise ValueError(f"a trace needs a structure that is closed under transposition, got {self.name!r}.")
-
-    def symmetric_root(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
-        """Returns the parts of (K Kᵀ)^(1/2), in the accumulation dtype, if the set is symmetric.
-
-        Raises:
-          ValueError: if the set is not symmetric.
-        """
-        raise ValueError(f"a symmetric root needs a structure that is closed under transposition, got {self.name!r}.")
-
-    def positive_root(self, parts: Parts) -> Parts:
-        """Returns the parts of M^(1/2), in the accumulation dtype, for a symmetric positive M, if the set is symmetric.
-
-        Raises:
-          ValueError: if the set is not symmetric.
-        """
-        raise ValueError(f"a positive root needs a structure that is closed under transposition, got {self.name!r}.")
+        raise self.not_symmetric("Tr(K)")
 
     @abc.abstractmethod
     def flops(self, columns: int) -> Flops:
         """Returns the cost of the operations, for a tensor of d × `columns` entries."""
+
+    def not_symmetric(self, matrix: str) -> ValueError:
+        """Returns the error of an operation whose result, `matrix`, is in symmetric sets alone."""
+        return ValueError(f"{matrix} needs a structure that is closed under transposition, got {self.name!r}.")
 
     def __repr__(self) -> str:
         return f"{self.name}({self.dim})"

@@ -104,6 +104,14 @@ class BlockDiagonal(Structure):
     def square(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
         return self._product("...ij,...kj->...ik", parts, parts, precision)
 
+    def symmetric_root(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
+        if self.size == 1:
+            return (jnp.abs(upcast(parts[0])),)
+        return (polar.symmetric_root(parts[0], precision=precision),)
+
+    def positive_root(self, parts: Parts) -> Parts:
+        return (jnp.sqrt(upcast(parts[0])) if self.size == 1 else polar.positive_root(parts[0]),)
+
     def project_inner(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
         return self._product("...ji,...jk->...ik", parts, parts, precision)
 
@@ -118,14 +126,6 @@ class BlockDiagonal(Structure):
         cast = lambda matrices: tuple([matrix.astype(parts[0].dtype) for matrix in matrices])
         right = self.matmul(cast(symmetric), parts, precision=precision)
         return self._product("...ji,...jk->...ik", parts, cast(right), precision)
-
-    def symmetric_root(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
-        if self.size == 1:
-            return (jnp.abs(upcast(parts[0])),)
-        return (polar.symmetric_root(parts[0], precision=precision),)
-
-    def positive_root(self, parts: Parts) -> Parts:
-        return (jnp.sqrt(upcast(parts[0])),) if self.size == 1 else (polar.positive_root(parts[0]),)
 
     def trace(self, parts: Parts) -> jax.Array:
         """Returns Tr(K)."""

@@ -112,37 +112,33 @@ class BlockPattern(Structure):
         )
 
     def square(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
-        """Returns the parts of K Kᵀ, if there is no coupling."""
         if self.couplings:
-            return super().square(parts, precision=precision)
+            raise self.not_symmetric("K Kᵀ")
         segments = [s.square((part,), precision=precision) for s, part in zip(self.segments, parts, strict=True)]
         return (*itertools.chain(*segments),)
 
     def congruence(self, parts: Parts, symmetric: Parts, *, precision: PrecisionLike = None) -> Parts:
-        """Returns the parts of Kᵀ S K, if there is no coupling."""
         if self.couplings:
-            return super().congruence(parts, symmetric, precision=precision)
+            raise self.not_symmetric("Kᵀ S K")
         each = zip(self.segments, parts, symmetric, strict=True)
         return tuple([segment.congruence((k,), (s,), precision=precision)[0] for segment, k, s in each])
 
-    def symmetric_root(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
-        """Returns the parts of (K Kᵀ)^(1/2), if there is no coupling."""
+    def trace(self, parts: Parts) -> jax.Array:
         if self.couplings:
-            return super().symmetric_root(parts, precision=precision)
-        each = zip(self.segments, parts, strict=True)
-        return tuple([segment.symmetric_root((part,), precision=precision)[0] for segment, part in each])
+            raise self.not_symmetric("Tr(K)")
+        return _add([segment.trace((part,)) for segment, part in zip(self.segments, parts, strict=True)])
+
+    def symmetric_root(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
+        if self.couplings:
+            raise self.not_symmetric("(K Kᵀ)^(1/2)")
+        roots = [s.symmetric_root((part,), precision=precision) for s, part in zip(self.segments, parts, strict=True)]
+        return (*itertools.chain(*roots),)
 
     def positive_root(self, parts: Parts) -> Parts:
-        """Returns the parts of M^(1/2), if there is no coupling."""
         if self.couplings:
-            return super().positive_root(parts)
-        return tuple([segment.positive_root((part,))[0] for segment, part in zip(self.segments, parts, strict=True)])
-
-    def trace(self, parts: Parts) -> jax.Array:
-        """Returns Tr(K), if there is no coupling."""
-        if self.couplings:
-            return super().trace(parts)
-        return _add([segment.trace((part,)) for segment, part in zip(self.segments, parts, strict=True)])
+            raise self.not_symmetric("M^(1/2)")
+        roots = [segment.positive_root((part,)) for segment, part in zip(self.segments, parts, strict=True)]
+        return (*itertools.chain(*roots),)
 
     def times_inverse_root(
         self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: PrecisionLike = None

@@ -46,19 +46,19 @@ def describe(tx: optax.GradientTransformation, params: optax.Params, *, compile:
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
       >>> params = {f"layer_{i}": {"kernel": jnp.zeros((64, 48)), "bias": jnp.zeros(48)} for i in range(12)}
-      >>> description = rf.describe(rf.sirf_shampoo(1e-3, refresh_every=10), params)
+      >>> description = rf.describe(rf.published.sirf_shampoo(1e-3, batch_size=8, refresh_every=10), params)
       >>> print(description)
       parameter       shape        blocks       structure  dtype   state
       ──────────────────────────────────────────────────────────────────
-      layer_*/bias    12 of 48     12 of 48     diagonal   f32    4.78kB
-      layer_*/kernel  12 of 64×48  12 of 64×48  dense      f32     455kB
+      layer_*/bias    12 of 48     12 of 48     diagonal   f32    7.07kB
+      layer_*/kernel  12 of 64×48  12 of 64×48  dense      f32     762kB
       ──────────────────────────────────────────────────────────────────
-      total           37.4k        24                              460kB
-      State: 1.53 times Adam's 300kB of two numbers for each entry of the parameters.
+      total           37.4k        24                              769kB
+      State: 2.57 times Adam's 300kB of two numbers for each entry of the parameters.
       Step: 16.5M FLOPs of products, without refresh and statistics.
-      Refresh: 97M FLOPs, every 10 steps.
+      Refresh: 34.4M FLOPs, every 10 steps.
       >>> description.state_bytes, description.flops.refresh
-      (459612, 97038720)
+      (769096, 34411008)
     """
     # Not tx.init itself: JAX does not call again what it has traced.
     init = lambda params: tx.init(params)
@@ -171,7 +171,7 @@ def _bytes_outside_stacks(state: Any, params: Any) -> Mapping[str, int]:
     These are the leaves whose key path ends as the parameter's. In what a Kronecker transformation keeps for parameters
     without factors, that is one key.
     """
-    ends = {}
+    ends: dict[tuple[Any, ...], tuple[str, Shape]] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         ends |= {(jax.tree_util.DictKey(path),): (path, jnp.shape(leaf)), keys: (path, jnp.shape(leaf))}

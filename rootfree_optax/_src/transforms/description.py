@@ -99,7 +99,11 @@ class Description:
         """Returns the table for notebooks."""
 
         def line(tag: str, cells: tuple[str, ...]) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+            sides = ["left"] * (len(cells) - 1) + ["right"]
+            pairs = zip(sides, map(html.escape, cells), strict=True)
+            return (
+                "<tr>" + "".join(f'<{tag} style="text-align: {side}">{cell}</{tag}>' for side, cell in pairs) + "</tr>"
+            )
 
         body = "\n".join(line("td", cells) for cells in self._cells())
         return (

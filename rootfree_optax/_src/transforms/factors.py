@@ -38,10 +38,10 @@ def factors(
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
-      >>> params = {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}
-      >>> state = rf.sirf_shampoo(1e-3, batch_size=1).init(params)
+      >>> params = {"dense": {"kernel": jnp.zeros((4, 3))}}
+      >>> state = rf.sirf_shampoo(1e-3).init(params)
       >>> {name: [k.shape for k in matrices] for name, matrices in rf.factors(state, params).items()}
-      {'bias': [(3, 3)], 'kernel': [(4, 4), (3, 3)]}
+      {'dense/kernel': [(4, 4), (3, 3)]}
     """
     plan = layout.plan(params)
     found = _find_factors(state, plan.stacks)

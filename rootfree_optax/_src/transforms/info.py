@@ -44,7 +44,7 @@ def info(state: Any) -> dict[str, jax.Array]:
     Example:
       >>> import jax, jax.numpy as jnp, rootfree_optax as rf
       >>> params = {"seen": jnp.zeros((2, 3)), "unseen": jnp.zeros((2, 2))}
-      >>> tx = rf.sirf_shampoo(1e-3, batch_size=1, damping=0.0)
+      >>> tx = rf.scale_by_sirf_shampoo(refresh_every=1)
       >>> gradients = {"seen": jnp.ones((2, 3)), "unseen": jnp.zeros((2, 2))}
       >>> updates, state = tx.update(gradients, tx.init(params))
       >>> scalars = rf.info(state)

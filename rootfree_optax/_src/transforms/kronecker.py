@@ -37,7 +37,7 @@ class ScaleByKroneckerState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
-    stacks: tuple[StackState, ...] | jax.Array
+    stacks: Any
     rest: Any
     refreshes: jax.Array
 

@@ -1,0 +1,154 @@
+"""Polar factors and square roots by products, against singular values and eigenvalues in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from double_precision import double_precision
+
+from rootfree_optax._src.numerics import polar, products
+from rootfree_optax._src.numerics.polar import orthogonalize, positive_root, symmetric_root
+
+CONDITIONS = {"float32": (1, 1e2, 1e4, 1e6), "float64": (1, 1e2, 1e4, 1e6, 1e8)}  # of A = K Kᵀ
+ERRORS = {"float32": 1e-5, "float64": 2e-7}
+
+
+def orthogonal(rng, d):
+    return np.linalg.qr(rng.standard_normal((d, d)))[0]
+
+
+def problems(d, conditions, scale=1.0):
+    """Returns the eigenvectors and eigenvalues of each A, and a K with K Kᵀ = A that is not symmetric."""
+    rng = np.random.default_rng(d)
+    vectors = np.stack([orthogonal(rng, d) for _ in conditions])
+    values = np.stack([scale * np.geomspace(1, 1 / condition, d) for condition in conditions])
+    rotations = np.stack([orthogonal(rng, d) for _ in conditions])
+    return vectors, values, (vectors * np.sqrt(values)[:, None]) @ rotations
+
+
+def power(vectors, values, exponent):
+    return (vectors * values[:, None] ** exponent) @ np.matrix_transpose(vectors)
+
+
+def errors(found, expected):
+    """Returns the error of each matrix relative to the expected one, both in the operator norm."""
+    found = np.asarray(found, np.float64)
+    return np.linalg.norm(found - expected, 2, axis=(1, 2)) / np.linalg.norm(expected, 2, axis=(1, 2))
+
+
+@pytest.mark.parametrize("dtype", CONDITIONS)
+@pytest.mark.parametrize("d", [1, 2, 7, 64])
+def test_symmetric_root_and_its_roots(d, dtype):
+    """The root R of A has R Rᵀ = A. Its own positive roots are A^(1/4) and A^(1/8)."""
+    vectors, values, factors = problems(d, CONDITIONS[dtype])
+    with double_precision():
+        half = jax.jit(symmetric_root)(jnp.asarray(factors, dtype))
+        quarter = jax.jit(positive_root)(half)
+        eighth = jax.jit(positive_root)(quarter)
+    assert half.dtype == quarter.dtype == eighth.dtype == dtype
+    np.testing.assert_array_equal(half, np.matrix_transpose(half))
+    assert errors(half, power(vectors, values, 1 / 2)).max() < ERRORS[dtype]
+    assert errors(quarter, power(vectors, values, 1 / 4)).max() < 1e-4
+    assert errors(eighth, power(vectors, values, 1 / 8)).max() < 3e-4
+
+
+@pytest.mark.parametrize("dtype", CONDITIONS)
+@pytest.mark.parametrize("d", [1, 2, 7, 64])
+def test_positive_root(d, dtype):
+    vectors, values, _ = problems(d, CONDITIONS[dtype])
+    with double_precision():
+        found = jax.jit(positive_root)(jnp.asarray(power(vectors, values, 1), dtype))
+    np.testing.assert_array_equal(found, np.matrix_transpose(found))
+    assert errors(found, power(vectors, values, 1 / 2)).max() < (2e-3 if dtype == "float32" else 1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_roots_of_any_scale_and_condition_are_finite(scale):
+    """Also of singular matrices, and where rounding makes eigenvalues negative."""
+    vectors, values, factors = problems(24, (1e2, 1e8, 1e14), scale)
+    found = jax.jit(symmetric_root)(jnp.asarray(factors, jnp.float32))
+    assert errors(found, power(vectors, values, 1 / 2)).max() < 1e-4
+    values[-1, 5:] = 0
+    found = jax.jit(positive_root)(jnp.asarray(power(vectors, values, 1), jnp.float32))
+    assert errors(found, power(vectors, values, 1 / 2)).max() < 3e-3
+
+
+def test_small_eigenvalues_of_the_symmetric_root_are_accurate_too():
+    vectors, values, factors = problems(64, (1e6,))
+    found = np.asarray(jax.jit(symmetric_root)(jnp.asarray(factors, jnp.float32)), np.float64)
+    halves = values[0] ** -0.25
+    relative = halves[:, None] * (vectors[0].T @ found[0] @ vectors[0]) * halves
+    assert np.linalg.norm(relative - np.eye(64), 2) < 1e-3
+
+
+def test_the_symmetric_root_of_a_factor_in_half_precision_is_in_float32():
+    factors = problems(16, (1e2,))[-1]
+    factor = jnp.asarray(factors, jnp.bfloat16)
+    left, singular, _ = np.linalg.svd(np.float64(factor))
+    found = symmetric_root(factor)
+    assert found.dtype == jnp.float32
+    assert errors(found, (left * singular[:, None]) @ np.matrix_transpose(left)).max() < 1e-5
+
+
+@pytest.mark.parametrize(("bits", "bound"), [(10, 4e-3), (7, 3e-2)])
+def test_symmetric_root_from_products_of_few_bits(bits, bound, monkeypatch):
+    """As of TF32 and bfloat16 units, which CPUs do not have."""
+
+    def rounded(array):
+        drop = 23 - bits
+        pattern = jax.lax.bitcast_convert_type(array, jnp.uint32)
+        pattern = ((pattern + jnp.uint32(1 << (drop - 1))) >> drop) << drop
+        return jax.lax.bitcast_convert_type(pattern, jnp.float32)
+
+    exact = products.einsum
+    of_few_bits = lambda subscripts, *operands, **options: exact(subscripts, *map(rounded, operands), **options)
+    monkeypatch.setattr(products, "einsum", of_few_bits)
+    monkeypatch.setattr(polar, "einsum", of_few_bits)
+    vectors, values, factors = problems(64, CONDITIONS["float64"])
+    found = jax.jit(lambda factor: symmetric_root(factor))(jnp.asarray(factors, jnp.float32))
+    largest = errors(found, power(vectors, values, 1 / 2)).max()
+    assert 1e-4 < largest < bound
+
+
+@pytest.mark.parametrize("function", [orthogonalize, symmetric_root, positive_root])
+def test_zero_stays_zero_and_non_finite_entries_show(function):
+    matrices = jnp.stack([jnp.zeros((3, 3)), jnp.eye(3).at[1, 2].set(jnp.nan), jnp.eye(3).at[0, 0].set(jnp.inf)])
+    zero, nan, infinite = jax.jit(function)(matrices)
+    np.testing.assert_array_equal(zero, np.zeros((3, 3)))
+    assert not np.isfinite(nan).all()
+    assert not np.isfinite(infinite).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (8, 8), (12, 40), (40, 12)])
+def test_orthogonalized_singular_values_are_near_one(shape, scale):
+    rng = np.random.default_rng(0)
+    short = min(shape)
+    left, right = (np.stack([orthogonal(rng, d)[:, :short] for _ in range(2)]) for d in shape)
+    values = np.geomspace(1, 2e-3 * np.sqrt(short), short)
+    matrix = jnp.asarray(scale * (left * values) @ np.matrix_transpose(right), jnp.float32)
+    found = np.asarray(jax.jit(orthogonalize)(matrix), np.float64)
+    inner = np.matrix_transpose(left) @ found @ right
+    assert np.all(np.linalg.svd(inner, compute_uv=False) < 1.21)
+    assert np.all(np.linalg.svd(inner, compute_uv=False) > 0.68)
+    np.testing.assert_allclose(inner * (1 - np.eye(short)), 0, atol=1e-3)
+    np.testing.assert_allclose(found, left @ inner @ np.matrix_transpose(right), atol=1e-5)
+
+
+def test_orthogonalize_iterates_the_polynomial():
+    x = np.random.default_rng(0).standard_normal((3, 5))
+    expected = x / np.linalg.norm(x)
+    for _ in range(3):
+        gram = expected @ expected.T
+        expected = (2 * np.eye(3) - 1.5 * gram + 0.5 * gram @ gram) @ expected
+    with double_precision():
+        found = orthogonalize(jnp.asarray(x), steps=3, coefficients=(2.0, -1.5, 0.5))
+    np.testing.assert_allclose(found, expected, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4)])
+def test_orthogonalize_multiplies_the_smaller_gram_matrix(shape):
+    jaxpr = jax.make_jaxpr(lambda x: orthogonalize(x, steps=7))(jnp.ones(shape))
+    [loop] = [equation for equation in jaxpr.eqns if equation.primitive.name == "scan"]
+    products = [equation for equation in loop.params["jaxpr"].eqns if equation.primitive.name == "dot_general"]
+    assert sorted(equation.outvars[0].aval.shape for equation in products) == sorted([(4, 4), (4, 4), shape])
