@@ -40,6 +40,10 @@ def hidden(params: dict[str, Any]) -> dict[str, Any]:
 
 def measure(task: Task, spellings: list[str], learning_rate: float) -> list[dict[str, Any]]:
     """Returns one record for each point of the run; the first method trains."""
+    if task.steps < 10 * WINDOW:
+        raise ValueError(
+            f"the probe needs at least {10 * WINDOW} steps, so that its windows lie apart, got {task.steps}."
+        )
     methods = [parse(spelling) for spelling in spellings]
     unit = [method.build(lambda count: jnp.float32(1), 0.0, {}) for method in methods]
     statistics = okls(rms=None)
@@ -57,15 +61,15 @@ def measure(task: Task, spellings: list[str], learning_rate: float) -> list[dict
         kept = (hidden(gradients), [hidden(updates) for updates, _ in results]) if keep else None
         return (params, ([state for _, state in results], factors)), kept
 
-    advance = jax.jit(
-        lambda carry, counts, keep: jax.lax.scan(functools.partial(step, keep=keep), carry, counts), static_argnums=2
-    )
+    skip = lambda carry, first, last: jax.lax.fori_loop(first, last, lambda t, c: step(c, t, keep=False)[0], carry)
+    keep = lambda carry, first: jax.lax.scan(functools.partial(step, keep=True), carry, first + jnp.arange(WINDOW))
+    skip, keep = jax.jit(skip), jax.jit(keep)  # once for all points
     carry, done, records = (params, states), 0, []
     for point in POINTS:
         first = round(point * task.steps)
-        carry, _ = advance(carry, jnp.arange(done, first), False)
+        carry = skip(carry, jnp.int32(done), jnp.int32(first))
         before = carry[1][1]
-        carry, (gradients, updates) = advance(carry, jnp.arange(first, first + WINDOW), True)
+        carry, (gradients, updates) = keep(carry, jnp.int32(first))
         done = first + WINDOW
         records.append(
             {"step": first, **_gains(methods, gradients, updates), **_factors(before, carry[1][1], gradients)}

@@ -1,4 +1,4 @@
-"""The ladder's references follow their formulas, runs side by side are runs alone, and the command writes its record."""
+"""The ladder's references follow their formulas, and runs side by side are runs alone."""
 
 import dataclasses
 import gzip
@@ -56,7 +56,7 @@ def test_spellings_make_grids_and_errors_name_the_options():
     assert runs["seed"].tolist() == 4 * [0, 1, 2]
     with pytest.raises(ValueError, match="adamw takes the options lr, b1, b2, got 'rms'"):
         parse("adamw:rms=1")
-    with pytest.raises(ValueError, match="must be one of adamw, muon, .*, got 'sgd'"):
+    with pytest.raises(ValueError, match=r"must be one of adamw, muon, .*, got 'sgd'"):
         parse("sgd")
     losses = np.array([4.0, 2.0, 3.0, 1.0])
     assert report._share_to(2.0, losses) == pytest.approx((2 + 0.5 + 0.5) / 4)  # the first dip does not last
@@ -170,8 +170,8 @@ def test_the_command_writes_table_record_and_figure(tmp_path, monkeypatch, capsy
 
 @pytest.mark.research
 def test_images_are_read_and_a_missing_folder_is_a_clear_message(tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit), monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", ["ladder.py", "--size", "conv", "--images", str(tmp_path / "none")])
+    monkeypatch.setattr(sys, "argv", ["ladder.py", "--size", "conv", "--images", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
         runpy.run_path(str(COMMAND), run_name="__main__")
     assert "apt-get install dataset-fashion-mnist" in capsys.readouterr().err
     rng = np.random.default_rng(0)
@@ -180,7 +180,7 @@ def test_images_are_read_and_a_missing_folder_is_a_clear_message(tmp_path, monke
         for name, header, array in (("images-idx3", 16, pixels), ("labels-idx1", 8, labels)):
             content = bytes(header) + array.astype(np.uint8).tobytes()
             (tmp_path / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
-    train, valid = data.read_images(tmp_path)
+    _, valid = data.read_images(tmp_path)
     np.testing.assert_array_equal(valid.labels, labels)
     network = models.MODELS["conv"]
     assert 250_000 < network.hidden_size < 350_000
