@@ -9,7 +9,7 @@ Needs `pip install -e '.[tpu]'`; with psgdax, psgd's update is among the methods
     report  all records of the last two as one Markdown page, pods.md; compiles nothing
 
     python benchmarks/pods.py blocks
-    python benchmarks/pods.py update --trees 7B --methods adamw "sirf, T=10"
+    python benchmarks/pods.py update --trees 7B --methods adamw "published, T=10" sirf_muon
 
 Each table is written to a JSON file of its own, after every program. A method that the compiler refuses, as where a
 chip's memory is too small, is recorded with the reason.
@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import trees
 from decoders import DECODERS
-from harness import machine, published, report
+from harness import machine, report
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import track
@@ -39,7 +39,7 @@ from sections import pods, pods_report
 import rootfree_optax as rf
 
 SECTIONS = ("balance", "blocks", "update", "step", "report")
-DEFAULT_METHODS = ("adamw", "sirf, T=10")
+DEFAULT_METHODS = ("adamw", "published, T=10")
 
 
 def _write(options: argparse.Namespace, name: str, settings: dict[str, Any], records: Any) -> None:
@@ -64,7 +64,7 @@ def run_balance(options: argparse.Namespace) -> None:
         for chips in (16, 256, 512):
             block_size, uneven = decoder.block_size, True
             while uneven:
-                layout = rf.Layout(block_size=block_size, layer_axes={"^layers/": 0}, factor_dtype=jnp.bfloat16)
+                layout = pods.layout_of(block_size, layer_axes={"^layers/": 0})
                 told = pods.balance(layout.plan(trees.abstract(decoder.shapes)), chips)
                 records.append({"tree": tree, "chips": chips, "block_size": block_size, **told})
                 block_size, uneven = block_size // 2, told["busiest"] > pods.EVEN
@@ -79,22 +79,17 @@ def run_blocks(options: argparse.Namespace) -> None:
     mesh = pods.mesh_of(topology, sizes)
     shapes = pods.stack_of_layers()
     params = pods.placed(shapes, pods.layer_specs(), mesh)
-    layout, records = rf.Layout(block_size=768), []
-    dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    for name in _watch(list(dtypes), "144 blocks"):
-        transformation = rf.scale_by_sirf_shampoo(
-            batch_size=256,
-            layout=layout,
-            preconditioner_dtype=name,
-            block_axes=mesh.axis_names,
-            update_every=10,
-            **published.TRANSFORMATION,
+    records = []
+    for name in _watch(["float32", "bfloat16"], "144 blocks"):
+        layout = pods.layout_of(768, factor_dtype=name)
+        transformation = rf.published.scale_by_sirf_shampoo(
+            batch_size=256, layout=layout, mesh_axes=mesh.axis_names, refresh_every=10
         )
         record = pods.measure(transformation, params, layout, apply=False)
         shard = record["gradient_bytes"]
         records.append(
             {
-                "method": f"scale_by_sirf, {name}",
+                "method": f"published, {name}",
                 **record,
                 "flops_ratio": record["product_flops"] / record["plan_flops"],
                 "temporary_ratio": record["temporary_bytes"] / (2 * shard),
@@ -115,7 +110,7 @@ def run_trees(options: argparse.Namespace, *, whole_step: bool) -> None:
     """Compiles the update, or a whole step, of the decoders."""
     for tree in options.trees:
         decoder = DECODERS[tree]
-        layout = rf.Layout(block_size=decoder.block_size, layer_axes={"^layers/": 0})
+        layout = pods.layout_of(decoder.block_size, layer_axes={"^layers/": 0})
         for topology, sizes in pods.PODS[tree]:
             across = "x".join(map(str, sizes))
             if options.meshes and across not in options.meshes:
@@ -137,7 +132,7 @@ def run_trees(options: argparse.Namespace, *, whole_step: bool) -> None:
                 "block_size": decoder.block_size,
             }
             for method in _watch(options.methods, f"{tree} on {topology} {settings['mesh']}"):
-                of_plan = layout if method.startswith("sirf") else None
+                of_plan = layout if method.startswith("published") else None
                 try:
                     record = pods.measure(every[method](), params, of_plan, tokens if whole_step else None)
                 except jax.errors.JaxRuntimeError as error:  # the compiler's: a chip's memory is too small, for one
@@ -153,7 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("sections", nargs="*", metavar="section", help=f"any of {', '.join(SECTIONS)} (all)")
     parser.add_argument("--trees", nargs="+", choices=DECODERS, default=list(DECODERS), help="(all)")
     parser.add_argument("--meshes", nargs="+", help="of the trees' topologies, as 16x16 (all)")
-    parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, help="adamw muon psgd sirf 'sirf, T=10' ...")
+    parser.add_argument(
+        "--methods", nargs="+", default=DEFAULT_METHODS, help="adamw muon psgd sirf_muon ... (adamw, 'published, T=10')"
+    )
     default_output = pathlib.Path(__file__).parent / "results"
     parser.add_argument("--output", type=pathlib.Path, default=default_output, help="folder (benchmarks/results)")
     options = parser.parse_args(arguments)

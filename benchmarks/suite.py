@@ -1,7 +1,7 @@
 """Every method on every tree, beside psgd's Kron, SOAP, Distributed Shampoo, Muon and AdamW: a table, a figure, JSON.
 
     python benchmarks/suite.py                     # the trees gpt4, resnet18 and vit, all methods that are installed
-    python benchmarks/suite.py --trees gpt12 gpt48 resnet34 --methods adamw muon sirf "sirf *" "sirf *, staggered"
+    python benchmarks/suite.py --trees gpt48 resnet34 --methods adamw muon sirf_shampoo sirf_muon
     python benchmarks/suite.py --trees share       # the optimizer's share of a training step
 
 The peers are installed as `harness/peers.py` says, PyTorch's official optimizer in an environment of its own:
@@ -15,7 +15,7 @@ to compile, so name them only with that time at hand.
 On a GPU the same commands run there. JAX_DEFAULT_MATMUL_PRECISION, `tensorfloat32` or `highest`, says how float32 is
 multiplied, which the JSON records. A method compiles for 5 to 30 seconds there, so name a few of them at a time:
 
-    python benchmarks/suite.py --trees gpt124M --block-size 768 --methods adamw muon "sirf *" "sirf *, bf16"
+    python benchmarks/suite.py --trees gpt124M --block-size 768 --methods adamw muon sirf_muon "sirf_shampoo, bf16"
 
 On Linux processors, arrays of more than 32 MB are mapped anew at every step, and paging them in takes a tenth to a
 third of a product of such. `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` has it done in large pages, for every method alike;

@@ -33,8 +33,7 @@ def main(epochs: int = 10) -> float:
     images = (images / 16).astype(np.float32)
     model = eqx.nn.MLP(64, 10, width_size=256, depth=2, key=jax.random.key(0))
     learning_rate = optax.cosine_decay_schedule(5e-3, epochs * (1347 // BATCH_SIZE))
-    # The loss is a mean over a mini-batch: batch_size says over how many terms.
-    tx = rf.rf_adamw(learning_rate, weight_decay=1e-2, batch_size=BATCH_SIZE)
+    tx = rf.rf_adamw(learning_rate, weight_decay=1e-2)
     state = tx.init(eqx.filter(model, eqx.is_inexact_array))
 
     @eqx.filter_jit

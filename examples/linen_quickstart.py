@@ -52,9 +52,8 @@ def main(epochs: int = 10) -> float:
     images, labels = (digits.images[..., np.newaxis] / 16).astype(np.float32), digits.target
     model = Network()
     params = model.init(jax.random.key(0), images[:1])["params"]
-    learning_rate = optax.cosine_decay_schedule(2e-3, epochs * (1347 // BATCH_SIZE))
-    # The loss is a mean over a mini-batch: batch_size says over how many terms.
-    tx = rf.rf_rmsprop(learning_rate, momentum=0.9, batch_size=BATCH_SIZE)
+    learning_rate = optax.cosine_decay_schedule(5e-3, epochs * (1347 // BATCH_SIZE))
+    tx = rf.rf_rmsprop(learning_rate, weight_decay=1e-2)
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
     shuffle = np.random.default_rng(0).permutation
     for epoch in range(epochs):

@@ -51,9 +51,9 @@ def main(epochs: int = 10) -> float:
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32)
     model = Network(nnx.Rngs(0))
-    learning_rate = optax.cosine_decay_schedule(3e-3, epochs * (1347 // BATCH_SIZE))
-    # The loss is a mean over a mini-batch: batch_size says over how many terms.
-    tx = rf.sirf_shampoo(learning_rate, batch_size=BATCH_SIZE, weight_decay=1e-2)
+    learning_rate = optax.cosine_decay_schedule(5e-3, epochs * (1347 // BATCH_SIZE))
+    tx = rf.sirf_shampoo(learning_rate, weight_decay=1e-2)  # as optax.adamw would be called
+    print(rf.describe(tx, nnx.state(model, nnx.Param)), flush=True)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     shuffle = np.random.default_rng(0).permutation
     for epoch in range(epochs):

@@ -4,7 +4,7 @@
     python examples/pod_training.py --distributed --mesh 64 4 --output SHARED_FOLDER    # in every process of a pod
 
 The mesh has two axes: over "data" go mini-batches and all matrices (FSDP), over "model" heads and hidden units. The
-blocks of SIRF-Shampoo are divided over both. Run it again and it goes on from its last checkpoint, on any mesh. The 200
+blocks of SIRF-Muon are divided over both. Run it again and it goes on from its last checkpoint, on any mesh. The 200
 steps of the first command take about a minute on two processor cores.
 """
 
@@ -69,7 +69,7 @@ def draw(text: np.ndarray, step: int, mesh: jax.sharding.Mesh) -> jax.Array:
 
 def train(steps: int, mesh: jax.sharding.Mesh, folder: pathlib.Path) -> list[float]:
     """Returns the losses of the steps from the last checkpoint in a folder on."""
-    tx = rf.sirf_shampoo(3e-4, batch_size=BATCH_SIZE, layout=rf.Layout(block_size=64), block_axes=("data", "model"))
+    tx = rf.sirf_muon(1e-2, layout=rf.Layout(block_size=64, diagonal=rf.EMBEDDINGS), mesh_axes=("data", "model"))
     # First the shapes and shardings of everything: arrays are made, or restored, on the devices that keep them.
     structure, shapes = nnx.split(nnx.eval_shape(lambda: Transformer(nnx.Rngs(0))))
     shard = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

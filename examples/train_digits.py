@@ -1,10 +1,10 @@
-"""Trains a small convolutional network on handwritten digits with each method, at its tuned settings.
+"""Trains a small convolutional network on handwritten digits: ours at AdamW's settings, beside tuned others.
 
     python examples/train_digits.py
-    python examples/train_digits.py --methods rf_rmsprop adamw --seeds 5
+    python examples/train_digits.py --methods sirf_muon adamw --seeds 5
 
 The seeds of one method train side by side, as one `jax.vmap`ped program. It prints a table, and writes the table and a
-figure of the curves to results/. All of it takes about two minutes on two processor cores.
+figure of the curves to results/. All of it takes about four minutes on two processor cores.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(METHODS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=names)
-    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=training.EPOCHS)
     parser.add_argument("--output", type=pathlib.Path, metavar="FOLDER", default=pathlib.Path("results"))
     options = parser.parse_args(arguments)

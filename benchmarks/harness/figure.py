@@ -13,7 +13,7 @@ def draw(path: pathlib.Path, title: str, records: Sequence[dict[str, Any]]) -> N
     figure = matplotlib.figure.Figure(figsize=(8, 0.6 + 0.3 * len(timed)), layout="constrained")
     axes = figure.subplots()
     means, slowest = ([1e3 * record[key] for record in timed] for key in ("mean_seconds", "max_seconds"))
-    ours = [record["method"].startswith(("sirf", "rf_")) for record in timed]
+    ours = [record["method"].startswith(("sirf", "kl_", "rf_", "published")) for record in timed]
     positions = range(len(timed))
     axes.barh(positions, means, color=["tab:blue" if own else "tab:gray" for own in ours], height=0.7)
     axes.scatter(slowest, positions, color="black", marker="|", s=80, zorder=3)

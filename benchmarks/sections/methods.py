@@ -1,85 +1,81 @@
 """The settings of this library's methods that the suite runs, by name."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import optax
-from harness import published
 
 import rootfree_optax as rf
 
 PERIOD = 10
-_COMMON = {"preconditioner_lr": 1e-2, "damping": 1e-3, "momentum": 0.9, "batch_size": 32}
-_EXACT = {
-    "refresh": "exact",
-    "riemannian_momentum": None,
-    "initial_scale": "first_gradient",
-    "momentum_of": "gradients",
-    "nesterov": True,
-}
+_PUBLISHED = {"preconditioner_lr": 1e-2, "damping": 1e-3, "momentum": 0.9, "batch_size": 32}
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A setting of `rf.sirf_shampoo`.
+    """A setting of one of the Kronecker methods.
 
     Attributes:
+      build: makes the optimizer, of a learning rate.
       layout: how parameters become blocks.
       options: other arguments.
     """
 
+    build: Callable[..., optax.GradientTransformation]
     layout: rf.Layout
     options: dict[str, Any]
 
     @property
-    def dtype(self) -> Any:
-        """Of the factors."""
-        return self.options.get("preconditioner_dtype", jnp.float32)
+    def is_published(self) -> bool:
+        """Whether it is the paper's SIRF-Shampoo, whose products the floors count."""
+        return self.build is rf.published.sirf_shampoo
 
     @property
-    def cached(self) -> bool:
+    def is_cached(self) -> bool:
         """Whether K Kᵀ is kept."""
-        return self.options.get("cache_products", False)
-
-    @property
-    def period(self) -> int:
-        """Steps from one refresh to the next."""
-        return self.options["update_every"]
+        return self.options.get("cache_preconditioner", False)
 
     def make(self) -> optax.GradientTransformation:
         """Returns the optimizer."""
-        return rf.sirf_shampoo(1e-3, layout=self.layout, **{**published.OPTIMIZER, **_COMMON, **self.options})
+        return self.build(1e-3, layout=self.layout, **self.options)
 
 
-def _sirf(block_size: int | None, period: int = PERIOD, **options: Any) -> Method:
-    return Method(rf.Layout(block_size=block_size), {"update_every": period, **options})
+def published(layout: rf.Layout, **options: Any) -> Method:
+    """Returns the paper's SIRF-Shampoo, refreshed at every tenth step."""
+    return Method(rf.published.sirf_shampoo, layout, {"refresh_every": PERIOD, **_PUBLISHED, **options})
 
 
-def sirf_methods(block_size: int) -> dict[str, Method]:
-    """Returns the settings of inverse-free Shampoo."""
-    half = jnp.dtype("bfloat16")
+def kronecker_methods(block_size: int) -> dict[str, Method]:
+    """Returns the Kronecker methods: the defaults, refreshed at every tenth step, and variants of them."""
+    blocks, half = rf.Layout(block_size=block_size), rf.Layout(block_size=block_size, factor_dtype="bfloat16")
+    # As the official code: factors for all parameters.
+    whole = rf.Layout(diagonal=None, block_size=None, merge_dims=None)
+    all_blocks = dataclasses.replace(whole, block_size=block_size)
+    all_half = dataclasses.replace(all_blocks, factor_dtype="bfloat16")
+    every_step = {"refresh_every": 1}
     return {
-        "sirf, whole axes": _sirf(None),
-        "sirf, whole axes *": _sirf(None, cache_products=True),
-        "sirf, T=1": _sirf(block_size, 1),
-        "sirf, T=2": _sirf(block_size, 2),
-        "sirf": _sirf(block_size),
-        "sirf *": _sirf(block_size, cache_products=True),
-        "sirf *, staggered": _sirf(block_size, cache_products=True, staggered=True),
-        "sirf, bf16": _sirf(block_size, preconditioner_dtype=half),
-        "sirf *, bf16": _sirf(block_size, cache_products=True, preconditioner_dtype=half),
-        "sirf *, exact": _sirf(block_size, cache_products=True, **_EXACT),
-        "sirf *, exact, bf16": _sirf(block_size, cache_products=True, preconditioner_dtype=half, **_EXACT),
-        "sirf *, observing": _sirf(block_size, cache_products=True, curvature_every=2, trust_radius=3.0, **_EXACT),
+        "sirf_shampoo": Method(rf.sirf_shampoo, blocks, {}),
+        "sirf_shampoo, T=1": Method(rf.sirf_shampoo, blocks, every_step),
+        "sirf_shampoo, staggered": Method(rf.sirf_shampoo, blocks, {"refresh_every": rf.staggered(PERIOD)}),
+        "sirf_shampoo, bf16": Method(rf.sirf_shampoo, half, {}),
+        "kl_shampoo": Method(rf.kl_shampoo, blocks, {}),
+        "kl_shampoo, T=1": Method(rf.kl_shampoo, blocks, every_step),
+        "sirf_muon": Method(rf.sirf_muon, blocks, {}),
+        "sirf_muon, T=1": Method(rf.sirf_muon, blocks, every_step),
+        "published, whole axes": published(whole),
+        "published, whole axes *": published(whole, cache_preconditioner=True),
+        "published": published(all_blocks),
+        "published *": published(all_blocks, cache_preconditioner=True),
+        "published *, bf16": published(all_half, cache_preconditioner=True),
     }
 
 
 def other_methods(block_size: int) -> dict[str, optax.GradientTransformation]:
     """Returns this library's other methods."""
-    layout = rf.Layout(block_size=block_size)
+    layout = rf.Layout(diagonal=None, block_size=block_size, merge_dims=None)
     return {
-        "rf_shampoo": rf.rf_shampoo(1e-3, layout=layout, update_every=PERIOD, **_COMMON),
-        "rf_rmsprop": rf.rf_rmsprop(1e-3, momentum=None, batch_size=32),
-        "rf_adamw": rf.rf_adamw(1e-3, batch_size=32),
+        "published rf_shampoo": rf.published.rf_shampoo(1e-3, layout=layout, refresh_every=PERIOD, **_PUBLISHED),
+        "rf_rmsprop": rf.rf_rmsprop(1e-3, momentum=None),
+        "rf_adamw": rf.rf_adamw(1e-3),
     }

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from decoders import loss
-from harness import published, report
+from harness import report
 from harness.collectives import traffic
 from harness.flops import product_flops
 from jax.experimental import topologies
@@ -34,13 +34,13 @@ PODS = {
 }
 TITLE = "{program} of the {tree} decoder, {parameters:.2f} billion float32 parameters, on {topology} as {mesh}"
 CAPTION = (
-    "Per chip. sirf: factors in bfloat16, published refresh unless exact. state: of the optimizer; /plan: the factors'"
-    " over the plan's bytes / chips. arguments: parameters, state and what else is given. temporary: what is needed "
-    "besides. GFLOP: of the factors' products in a step with refresh, of no others and of the model's none. busiest: "
-    "the most factor work of a chip over the mean. collectives: ag all-gather, ar all-reduce, a2a all-to-all, cp "
-    "permute, rs reduce-scatter; sent: bytes of their results, over the chip's float32 gradient; in refresh: of those "
-    "within the branch that refreshes. compile, process: time of tracing and compiling, by the clock and of all "
-    "threads, which other work on the machine changes less."
+    "Per chip. published: rf.published.sirf_shampoo; all factors in bfloat16. state: of the optimizer; /plan: the "
+    "factors' over the plan's bytes / chips. arguments: parameters, state and what else is given. temporary: what is "
+    "needed besides. GFLOP: of the factors' products in a step with refresh, of no others and of the model's none. "
+    "busiest: the most factor work of a chip over the mean. collectives: ag all-gather, ar all-reduce, a2a all-to- "
+    "all, cp permute, rs reduce-scatter; sent: bytes of their results, over the chip's float32 gradient; in refresh: "
+    "of those within the branch that refreshes. compile, process: time of tracing and compiling, by the clock and of "
+    "all threads, which other work on the machine changes less."
 )
 COLUMNS = (
     report.Column("method", "method"),
@@ -114,19 +114,26 @@ def placed(shapes: Any, specs: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, shapes, specs, is_leaf=is_shape)
 
 
-def methods(layout: rf.Layout, block_axes: tuple[str, ...], *, dtype: str = "bfloat16") -> dict[str, Any]:
+def layout_of(block_size: int, **options: Any) -> rf.Layout:
+    """Returns blocks with factors for all parameters, as the official code has, in bfloat16 unless said otherwise."""
+    common = {"diagonal": None, "merge_dims": None, "factor_dtype": jnp.bfloat16}
+    return rf.Layout(block_size=block_size, **common | options)
+
+
+def methods(layout: rf.Layout, mesh_axes: tuple[str, ...]) -> dict[str, Any]:
     """Returns the optimizers by name, each made when called; psgd's only where psgdax is installed."""
-    settings = {"batch_size": 256, "layout": layout, "preconditioner_dtype": dtype, "block_axes": block_axes}
-    exact = functools.partial(rf.sirf_shampoo, 1e-3, **settings)
-    make = functools.partial(exact, **published.OPTIMIZER)
+    published = functools.partial(rf.published.sirf_shampoo, 1e-3, batch_size=256, layout=layout, mesh_axes=mesh_axes)
+    settings = {"layout": dataclasses.replace(layout, diagonal=rf.EMBEDDINGS), "mesh_axes": mesh_axes}
     others = {"adamw": lambda: optax.adamw(1e-3), "muon": lambda: optax.contrib.muon(1e-3)}
     if importlib.util.find_spec("psgdax") is not None:
         others["psgd"] = lambda: importlib.import_module("psgdax").kron(1e-3)
     return {
         **others,
-        "sirf": make,
-        "sirf, T=10": lambda: make(update_every=10),
-        "sirf, exact, T=10": lambda: exact(update_every=10),
+        "published": published,
+        "published, T=10": lambda: published(refresh_every=10),
+        "sirf_shampoo": functools.partial(rf.sirf_shampoo, 1e-3, **settings),
+        "kl_shampoo": functools.partial(rf.kl_shampoo, 1e-3, **settings),
+        "sirf_muon": functools.partial(rf.sirf_muon, 1e-3, **settings),
     }
 
 
@@ -185,28 +192,25 @@ def measure(
 
 
 def _of_plan(layout: rf.Layout, params: Any, state: Any) -> dict[str, Any]:
-    """Returns how evenly a plan's state and work are divided: padding is what makes it uneven."""
+    """Returns how evenly the published method's factors, momenta and work are divided: padding makes it uneven."""
     has_factors = lambda node: hasattr(node, "factors")
-    [node] = [node for node in jax.tree.leaves(state, is_leaf=has_factors) if has_factors(node)]
-    first = jax.tree.leaves(node.factors)[0]
-    chips = first.sharding.num_devices
-    plan = dataclasses.replace(layout, factor_dtype=first.dtype).plan(params)
-    told = balance(plan, chips, riemannian_momentum=bool(node.momenta))
-    kept = chip_bytes((node.factors, node.momenta))
+    blocks = [node for node in jax.tree.leaves(state, is_leaf=has_factors) if has_factors(node)]
+    chips = jax.tree.leaves(blocks[0].factors)[0].sharding.num_devices
+    told = balance(layout.plan(params), chips)
+    kept = chip_bytes([(block.factors, block.momenta) for block in blocks])
     assert kept == told["factor_bytes"], f"a chip has {kept} bytes of factors, the padding tells {told['factor_bytes']}"
     return told
 
 
-def balance(plan: rf.Plan, chips: int, *, riemannian_momentum: bool = True) -> dict[str, Any]:
+def balance(plan: rf.Plan, chips: int) -> dict[str, Any]:
     """Returns what padding to a multiple of the chips makes of a plan's factors, momenta and work."""
     work = lambda stack: stack.refresh_flops + stack.apply_flops
+    kept = lambda stack: stack.state_bytes(riemannian_momentum=True)
     blocks_of_a_chip = lambda stack: -(-stack.count // chips)
     of_a_chip = lambda number: sum(number(stack) * blocks_of_a_chip(stack) // stack.count for stack in plan.stacks)
-    kept = {"riemannian_momentum": riemannian_momentum}
-    factor_bytes = of_a_chip(lambda stack: stack.state_bytes(**kept))
     return {
-        "factor_bytes": factor_bytes,
-        "state_ratio": factor_bytes * chips / plan.state_bytes(**kept),
+        "factor_bytes": of_a_chip(kept),
+        "state_ratio": of_a_chip(kept) * chips / sum(map(kept, plan.stacks)),
         "busiest": of_a_chip(work) * chips / sum(map(work, plan.stacks)),
         "plan_flops": sum(map(work, plan.stacks)) / chips,
         "blocks": len(plan.blocks),

@@ -62,8 +62,8 @@ def measure(
     params = trees.normal(shapes, 0.02)
     batch = jax.random.randint(jax.random.key(0), (tokens // context, context + 1), 0, shapes["embedding"][0])
     gradient = jax.jit(jax.grad(_loss))
-    sirf = methods.sirf_methods(block_size)
-    chosen = {name: sirf[name].make() for name in ("sirf *", "sirf *, staggered")}
+    kronecker = methods.kronecker_methods(block_size)
+    chosen = {name: kronecker[name].make() for name in ("sirf_shampoo", "sirf_shampoo, staggered", "sirf_muon")}
     chosen = {"adamw": optax.adamw(1e-3), **chosen}
     gradients = gradient(params, batch)
     steps = {f"{name}: step": _training_step(tx, params, jax.grad(_loss), batch) for name, tx in chosen.items()}

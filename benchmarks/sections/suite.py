@@ -1,7 +1,6 @@
 """Every method on one tree: time, compilation, memory, and how far from the least time possible."""
 
 import contextlib
-import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Collection
@@ -18,9 +17,9 @@ from sections import methods
 
 TITLE = "{tree}: {parameters:.2f} million parameters, {where}"
 CAPTION = (
-    "sirf: rf.sirf_shampoo in blocks of {block_size}, published refresh at every 10th step unless said otherwise, "
-    "float32 factors; *: with K Kᵀ cached; observing: exact, with the curvature of every 2nd gradient and a trust "
-    "radius. official: SIRFShampoo in PyTorch, whole axes, T=10; official blocks: each block, of vectors too, is a "
+    "Kronecker methods in blocks of {block_size}, refreshed at every 10th step unless said otherwise, with float32 "
+    "factors; published: rf.published.sirf_shampoo; *: with K Kᵀ cached. official: SIRFShampoo in PyTorch, whole axes, "
+    "T=10; official blocks: each block, of vectors too, is a "
     "parameter. soap keeps the second moment of the old basis when that turns, a known defect. mean, max: of the steps "
     "of a period, medians over periods; an accelerator is not waited for between steps. "
     "/floor: step with and without refresh over the least time that the products, at the measured rate of such "
@@ -67,7 +66,7 @@ OFFICIALS = {
 
 def names(block_size: int = 256) -> list[str]:
     """Returns the names of all methods, in the table's order."""
-    return [*methods.sirf_methods(block_size), *methods.other_methods(block_size), *peers.PEERS, *OFFICIALS]
+    return [*methods.kronecker_methods(block_size), *methods.other_methods(block_size), *peers.PEERS, *OFFICIALS]
 
 
 def measure(
@@ -91,19 +90,19 @@ def measure(
       watch: wraps the iterable of steps, for a progress bar.
       prepared: takes the records so far, once for every method that is compiled and not yet timed.
     """
-    sirf, others = methods.sirf_methods(block_size), methods.other_methods(block_size)
+    kronecker, others = methods.kronecker_methods(block_size), methods.other_methods(block_size)
     records: dict[str, dict[str, Any]] = {}
     steps: dict[str, turns.Step] = {}
     with contextlib.ExitStack() as stack:
         for name in (name for name in names(block_size) if name in chosen):
             if name in OFFICIALS:
                 blocks, dtype = OFFICIALS[name]
-                layout = rf.Layout("dense", block_size=block_size)
+                layout = rf.Layout("dense", block_size=block_size, diagonal=None, merge_dims=None)
                 given = _block_shapes(layout.plan(trees.abstract(shapes))) if blocks else shapes
                 request = functools.partial(official.request, given, preconditioner_dtype=dtype)
                 steps[name], records[name] = _official(stack, request, official_python)
             else:
-                make = sirf[name].make if name in sirf else functools.partial(others.get, name)
+                make = kronecker[name].make if name in kronecker else functools.partial(others.get, name)
                 steps[name], records[name] = _prepare(name, make if name not in peers.PEERS else None, shapes)
             prepared(_named(records))
         steps = {name: step for name, step in steps.items() if step is not None}
@@ -116,8 +115,8 @@ def measure(
             and (kernels := busy.seconds(steps[name], methods.PERIOD))
         ):
             records[name]["busy_seconds"] = kernels / methods.PERIOD
-        if name in sirf:
-            _add_floor(records[name], sirf[name], shapes)
+        if name in kronecker and kronecker[name].is_published:
+            _add_floor(records[name], kronecker[name], shapes)
     _compare(records)
     return _named(records)
 
@@ -165,20 +164,15 @@ def _official(
 
 
 def _add_floor(record: dict[str, Any], method: methods.Method, shapes: trees.Shapes) -> None:
-    plan = dataclasses.replace(method.layout, factor_dtype=method.dtype).plan(trees.abstract(shapes))
-    # Parameters and momentum are read and written, gradients and what is applied read.
-    moved = 4 * trees.size(shapes) * 5 + plan.state_bytes(riemannian_momentum=False)
-    record |= roofline.floors(plan, dtype=method.dtype, cached=method.cached, step_bytes=moved)
-    if method.options.get("refresh") == "exact" or method.options.get("staggered"):
-        # The plan counts the published refresh, of all blocks at once.
-        del record["refresh_floor_seconds"], record["refresh_products_seconds"]
+    params = trees.abstract(shapes)
+    # Parameters, gradients and what is applied are read or written beside the state.
+    moved = 4 * trees.size(shapes) * 3 + record["state_bytes"]
+    dtype = method.layout.factor_dtype or jnp.float32
+    record |= roofline.floors(method.layout.plan(params), dtype=dtype, cached=method.is_cached, step_bytes=moved)
     for kind in ("refresh", "plain"):
-        # At T=1 every step has a refresh, at T=2 every other of those that count as without.
-        always = kind == "plain" and method.period < methods.PERIOD
-        if f"{kind}_floor_seconds" in record and not always and not method.options.get("staggered"):
-            record[f"{kind}_over_floor"] = record[f"{kind}_seconds"] / record[f"{kind}_floor_seconds"]
+        record[f"{kind}_over_floor"] = record[f"{kind}_seconds"] / record[f"{kind}_floor_seconds"]
     refreshing = record["refresh_seconds"] - record["plain_seconds"]
-    if method.period == methods.PERIOD and "refresh_products_seconds" in record and refreshing > 0:
+    if refreshing > 0:
         record["refresh_of_rate"] = record["refresh_products_seconds"] / refreshing
 
 

@@ -72,17 +72,13 @@ def test_a_table_that_is_too_wide_is_turned(width: int) -> None:
 
 SCRIPT = """
 import pods
-from harness import published
 from sections import pods as section
 import rootfree_optax as rf
 
 mesh = section.mesh_of("v5e:4x4", (16,))
 params = section.placed(section.stack_of_layers(), section.layer_specs(), mesh)
-layout = rf.Layout(block_size=768)
-tx = rf.scale_by_sirf_shampoo(
-    batch_size=256, layout=layout, preconditioner_dtype="bfloat16", block_axes="data", update_every=10,
-    **published.TRANSFORMATION,
-)
+layout = section.layout_of(768)
+tx = rf.published.scale_by_sirf_shampoo(batch_size=256, layout=layout, mesh_axes="data", refresh_every=10)
 record = section.measure(tx, params, layout, apply=False)
 shard = record["gradient_bytes"]
 assert abs(record["product_flops"] / record["plan_flops"] - 1) < 0.05, record

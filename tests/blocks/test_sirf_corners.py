@@ -44,20 +44,20 @@ def best_steps(structures, gradients):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "tolerance"),
+    ("names", "dtype", "tolerance"),
     [
-        ("tril2topleftdiag", "float32", 1e-4),
-        ("triu2bottomrightdiag", "float32", 1e-4),
-        ("hierarchical2_1", "float32", 1e-4),
-        ("hierarchical2_1", "bfloat16", 0.05),
+        (("tril2topleftdiag", "triu2bottomrightdiag"), "float32", 1e-4),
+        (("hierarchical2_1", "dense"), "float32", 1e-4),
+        (("hierarchical2_1", "dense"), "bfloat16", 0.05),
     ],
+    ids=str,
 )
-def test_every_step_is_the_best_within_the_structure(name, dtype, tolerance):
+def test_every_step_is_the_best_within_the_structure(names, dtype, tolerance):
     gradients = draw({"w": (6, 5), "other": (6, 5)}, steps=30)  # one stack of two blocks
-    layout = whole(structure=name, factor_dtype=dtype)
+    layout = whole(structure=names, factor_dtype=dtype)
     tx = scale_by_exact(weight=BETA, damping=DAMPING, batch_size=BATCH_SIZE, layout=layout)
     directions, _ = run(tx, gradients)
-    structures = [structure_factory(name)(d) for d in (6, 5)]
+    structures = [structure_factory(name)(d) for name, d in zip(names, (6, 5), strict=True)]
     for block, found in directions.items():
         for direction, expected in zip(found, best_steps(structures, gradients[block]), strict=True):
             assert np.abs(direction - expected).max() < tolerance * np.abs(expected).max()

@@ -35,8 +35,8 @@ def inverse_of_squares(factors):
     return {name: [np.linalg.inv(np.float64(k) @ np.float64(k).T) for k in ks] for name, ks in factors.items()}
 
 
-SHAPES = {"matrix": (6, 5), "tensor": (3, 4, 2), "vector": (7,)}
-STRUCTURE = {1: "diagonal", 2: ("dense", "dense"), 3: ("dense", "diagonal", "dense")}
+SHAPES = {"matrix": (6, 5), "tensor": (3, 4, 2)}
+STRUCTURE = {2: ("dense", "dense"), 3: ("dense", "diagonal", "dense")}
 
 
 @functools.cache
@@ -95,7 +95,7 @@ def curvature_over_estimate(tx, gradients):
     return 4 * np.mean(gradients["w"] * directions["w"], axis=(1, 2))
 
 
-@pytest.mark.parametrize("structure", ["dense", "hierarchical2_1"])
+@pytest.mark.parametrize("structure", ["dense", ("hierarchical2_1", "diagonal")], ids=str)
 def test_recovers_from_gradients_a_million_times_as_large_within_an_averages_length(structure):
     recovered = int(30 + 1 / BETA)
     found = curvature_over_estimate(scale_by_exact(damping=0.0, layout=whole(structure=structure)), spiked(1e6))
@@ -123,25 +123,27 @@ def test_a_single_large_gradient_neither_shows_nor_lasts_as_long_as_with_inverse
     assert lasting < 1e-12 * lasting_inverse
 
 
+WILD = ("dense", "hierarchical2_1")
+
+
 @functools.cache
-def compiled(structure, dtype):
-    layout = whole(structure=structure, factor_dtype=dtype)
+def compiled(dtype):
+    layout = whole(structure=WILD, factor_dtype=dtype)
     return compile_run(lambda weight: scale_by_exact(weight=weight, damping=1e-4, layout=layout))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("structure", "beta"), [("dense", 0.1), ("dense", 0.95), ("hierarchical2_1", 0.5)])
-def test_factors_stay_finite_and_positive(structure, beta, dtype):
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.95])
+def test_factors_stay_finite_and_positive(beta, dtype):
     """K is a product of positive definite matrices, however wild the gradients: rank one, of any size, or zero."""
     rng = np.random.default_rng(0)
     rank_one = rng.standard_normal((120, 6, 1)) * rng.standard_normal((120, 1, 6))
     sizes = 10.0 ** rng.uniform(-8, 8, (120, 1, 1)) * (rng.uniform(size=(120, 1, 1)) < 0.8)
-    directions, states = compiled(structure, dtype)({"w": np.float32(rank_one * sizes)}, beta)
+    directions, states = compiled(dtype)({"w": np.float32(rank_one * sizes)}, beta)
     [stack] = states.stacks
-    to_dense = quick_jit(jax.vmap(structure_factory(structure)(6).to_dense))
-    for (*parts,) in stack.block.factors:
-        factor = to_dense(tuple(part[:, 0] for part in parts))
-        signs, logarithms = np.linalg.slogdet(np.float64(factor))
+    for name, parts in zip(WILD, stack.block.factors, strict=True):
+        to_dense = quick_jit(jax.vmap(structure_factory(name)(6).to_dense))
+        signs, logarithms = np.linalg.slogdet(np.float64(to_dense(tuple(part[:, 0] for part in parts))))
         assert np.all(np.isfinite(logarithms))
         assert np.all(signs > 0)
     assert np.all(np.isfinite(directions["w"]))

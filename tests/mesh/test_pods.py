@@ -47,7 +47,7 @@ def test_training_goes_on_on_other_meshes(uninterrupted: Any, tmp_path: pathlib.
     ]:
         mesh = mesh_of(*sizes)
         params, state = pod_worker.train(tmp_path, steps, mesh, specs, axes)
-        for part in jax.tree.leaves(state[0].factors):
+        for part in jax.tree.leaves(state[0].stacks):
             assert part.sharding.num_devices == mesh.size
             assert part.sharding.shard_shape(part.shape)[0] == part.shape[0] // mesh.size
     assert_close(jax.device_get(params), expected)

@@ -50,8 +50,8 @@ parameter         shape         blocks        structure  dtype       state
 ──────────────────────────────────────────────────────────────────────────
 head/kernel+bias  256×10 + 10   257×10        dense      bf16, f32   275kB
 layers_*/mlp      2 of 256×600  4 of 256×300  dense      bf16, f32  5.16MB
-layers_*/norm     2 of 256      2 of 256      diagonal   f32        6.18kB
-temperature       scalar        1             diagonal   f32           30B
+layers_*/norm     2 of 256      2 of 256      diagonal   f32        6.19kB
+temperature       scalar        1             diagonal   f32           33B
 ──────────────────────────────────────────────────────────────────────────
 total             310k          8                                   5.44MB
 State: 2.19 times Adam's 2.48MB of two numbers for each entry of the parameters.
@@ -166,8 +166,8 @@ def test_bytes_are_those_of_the_whole_state(wrap: Any, beside: dict[str, int], m
     assert description.parameters == 24 + 4 + 9
     rows = {row.name: row for row in description.rows}
     assert rows.keys() == ONE.keys()
-    # What a block has beside factors and momentum: whether it was calibrated and is idle, three numbers of four bytes.
-    expected = {name: 0 if name in missing else KRONECKER[name] + 2 + 12 for name in ONE}
+    # What a block has beside factors and momentum: whether it was calibrated, and four numbers of four bytes.
+    expected = {name: 0 if name in missing else KRONECKER[name] + 1 + 16 for name in ONE}
     assert {name: row.state_bytes for name, row in rows.items()} == {
         name: size + beside.get(name, 0) for name, size in expected.items()
     }
@@ -237,7 +237,7 @@ def test_a_mesh_pads_the_state(kind: AxisType, is_set: bool) -> None:
     assert description.mesh_axes == ("data",)
     assert "over the mesh axes data" in str(description)
     # Four blocks of 3×4 become eight, as does one of 16; there are eight blocks of 4×4.
-    padding = 4 * (4 * (9 + 16 + 12) + 14) + 7 * (4 * (16 + 16) + 14)
+    padding = 4 * (4 * (9 + 16 + 12) + 17) + 7 * (4 * (16 + 16) + 17)
     assert description.state_bytes == alone.state_bytes + padding
     assert is_set or description.compiled.flops > 0
 
@@ -254,9 +254,9 @@ class KeepsNothing(rf.BlockRule):
 def test_a_rule_of_ones_own_is_described_as_far_as_it_tells() -> None:
     description = rf.describe(rf.scale_by_kronecker(KeepsNothing(), layout=layout_of()), ONE)
     assert description.flops is None
-    assert [(row.dtype, row.state_bytes) for row in description.rows] == [("", 9)] * 3
-    assert "Step: unknown of products" in str(description)
-    assert "Refresh: unknown, at every step." in str(description)
+    assert [(row.dtype, row.state_bytes) for row in description.rows] == [("", 12)] * 3
+    assert "Step: unknown FLOPs of products" in str(description)
+    assert "Refresh: unknown FLOPs, at every step." in str(description)
     both = optax.chain(exact(), rf.scale_by_kronecker(KeepsNothing(), layout=layout_of()))
     assert rf.describe(both, ONE).flops is None
 

@@ -1,1 +1,1 @@
-"""Small networks on data that is present on any machine: every optimizer tuned and tested by one protocol."""
+"""Numbers of the experiments on small networks, and how they are drawn."""

@@ -1,6 +1,5 @@
-"""The figures of the report, of what summary.json holds."""
+"""The figures of what summary.json holds."""
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,12 +39,6 @@ def panels(tasks: Mapping[str, Any], height: float) -> tuple[plt.Figure, list[pl
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
     return figure, axes
-
-
-def save(figure: plt.Figure, path: pathlib.Path) -> None:
-    """Writes a figure and closes it."""
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def name_rows(panel: plt.Axes, names: Sequence[str], *, shown: bool) -> None:

@@ -20,14 +20,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rootfree_optax._src.blocks.apply import apply_factors
-from rootfree_optax._src.blocks.rule import BlockRule, Step
+from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Step
 from rootfree_optax._src.common.schedules import StepSize
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
 from rootfree_optax._src.numerics.finite import max_abs
@@ -43,6 +43,9 @@ _LARGEST_SURPRISE = 2
 _LEAST_EVIDENCE = 0.05
 # A block whose gradients are below this part of the whole tree's is rounding noise.
 _LEAST_PART = 1e-6
+# Products of square matrices: KᵀS̃K, and K times an inverse root.
+_REFRESH_PRODUCTS = 10
+_SYMMETRIC_ROOT_PRODUCTS, _POSITIVE_ROOT_PRODUCTS = 30, 37
 # Of S's Frobenius norm, the least damping that factors in half precision need: K resolves 2⁻⁸, and S⁻¹ is its square.
 _LOW_PRECISION_FLOOR = 2.0**-14
 
@@ -174,6 +177,8 @@ class CurvatureRule(BlockRule):
     rms: float
     trust_radius: ArrayLike | None
     precision: jax.lax.PrecisionLike
+    root_products: ClassVar[int] = 0  # of `derive_factors`, for each axis
+    applications: ClassVar[int] = 2  # how often a matrix is applied along each axis, for one direction
 
     @property
     @abc.abstractmethod
@@ -283,7 +288,7 @@ class CurvatureRule(BlockRule):
                 others = [t for j, t in enumerate(mean_inverse) if j != n]
                 damping = self._damping(structure, s, k, step.damping) + math.prod(others, start=absolute)
                 damped = structure.add_identity(s, damping)
-                excess = structure.add_identity(structure.congruence(k, damped, precision=self.precision), -shift)
+                excess = structure.add_identity(structure.congruence(k, damped), -shift)
                 factors.append(structure.times_inverse_root(k, excess, shift=shift, precision=self.precision))
             kept, derived = self.derive_factors(tuple(factors), structures)
             sizes = [max_abs(parts) for parts in (*kept, *(derived or ()))]
@@ -358,6 +363,17 @@ class CurvatureRule(BlockRule):
         excess = self.squared_length(momentum, direction) / jnp.square(jnp.asarray(self.trust_radius, dtype))
         return length / jnp.maximum(excess, 1), excess > 1
 
+    def flops(self, structures: Sequence[Structure]) -> BlockFlops:
+        """Returns the operations of the products; those of diagonal structures count, too."""
+        size = math.prod([structure.dim for structure in structures])
+        each = [structure.flops(size // structure.dim) for structure in structures]
+        applied = sum([flops.apply for flops in each])
+        return BlockFlops(
+            observe=(len(each) - 1) * applied + sum([flops.project_outer for flops in each]),
+            refresh=(_REFRESH_PRODUCTS + self.root_products) * sum([flops.matmul for flops in each]),
+            precondition=self.applications * applied,
+        )
+
     def supports(self, structure: Structure) -> str | None:
         """Returns why a structure has no statistics of its own, if it is not closed under transposition."""
         if structure.is_symmetric:
@@ -428,6 +444,9 @@ class Whitening(CurvatureRule):
     trust_radius: ArrayLike | None = None
     precision: jax.lax.PrecisionLike = None
 
+    root_products = _SYMMETRIC_ROOT_PRODUCTS
+    applications = 1
+
     @property
     def degrees(self) -> tuple[float, float]:
         """The powers of the momentum and of the inverse curvature that D is made of."""
@@ -475,6 +494,23 @@ class Spectral(CurvatureRule):
     precision: jax.lax.PrecisionLike = None
 
     @property
+    def root_products(self) -> int:  # type: ignore[override]
+        """How many products of square matrices `derive_factors` takes for each axis."""
+        return 0 if self.power == 0.5 else _SYMMETRIC_ROOT_PRODUCTS + self._roots * _POSITIVE_ROOT_PRODUCTS
+
+    @property
+    def _roots(self) -> int:
+        """How many times the root of S̃^(−1/2) is taken."""
+        return {0.25: 1, 0.125: 2}[self.power]
+
+    def flops(self, structures: Sequence[Structure]) -> BlockFlops:
+        """Returns the operations, those of the orthogonalization included."""
+        *others, columns = [structure.dim for structure in structures]
+        short, long = sorted([math.prod(others), columns])
+        flops = super().flops(structures)
+        return flops._replace(precondition=flops.precondition + 5 * (4 * short**2 * long + 2 * short**3))
+
+    @property
     def degrees(self) -> tuple[float, float]:
         """The powers of the momentum and of the inverse curvature that D is made of."""
         return 0.0, self.power
@@ -484,7 +520,7 @@ class Spectral(CurvatureRule):
         if self.power == 0.5:
             return factors, None
         powers = [s.symmetric_root(k, precision=self.precision) for s, k in zip(structures, factors, strict=True)]
-        for _ in range({0.25: 1, 0.125: 2}[self.power]):
+        for _ in range(self._roots):
             powers = [s.positive_root(p) for s, p in zip(structures, powers, strict=True)]
         return factors, tuple(powers)
 

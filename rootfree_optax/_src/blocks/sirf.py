@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 
 from rootfree_optax._src.blocks.apply import apply_factors, clip_to_trust_radius, fold, fold_axes, unfold_means
 from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Step
+from rootfree_optax._src.common.validate import require_positive
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
 from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered, saturate, within_range
@@ -238,7 +239,7 @@ def take_exact_step(
 
 
 def balance(factors: Factors, sizes: Sequence[jax.Array]) -> Factors:
-    """Returns the factors brought within 2¹⁶ of each other, by exact powers of two whose product is one.
+    """Returns factors of one size, where they were more than 2¹⁶ apart, by exact powers of two whose product is one.
 
     c·K₁ and K₂ / c precondition alike and have equal steps, so nothing in the refresh holds c: in tens of thousands of
     refreshes it would drift until one factor overflows.
@@ -247,10 +248,15 @@ def balance(factors: Factors, sizes: Sequence[jax.Array]) -> Factors:
       factors: the parts of each.
       sizes: the largest absolute value of each, see `max_abs`.
     """
+    if len(factors) == 1:
+        return factors
     exponents = [exponent_of(size) for size in sizes]
-    shifts = [jnp.sign(e - exponents[0]) * (jnp.abs(e - exponents[0]) // 16) * 8 for e in exponents[1:]]
-    shifts = [sum(shifts, start=jnp.zeros_like(exponents[0])), *[-shift for shift in shifts]]
-    return tuple([times_scalar(parts, power_of_two(shift)) for parts, shift in zip(factors, shifts, strict=True)])
+    largest, smallest = functools.reduce(jnp.maximum, exponents), functools.reduce(jnp.minimum, exponents)
+    mean = sum(exponents[1:], start=exponents[0]) // len(factors)
+    is_apart = largest - smallest > 16
+    shifts = [jnp.where(is_apart, mean - exponent, 0) for exponent in exponents[1:]]
+    first = -sum(shifts[1:], start=shifts[0])  # which takes what the division left over
+    return tuple([times_scalar(k, power_of_two(shift)) for k, shift in zip(factors, [first, *shifts], strict=True)])
 
 
 class InverseFreeRule(BlockRule):
@@ -387,6 +393,10 @@ class ExactRefresh(InverseFreeRule):
     observes: bool = False
     cache_preconditioner: bool = False
     precision: jax.lax.PrecisionLike = None
+
+    def __post_init__(self) -> None:
+        """Checks the trust radius."""
+        require_positive("trust_radius", self.trust_radius)
 
     def init(self, structures: Sequence[Structure], dtypes: Sequence[jnp.dtype]) -> SirfState:
         """Returns factors at I, until the first gradient."""

@@ -54,9 +54,9 @@ class Layout:
       max_dense_dim: the longest dense axis under the default rule, at least 1. If `block_size` cuts an axis, the length
         of its blocks counts. Explicit structures ignore this bound.
       block_size: the maximal length of a block, at least 1. A longer axis is cut into as few blocks as possible, all of
-        one length except for a shorter last one: with 256, an axis of 512 is cut into 256 + 256, one of 257 into
-        129 + 128. Axes with a diagonal structure are not cut. None: no axis is cut, and one that is longer than
-        `max_dense_dim` becomes diagonal by default.
+        one length, a multiple of 16 where that fits, except for a shorter last one: with 256, an axis of 512 is cut
+        into 256 + 256, one of 257 into 144 + 113. Axes with a diagonal structure are not cut. None: no axis is cut,
+        and one that is longer than `max_dense_dim` becomes diagonal by default.
       merge_dims: neighbouring axes but the last are merged, from the left, while their product is at most this: by
         default a 3×3 kernel's window becomes one axis of 9. None: no merging.
       layer_axes: which axes index independent layers (`nn.scan`, `nnx.scan`, vmapped layers, experts).
@@ -189,7 +189,7 @@ def _plan(layout: Layout, shapes: tuple[tuple[str, Shape], ...]) -> Plan:
         stacks=stacks,
         placements=tuple(tuple(next(placements) for _ in unit.stacks) for unit in units),
         rest=tuple(
-            Rest(path, parameter.shape, reasons[path], parameter.layer_axes)
+            Rest(path, plain[path], parameter.shape, reasons[path], parameter.layer_axes)
             for path, parameter in parameters.items()
             if path in reasons
         ),
@@ -294,7 +294,13 @@ def _cut(layout: Layout, factory: StructureFactory, length: int) -> Cut:
 def _block_length(length: int, block_size: int | None) -> int:
     """Returns the length of an axis's blocks, the last of which may be shorter.
 
-    Blocks of exactly `block_size` could leave a last one of a single row, with a factor of its own.
+    Blocks of exactly `block_size` could leave a last one of a single row, with a factor of its own. Lengths that are
+    multiples of 16 suit the matrix units of accelerators.
     """
     blocks = 1 if block_size is None else math.ceil(length / block_size)
-    return math.ceil(length / blocks)
+    if block_size is None or blocks == 1:
+        return length
+    equal = math.ceil(length / blocks)
+    rounded = math.ceil(equal / 16) * 16
+    last = length - (blocks - 1) * rounded
+    return rounded if rounded <= block_size and 2 * last >= rounded else equal

@@ -43,12 +43,14 @@ class Rest:
 
     Args:
       path: the key path.
+      name: the key path as patterns see it, the same with and without a framework's boxes.
       shape: the shape.
       reason: why the parameter has no factors, such as "'embed' in its key path".
       layer_axes: the positions of the layer axes.
     """
 
     path: str
+    name: str
     shape: Shape
     reason: str
     layer_axes: tuple[int, ...] = ()

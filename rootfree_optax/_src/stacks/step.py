@@ -13,6 +13,7 @@ from rootfree_optax._src.blocks.momentum import average_heavy_ball, total_weight
 from rootfree_optax._src.blocks.rule import BlockRule, BlockState, Step
 from rootfree_optax._src.common.schedules import Staggered
 from rootfree_optax._src.layout.stack import Stack
+from rootfree_optax._src.numerics.dtypes import upcast
 from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.stacks.state import StackState, StackStep
 
@@ -51,7 +52,8 @@ def _precondition(
         average = average * (jnp.asarray(1 - step.momentum, average.dtype) / weight.astype(average.dtype))
     direction, block = map_blocks(step.rule.precondition, stack, step.numbers)(block, average, gradient=gradient)
     axes = range(direction.ndim)
-    squared_norm = jnp.einsum(direction, axes, direction, axes, [0]).astype(jnp.float32)
+    wide = upcast(direction)
+    squared_norm = jnp.einsum(wide, axes, wide, axes, [0]).astype(jnp.float32)
     largest = jnp.max(jnp.abs(gradient), tuple(axes[1:])).astype(jnp.float32)
     return direction, StackState(block, momentum, squared_norm, largest, old.size)
 

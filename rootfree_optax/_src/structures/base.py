@@ -119,8 +119,8 @@ class Structure(abc.ABC):
         """
         raise self.not_symmetric("M^(1/2)")
 
-    def congruence(self, parts: Parts, symmetric: Parts, *, precision: PrecisionLike = None) -> Parts:
-        """Returns the parts of Kᵀ S K, in the accumulation dtype, for a symmetric S, if the set is symmetric.
+    def congruence(self, parts: Parts, symmetric: Parts) -> Parts:
+        """Returns the parts of Kᵀ S K for a symmetric S in the accumulation dtype, at the highest precision.
 
         Raises:
           ValueError: if the set is not symmetric.

@@ -121,11 +121,10 @@ class BlockDiagonal(Structure):
         # The subscripts say which block is transposed: XLA for CPUs copies a block that is transposed first.
         return (einsum(subscripts, left[0], right[0], precision=precision),)
 
-    def congruence(self, parts: Parts, symmetric: Parts, *, precision: PrecisionLike = None) -> Parts:
-        """Returns the parts of Kᵀ S K, in the accumulation dtype of K."""
-        cast = lambda matrices: tuple([matrix.astype(parts[0].dtype) for matrix in matrices])
-        right = self.matmul(cast(symmetric), parts, precision=precision)
-        return self._product("...ji,...jk->...ik", parts, cast(right), precision)
+    def congruence(self, parts: Parts, symmetric: Parts) -> Parts:
+        # K makes errors of S as many times as large as S⁻¹ is there, so that S keeps all its bits.
+        wide, highest = (upcast(parts[0]),), jax.lax.Precision.HIGHEST
+        return self._product("...ji,...jk->...ik", wide, self.matmul(symmetric, wide, precision=highest), highest)
 
     def trace(self, parts: Parts) -> jax.Array:
         """Returns Tr(K)."""

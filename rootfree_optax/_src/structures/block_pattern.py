@@ -117,11 +117,11 @@ class BlockPattern(Structure):
         segments = [s.square((part,), precision=precision) for s, part in zip(self.segments, parts, strict=True)]
         return (*itertools.chain(*segments),)
 
-    def congruence(self, parts: Parts, symmetric: Parts, *, precision: PrecisionLike = None) -> Parts:
+    def congruence(self, parts: Parts, symmetric: Parts) -> Parts:
         if self.couplings:
             raise self.not_symmetric("Kᵀ S K")
         each = zip(self.segments, parts, symmetric, strict=True)
-        return tuple([segment.congruence((k,), (s,), precision=precision)[0] for segment, k, s in each])
+        return tuple([segment.congruence((k,), (s,))[0] for segment, k, s in each])
 
     def trace(self, parts: Parts) -> jax.Array:
         if self.couplings:

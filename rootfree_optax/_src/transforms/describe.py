@@ -18,6 +18,7 @@ from rootfree_optax._src.blocks.rule import BlockFlops
 from rootfree_optax._src.common import trees
 from rootfree_optax._src.common.schedules import RefreshEvery, Staggered
 from rootfree_optax._src.common.trees import Shape
+from rootfree_optax._src.layout.paths import plain_paths
 from rootfree_optax._src.mesh.state_shardings import mesh_in_use, state_shardings
 from rootfree_optax._src.stacks.state import StackState
 from rootfree_optax._src.transforms.description import Compiled, Description, Row
@@ -48,17 +49,17 @@ def describe(tx: optax.GradientTransformation, params: optax.Params, *, compile:
       >>> params = {f"layer_{i}": {"kernel": jnp.zeros((64, 48)), "bias": jnp.zeros(48)} for i in range(12)}
       >>> description = rf.describe(rf.published.sirf_shampoo(1e-3, batch_size=8, refresh_every=10), params)
       >>> print(description)
-      parameter       shape        blocks       structure  dtype   state
-      ──────────────────────────────────────────────────────────────────
-      layer_*/bias    12 of 48     12 of 48     diagonal   f32    7.07kB
-      layer_*/kernel  12 of 64×48  12 of 64×48  dense      f32     762kB
-      ──────────────────────────────────────────────────────────────────
-      total           37.4k        24                              769kB
+      parameter       shape        blocks       structure  dtype  state
+      ─────────────────────────────────────────────────────────────────
+      layer_*/bias    12 of 48     12 of 48     diagonal   f32    7.1kB
+      layer_*/kernel  12 of 64×48  12 of 64×48  dense      f32    762kB
+      ─────────────────────────────────────────────────────────────────
+      total           37.4k        24                             769kB
       State: 2.57 times Adam's 300kB of two numbers for each entry of the parameters.
       Step: 16.5M FLOPs of products, without refresh and statistics.
       Refresh: 34.4M FLOPs, every 10 steps.
       >>> description.state_bytes, description.flops.refresh
-      (769096, 34411008)
+      (769168, 34411008)
     """
     # Not tx.init itself: JAX does not call again what it has traced.
     init = lambda params: tx.init(params)
@@ -138,7 +139,7 @@ def _blocks(report: KroneckerReport, index: int, count: int) -> _Blocks:
     structures = [structure.name for structure in stack.structures if structure.dim > 1] or ["diagonal"]
     factors = getattr(state.block, "factors", None) or ()
     dtypes = [leaf.dtype.name.replace("float", "f") for axis in factors for leaf in jax.tree.leaves(axis)[:1]]
-    length = len(state.mean_square)
+    length = len(state.size)
     return _Blocks(count, stack.shape, _distinct(structures), _distinct(dtypes), count * _bytes(state) // length)
 
 
@@ -172,9 +173,10 @@ def _bytes_outside_stacks(state: Any, params: Any) -> Mapping[str, int]:
     without factors, that is one key.
     """
     ends: dict[tuple[Any, ...], tuple[str, Shape]] = {}
+    names = plain_paths(trees.named_leaves(params))
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        ends |= {(jax.tree_util.DictKey(path),): (path, jnp.shape(leaf)), keys: (path, jnp.shape(leaf))}
+        ends |= {(jax.tree_util.DictKey(names[path]),): (path, jnp.shape(leaf)), keys: (path, jnp.shape(leaf))}
     total: collections.Counter[str] = collections.Counter()
     is_stack = lambda node: isinstance(node, StackState)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_stack):

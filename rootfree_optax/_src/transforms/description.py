@@ -168,7 +168,7 @@ def _align(rows: Sequence[tuple[str, ...]], width: int) -> Iterator[str]:
 def _metric(number: int | None, unit: str) -> str:
     """Returns a number in three digits with a metric prefix, as in '29.9MB'."""
     if number is None:
-        return "unknown"
+        return f"unknown {unit.strip()}"
     value, prefixes = float(number), iter(("", "k", "M", "G", "T", "P", "E"))
     prefix = next(prefixes)
     while value >= 999.5:

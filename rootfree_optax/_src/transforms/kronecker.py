@@ -18,7 +18,7 @@ from rootfree_optax._src.common.schedules import Interval, RefreshEvery, Stagger
 from rootfree_optax._src.layout import Layout, Plan
 from rootfree_optax._src.layout.rules import dtypes_of
 from rootfree_optax._src.layout.stack import Stack
-from rootfree_optax._src.mesh.stacks_on_mesh import MeshAxes, WholeStacks, place_stacks, require_mesh_axes
+from rootfree_optax._src.mesh.stacks_on_mesh import LocalStacks, MeshAxes, WholeStacks, place_stacks, require_mesh_axes
 from rootfree_optax._src.stacks.state import StackState, StackStep, init_stacks
 from rootfree_optax._src.stacks.step import LazyStacks, measure_largest_scale, step_stacks
 from rootfree_optax._src.transforms.reports import KroneckerReport, report
@@ -32,7 +32,7 @@ class ScaleByKroneckerState(NamedTuple):
       stacks: what is kept for each stack of the plan. A plan without any block has one empty array in its place:
         `optax.tree.map_params` initialises on such a tree, and takes what it finds there for a leaf that stands for all
         stacks of a real state.
-      rest: what is kept for the parameters without factors, by key path.
+      rest: what is kept for the parameters without factors, by their names in `Plan.rest`.
       refreshes: how many times a refresh of all blocks has been due; with `staggered`, how many rounds are over.
     """
 
@@ -110,6 +110,7 @@ def scale_by_kronecker(
     at_construction = batch_size
     if not isinstance(rule, BlockRule):
         raise TypeError(f"rule must be a BlockRule, got {rule!r}.")
+    validate.require_at_least("weight", weight, 0)
     validate.require_at_least("damping", damping, 0)
     validate.require_at_least("absolute_damping", absolute_damping, 0)
     validate.require_constant(batch_size=batch_size, momentum=momentum)
@@ -161,9 +162,8 @@ def scale_by_kronecker(
         rest_updates, rest_state = {}, state.rest
         if plan.rest:
             others = None if params is None else _select_rest(plan, params, rest)
-            rest_updates, rest_state = for_rest.update(
-                _select_rest(plan, updates, rest), rest_state, others, **extra_args
-            )
+            by_name, rest_state = for_rest.update(_select_rest(plan, updates, rest), rest_state, others, **extra_args)
+            rest_updates = {parameter.path: by_name[parameter.name] for parameter in plan.rest}
         if not plan.stacks:
             updates = plan.unpack((), updates, rest=rest_updates)
             return updates, state._replace(count=count, rest=rest_state)
@@ -197,7 +197,7 @@ def scale_by_kronecker(
 
 
 def _select_rest(plan: Plan, tree: Any, rest: optax.GradientTransformation | None) -> dict[str, Any]:
-    """Returns the arrays of the parameters without factors, by key path.
+    """Returns the arrays of the parameters without factors, by name.
 
     Raises:
       ValueError: if there are any, but nothing that updates them.
@@ -210,7 +210,7 @@ def _select_rest(plan: Plan, tree: Any, rest: optax.GradientTransformation | Non
             "Pass rest=optax.scale_by_adam(), or Layout(diagonal=None) for factors everywhere."
         )
     leaves = trees.named_leaves(tree)
-    return {parameter.path: leaves[parameter.path] for parameter in plan.rest}
+    return {parameter.name: leaves[parameter.path] for parameter in plan.rest}
 
 
 def _require_supported(rule: BlockRule, plan: Plan) -> None:
@@ -241,19 +241,20 @@ def _place_state(
     """
     placed = place_stacks(plan, mesh_axes, (states, updates))
     lengths = tuple([len(state.size) for state in states])
+    expected = placed.own_lengths if isinstance(placed, LocalStacks) else placed.lengths
     # A parameter without a gradient is not planned for without params, and its blocks could pass for padding.
-    if params is None and (mesh_axes is not None or lengths != placed.own_lengths) and trees.has_none(updates):
+    if params is None and (mesh_axes is not None or lengths != expected) and trees.has_none(updates):
         raise ValueError("params must be given where a gradient is None: call tx.update(grads, state, params).")
     pairs = zip(states, plan.stacks, strict=False)
     if len(lengths) != len(plan.stacks) or not all(_has_shapes(rule, state, stack) for state, stack in pairs):
         raise ValueError(_describe_misfit(rule, states, plan))
-    if lengths == placed.own_lengths:
+    if lengths == expected:
         return placed
     multiple = math.gcd(*lengths)
     excess = [length - stack.count for length, stack in zip(lengths, plan.stacks, strict=True)]
     if placed.shards > 1:
         raise ValueError(
-            f"the state's stacks must have {placed.own_lengths} blocks on each of the {placed.shards} devices of "
+            f"the state's stacks must have {expected} blocks on the {placed.shards} devices of "
             f"mesh_axes={mesh_axes!r}, got {lengths}: it is of another mesh or other parameters. Restore it for this "
             "one as README says."
         )

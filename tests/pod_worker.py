@@ -26,12 +26,10 @@ SPECS = {"up": (None, "data"), "down": ("data",), "odd": ("data",), "bias": ("da
 SAVE_EVERY = 2
 
 
-def optimizer(block_axes: str | tuple[str, ...] = "data") -> optax.GradientTransformationExtraArgs:
+def optimizer(mesh_axes: str | tuple[str, ...] = "data") -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer: 4×4 blocks, of which no stack but one divides by eight."""
     layout = rf.Layout(block_size=4)
-    return rf.sirf_shampoo(
-        0.05, batch_size=4, update_every=2, damping=0.1, layout=layout, block_axes=block_axes, weight_decay=0.1
-    )
+    return rf.sirf_shampoo(0.05, refresh_every=2, layout=layout, mesh_axes=mesh_axes, weight_decay=0.1)
 
 
 def shapes_on(mesh: jax.sharding.Mesh, specs: dict[str, tuple[Any, ...]]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -68,11 +66,11 @@ def train(
     steps: int,
     mesh: jax.sharding.Mesh,
     specs: dict[str, tuple[Any, ...]] = SPECS,
-    block_axes: str | tuple[str, ...] = "data",
+    mesh_axes: str | tuple[str, ...] = "data",
     before_save: Any = lambda step: None,
 ) -> dict[str, Any]:
     """Trains from the last checkpoint in a folder on, saving every second step; returns parameters and state."""
-    tx, shapes = optimizer(block_axes), shapes_on(mesh, specs)
+    tx, shapes = optimizer(mesh_axes), shapes_on(mesh, specs)
     shardings = jax.tree.map(lambda struct: struct.sharding, target_of(tx, shapes))
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
