@@ -126,7 +126,7 @@ def run(task: Task, settings: dict[str, Any], options: argparse.Namespace) -> No
     """Prints the table and writes the record."""
     records = measure(task, list(options.methods), options.learning_rates[0])
     title = f"Probe of {settings['size']} along {options.methods[0]}, {settings['steps']} steps of {settings['batch']}"
-    columns = [Column(key, key.replace(" ", "\n"), "d" if key == "step" else ".3g") for key in records[0]]
+    columns = [Column(key, key.replace(" ", "\n"), ".0f" if key == "step" else ".3g") for key in records[0]]
     show(Console(), title, machine.summary(description := machine.describe()), columns, records)
     name = options.name or f"probe_{options.size}_{task.batch}x{task.steps}"
     report.write(options.output / f"{name}.json", description, settings, records)

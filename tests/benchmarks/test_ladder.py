@@ -1,5 +1,6 @@
 """The ladder's references follow their formulas, and runs side by side are runs alone."""
 
+import argparse
 import dataclasses
 import gzip
 import json
@@ -215,9 +216,11 @@ def test_the_probe_finds_a_planted_signal_and_ranks():
 
 
 @pytest.mark.research
-def test_the_probe_compares_directions_along_one_run():
+def test_the_probe_compares_directions_along_one_run(tmp_path):
     task = dataclasses.replace(make_task(), steps=400)
-    records = probe.measure(task, ["adamw", "muon"], 1e-3)
+    options = argparse.Namespace(methods=["adamw", "muon"], learning_rates=[1e-3], name="a", output=tmp_path, size="-")
+    probe.run(task, {"size": "-", "steps": 400, "batch": 16}, options)
+    records = json.loads((tmp_path / "a.json").read_text())["records"]
     assert [record["step"] for record in records] == [20, 60, 120, 240, 360]
     assert records[0]["gain adamw"] > 0.1  # at first all batches agree on which bytes there are
     assert all(abs(record["gain muon"]) <= 1 and 0 < record["rank"] <= 1 for record in records)
