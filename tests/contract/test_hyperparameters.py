@@ -130,7 +130,7 @@ def test_injected_hyperparameters_equal_constants_and_can_be_changed(case: Case,
 @over(ALL)
 def test_vmap_over_hyperparameters_equals_a_loop_and_each_has_an_effect(case: Case) -> None:
     params = make_params()
-    gradients = make_gradients(params, 3)
+    gradients = make_gradients(params, 4)  # so that there are two refreshes
     values = first_values(case)
     settings = [values, *({**values, name: HYPERPARAMETERS[name][1]} for name in case.numeric)]
     of_setting = quick_jit(lambda traced: scan(case(**traced), params, gradients))
