@@ -1,0 +1,1 @@
+"""The ladder: decoders and a convolutional network of growing size, trained by every method on real data."""
