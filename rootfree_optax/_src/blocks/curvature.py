@@ -39,13 +39,15 @@ Factors: TypeAlias = tuple[Parts, ...]
 
 # A gradient that is this many times larger or smaller than the average, as a power of two, changes the scale.
 _LARGEST_SURPRISE = 2
-# Below this rms of the momentum beside the gradients' a step is shortened in proportion: it is mostly noise by then.
-_LEAST_EVIDENCE = 0.05
+# An average of gradients that is longer than this beside them, in rms, is of gradients that are gone.
+_LARGEST_MOMENTUM = 2
 # A block whose gradients are below this part of the whole tree's is rounding noise.
 _LEAST_PART = 1e-6
 # Products of square matrices: KᵀS̃K, and K times an inverse root.
 _REFRESH_PRODUCTS = 10
 _SYMMETRIC_ROOT_PRODUCTS, _POSITIVE_ROOT_PRODUCTS = 30, 37
+# Between two refreshes S may lose all that it was. K grows at most as if a part of this size were left.
+_LEAST_RETAINED = 2.0**-5
 # Of S's Frobenius norm, the least damping that factors in half precision need: K resolves 2⁻⁸, and S⁻¹ is its square.
 _LOW_PRECISION_FLOOR = 2.0**-14
 
@@ -61,6 +63,7 @@ class CurvatureState(NamedTuple):
       power: the average of mean(G²)/4ᵉ.
       seen: how many gradients S averages, the first one twice. Zero before the first.
       retained: which part of the S of the last refresh is still in S.
+      last_momentum: the root mean square of the momentum, divided by 2ᵉ, at the last step with a gradient.
       refreshes: how many refreshes there have been.
       refused: how many of them were refused, because they came out non-finite.
       shortened: how many steps were shortened.
@@ -73,9 +76,17 @@ class CurvatureState(NamedTuple):
     power: jax.Array
     seen: jax.Array
     retained: jax.Array
+    last_momentum: jax.Array
     refreshes: jax.Array
     refused: jax.Array
     shortened: jax.Array
+
+
+def root_mean_square(array: jax.Array) -> jax.Array:
+    """Returns √mean(a²), a scalar, where neither over- nor underflows."""
+    largest = jnp.max(jnp.abs(array))
+    unit = jnp.where(largest > 0, largest, 1)
+    return jnp.sqrt(jnp.mean(jnp.square(array / unit))) * unit
 
 
 class Scaled(NamedTuple):
@@ -168,9 +179,11 @@ class CurvatureRule(BlockRule):
     Silence is not evidence: a gradient that is all zero, or not finite, leaves the curvature as it was.
 
     With `step_size="adamw"` a step has the length of AdamW's, so that its learning rate serves: D is scaled to a root
-    mean square of `rms`, or less where the momentum is below `_LEAST_EVIDENCE` of the gradients' size, as after the
-    block's gradients have stopped, and where the block's gradients are rounding noise beside the tree's. With "newton"
-    it is D itself for the curvature B·S, no longer than the trust radius.
+    mean square of `rms`. It is shorter, as AdamW's is, where the momentum is of the past: in proportion to it while a
+    block's gradients are zero, and in inverse proportion where it is larger than they are by far, after they have
+    fallen. So neither moves a block by more than rms/(1 − momentum). It is shorter, too, where a block's gradients are
+    rounding noise beside the tree's. With "newton" it is D itself for the curvature B·S, no longer than the trust
+    radius.
     """
 
     step_size: StepSize
@@ -219,6 +232,7 @@ class CurvatureRule(BlockRule):
             power=one,
             seen=zero,
             retained=one,
+            last_momentum=zero,
             refreshes=number,
             refused=number,
             shortened=number,
@@ -256,15 +270,23 @@ class CurvatureRule(BlockRule):
     def observe(
         self, state: CurvatureState, gradient: jax.Array, *, structures: Sequence[Structure], step: Step
     ) -> CurvatureState:
-        """Averages the curvature of a gradient into S; all gradients weigh alike until there are 1/(1 − b₂) of them."""
+        """Averages the curvature of a gradient into S; all gradients weigh alike until there are 1/(1 − b₂) of them.
+
+        Rows of a diagonal axis that the gradient does not touch keep their curvature.
+        """
         with jax.named_scope("statistics"):
             scaled = scale_gradient(gradient, state.exponent, state.power, largest_surprise=_LARGEST_SURPRISE)
             weight = jnp.maximum(jnp.asarray(step.weight, state.seen.dtype), 1 / (state.seen + 1))
             weight = jnp.where(scaled.is_evidence, weight, 0)
             new = curvatures_along(scaled.gradient, structures, state.factors, precision=self.precision)
             average = lambda old, h: old + weight.astype(old.dtype) * (h.astype(old.dtype) - old)
+            average_rows = lambda old, h: jnp.where(h > 0, average(old, h), old)
+            statistics = [
+                jax.tree.map(average_rows if structure.is_diagonal else average, old, h)
+                for structure, old, h in zip(structures, state.statistics, new, strict=True)
+            ]
             return state._replace(
-                statistics=jax.tree.map(average, state.statistics, new),
+                statistics=tuple(statistics),
                 exponent=scaled.exponent,
                 power=average(state.power, scaled.power),
                 seen=state.seen + scaled.is_evidence.astype(state.seen.dtype),
@@ -278,15 +300,16 @@ class CurvatureRule(BlockRule):
         del gradient
         with jax.named_scope("refresh"):
             # What S has lost is the least that S̃ can have shrunk by, and a margin for what K was off by.
-            shift = 0.8 * jnp.minimum(state.retained, 1)
+            shift = 0.8 * jnp.clip(state.retained, _LEAST_RETAINED, 1)
             mean_inverse = [s.squared_norm(k) / s.dim for s, k in zip(structures, state.factors, strict=True)]
             absolute = scale_by_exponent(
                 jnp.asarray(step.absolute_damping / step.batch_size, state.power.dtype), -2 * state.exponent
             )
             factors = []
             for n, (structure, s, k) in enumerate(zip(structures, state.statistics, state.factors, strict=True)):
-                others = [t for j, t in enumerate(mean_inverse) if j != n]
-                damping = self._damping(structure, s, k, step.damping) + math.prod(others, start=absolute)
+                others = [t.astype(s[0].dtype) for j, t in enumerate(mean_inverse) if j != n]
+                paper = math.prod(others, start=absolute.astype(s[0].dtype))
+                damping = self._damping(structure, s, k, step.damping) + paper
                 damped = structure.add_identity(s, damping)
                 excess = structure.add_identity(structure.congruence(k, damped), -shift)
                 factors.append(structure.times_inverse_root(k, excess, shift=shift, precision=self.precision))
@@ -306,11 +329,11 @@ class CurvatureRule(BlockRule):
 
     @staticmethod
     def _damping(structure: Structure, s: Parts, k: Parts, damping: ArrayLike) -> jax.Array:
-        """Returns ρ·tr(S)/d, a scalar, or the least that a K in half precision needs."""
+        """Returns ρ·tr(S)/d, a scalar, or the least that the dtypes of K and S need."""
         relative = jnp.asarray(damping, s[0].dtype) * structure.trace(s) / structure.dim
-        if not is_low_precision(k[0].dtype):
-            return relative
-        return jnp.maximum(relative, _LOW_PRECISION_FLOOR * jnp.sqrt(structure.squared_norm(s)))
+        resolution = float(jnp.finfo(s[0].dtype).eps) / 8
+        floor = _LOW_PRECISION_FLOOR if is_low_precision(k[0].dtype) else resolution
+        return jnp.maximum(relative, floor * jnp.sqrt(structure.squared_norm(s)))
 
     def precondition(
         self,
@@ -322,29 +345,30 @@ class CurvatureRule(BlockRule):
         step: Step,
     ) -> tuple[jax.Array, CurvatureState]:
         """Returns D at the length that `step_size` says."""
-        del gradient
         with jax.named_scope("apply"):
             scaled = scale_by_exponent(upcast(momentum), -state.exponent)
             direction = self.precondition_momentum(state, scaled, structures)
             if self.step_size == "newton":
                 length, is_short = self._newton_length(state, scaled, direction, step)
             else:
-                length, is_short = self._adamw_length(state, scaled, direction, step)
+                length, is_short, state = self._adamw_length(state, scaled, gradient, direction, step)
             return direction * length, state._replace(shortened=state.shortened + is_short.astype(jnp.int32))
 
     def _adamw_length(
-        self, state: CurvatureState, momentum: jax.Array, direction: jax.Array, step: Step
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns what to multiply D by, and whether evidence is too small for the full length."""
-        dtype = direction.dtype
-        rms_of = lambda array: jnp.sqrt(jnp.mean(jnp.square(array)))
-        evidence = rms_of(momentum) / (_LEAST_EVIDENCE * jnp.sqrt(state.power).astype(dtype))
-        part = jnp.exp2(self.scale(state) - step.largest_scale).astype(dtype) / _LEAST_PART
-        shortening = jnp.minimum(1, jnp.minimum(evidence, part))
-        largest = jnp.max(jnp.abs(direction))
-        unit = jnp.where(largest > 0, largest, 1)
-        size = rms_of(direction / unit) * unit
-        return shortening * self.rms / jnp.where(largest > 0, size, 1), shortening < 1
+        self, state: CurvatureState, momentum: jax.Array, gradient: jax.Array, direction: jax.Array, step: Step
+    ) -> tuple[jax.Array, jax.Array, CurvatureState]:
+        """Returns what to multiply D by, whether that is less than the full length, and the state."""
+        size = root_mean_square(momentum)
+        is_silent = jnp.all(gradient == 0)
+        last = jnp.where(is_silent | ~jnp.isfinite(size), state.last_momentum, size.astype(state.last_momentum.dtype))
+        positive = lambda number: jnp.where(number > 0, number, 1)
+        fading = jnp.where(is_silent, size / positive(last).astype(size.dtype), 1)
+        excess = size / (_LARGEST_MOMENTUM * jnp.sqrt(state.power).astype(size.dtype))
+        scale = self.scale(state)
+        part = jnp.where(jnp.isfinite(scale), jnp.exp2(scale - step.largest_scale) / _LEAST_PART, 1)
+        shortening = jnp.minimum(jnp.minimum(fading, part.astype(size.dtype)), 1 / jnp.maximum(excess, 1))
+        length = shortening * self.rms / positive(root_mean_square(direction))
+        return length, shortening < 1, state._replace(last_momentum=last)
 
     def _newton_length(
         self, state: CurvatureState, momentum: jax.Array, direction: jax.Array, step: Step

@@ -13,6 +13,8 @@ from rootfree_optax._src.blocks.momentum import keep_finite
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, upcast
 from rootfree_optax._src.numerics.rounding import round_dithered
 
+_LARGEST_SQUARED = 2.0**50
+
 
 def squared_magnitude(array: jax.Array) -> jax.Array:
     """Returns |a|² of a real or complex array, as a real array."""
@@ -82,6 +84,18 @@ def averaged_direction(
     average = m.astype(wide.dtype) / jnp.asarray(m_weight, wide.dtype)
     curvature = s.astype(real) / jnp.asarray(s_weight, real)
     return root_free_direction(average, curvature, damping=damping).astype(gradient.dtype)
+
+
+def limit_to_squares(gradient: jax.Array) -> jax.Array:
+    """Returns a gradient whose squares can be averaged in float32: finite entries are at most 2⁵⁰ in magnitude.
+
+    Otherwise an average of squares would miss a larger entry, which the average of gradients would have.
+    """
+    wide = upcast(gradient)
+    size = jnp.abs(wide)
+    is_large = (size > _LARGEST_SQUARED) & jnp.isfinite(size)
+    factor = jnp.where(is_large, _LARGEST_SQUARED / jnp.where(is_large, size, 1), 1)
+    return (wide * factor.astype(wide.dtype)).astype(gradient.dtype)
 
 
 def average_square(

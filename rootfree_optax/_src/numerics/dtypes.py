@@ -26,6 +26,15 @@ def has_smaller_range(dtype: DTypeLike, other: DTypeLike) -> bool:
     return bool(jnp.finfo(dtype).maxexp < jnp.finfo(other).maxexp)
 
 
+def dtype_of_squares(array: jax.Array) -> jnp.dtype:
+    """Returns the real dtype to store averages of an array's squares: its own, or float32 for float16.
+
+    The square of a number below 2⁻¹² or above 2⁸ is no float16.
+    """
+    own = real_dtype(jnp.result_type(array))
+    return np.promote_types(own, np.float32) if has_smaller_range(own, np.float32) else own
+
+
 def dtype_like(array: jax.Array, real: DTypeLike | None) -> jnp.dtype:
     """Returns the dtype of state for `array`: `real`, or the complex dtype of that precision for a complex array.
 

@@ -35,7 +35,7 @@ def rf_rmsprop(
       decay: b₂, in [0, 1), how much of s is kept at each step.
       momentum: decay of the average of directions, in [0, 1). None averages nothing and keeps no state.
       mu_dtype: floating-point dtype of v; by default each parameter's own.
-      nu_dtype: floating-point dtype of s; by default each parameter's own.
+      nu_dtype: floating-point dtype of s; by default each parameter's own, float32 for float16.
       weight_decay: κ ≥ 0, decoupled, as AdamW's.
       mask: which parameters decay, see `optax.add_decayed_weights`.
       damping: ρ ≥ 0, relative to the mean of s over the parameter.
@@ -107,7 +107,7 @@ def rf_adamw(
       b1: decay of the gradient's average m, in [0, 1).
       b2: decay of the curvature's average s, in [0, 1).
       mu_dtype: floating-point dtype of m; by default each parameter's own.
-      nu_dtype: floating-point dtype of s; by default each parameter's own.
+      nu_dtype: floating-point dtype of s; by default each parameter's own, float32 for float16.
       weight_decay: κ ≥ 0, decoupled, as AdamW's.
       mask: which parameters decay, see `optax.add_decayed_weights`.
       damping: ρ ≥ 0, relative to the mean of s over the parameter.

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax._src.blocks.diagonal import adam_step, first_moment, second_moment
+from rootfree_optax._src.blocks.diagonal import adam_step, first_moment, limit_to_squares, second_moment
 from rootfree_optax._src.blocks.momentum import total_weight
 from rootfree_optax._src.common import schedules, trees, validate
-from rootfree_optax._src.numerics.dtypes import dtype_like, real_dtype, upcast
+from rootfree_optax._src.numerics.dtypes import dtype_like, dtype_of_squares, upcast
 
 
 class RelativeAdamState(NamedTuple):
@@ -42,7 +42,7 @@ def scale_by_relative_adam(
       b2: decay of v, in [0, 1). A number, a traced scalar or a schedule; its bias correction assumes a constant.
       eps: ε ≥ 0. A number, a traced scalar or a schedule.
       mu_dtype: floating-point dtype of m; by default each parameter's own.
-      nu_dtype: floating-point dtype of v; by default each parameter's own.
+      nu_dtype: floating-point dtype of v; by default each parameter's own, float32 for float16.
 
     Returns:
       A transformation.
@@ -68,7 +68,7 @@ def scale_by_relative_adam(
 
     def init(params: optax.Params) -> RelativeAdamState:
         mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype_like(p, mu_dtype)), params)
-        nu = jax.tree.map(lambda p: jnp.zeros_like(p, nu_dtype or real_dtype(jnp.result_type(p))), params)
+        nu = jax.tree.map(lambda p: jnp.zeros_like(p, nu_dtype or dtype_of_squares(p)), params)
         return RelativeAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
     def update(
@@ -76,6 +76,7 @@ def scale_by_relative_adam(
     ) -> tuple[optax.Updates, RelativeAdamState]:
         del params, extra_args
         step = optax.safe_increment(state.step)
+        updates = jax.tree.map(limit_to_squares, updates)
         decay, epsilon = schedules.value_at(b2, state.step), schedules.value_at(eps, state.step)
         square = functools.partial(second_moment, decay=decay, batch_size=1, count=state.step)
         nu = trees.map_accumulators(square, state.nu, updates)

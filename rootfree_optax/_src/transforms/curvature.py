@@ -84,6 +84,11 @@ def scale_by_sirf_muon(
       Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
       https://arxiv.org/abs/2402.03496
     """
+    if isinstance(power, jax.Array) or power not in (1 / 2, 1 / 4, 1 / 8):
+        raise ValueError(
+            f"power must be 1/2, 1/4 or 1/8, as a Python number, got {power!r}. "
+            "Under optax.inject_hyperparams, pass static_args='power'."
+        )
     return _scale_by_curvature(
         Spectral(power, step_size, _RMS, None, precision),
         momentum,

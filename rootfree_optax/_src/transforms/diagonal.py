@@ -11,13 +11,14 @@ from jax.typing import ArrayLike, DTypeLike
 from rootfree_optax._src.blocks.diagonal import (
     average_square,
     first_moment,
+    limit_to_squares,
     newton_step,
     root_free_step,
 )
 from rootfree_optax._src.blocks.momentum import total_weight
 from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.common.schedules import StepSize
-from rootfree_optax._src.numerics.dtypes import dtype_like, real_dtype, upcast
+from rootfree_optax._src.numerics.dtypes import dtype_like, dtype_of_squares, upcast
 
 
 class ScaleByRfRmsState(NamedTuple):
@@ -52,8 +53,8 @@ def scale_by_rf_rms(
     Newton-like step for a loss that is a mean over B terms. Complex gradients use |g|². All arithmetic is in at least
     float32.
 
-    s is an average that starts right. An entry whose gradient is zero or not finite keeps its s, and so does one whose
-    g² overflows; the direction shows a non-finite gradient, so that `optax.apply_if_finite` works.
+    s is an average that starts right. An entry whose gradient is zero or not finite keeps its s; the direction shows a
+    non-finite gradient, so that `optax.apply_if_finite` works. Finite entries of g count as at most 2⁵⁰ in magnitude.
 
     Args:
       decay: b₂, in [0, 1): how much of s is kept at each step. A number, a traced scalar or a schedule.
@@ -62,7 +63,7 @@ def scale_by_rf_rms(
       step_size: "adamw", so that AdamW's learning rate serves, or "newton".
       batch_size: B > 0, how many terms the loss averages, for `step_size="newton"`. A `batch_size=` passed to `update`
         wins; it may change from step to step without recompiling.
-      nu_dtype: floating-point dtype of s; by default each parameter's own. A half-precision s is rounded so that it
+      nu_dtype: floating-point dtype of s; by default each parameter's own, float32 for float16. A half-precision s is rounded so that it
         follows the moving average even where 1 − decay is below its resolution.
 
     Returns:
@@ -105,6 +106,7 @@ def scale_by_rf_rms(
     ) -> tuple[optax.Updates, ScaleByRfRmsState]:
         del params, extra_args
         count = optax.safe_increment(state.count)
+        updates = jax.tree.map(limit_to_squares, updates)
         nu = _update_nu(state.nu, updates, curvature, schedules.value_at(decay, state.count), count)
         step = _step(step_size, damping, absolute_damping, batch_size, at_construction, state.count)
         direction = trees.map_gradients(lambda g, s: step(upcast(g), s).astype(g.dtype), updates, nu)
@@ -142,7 +144,7 @@ def scale_by_rf_adam(
       batch_size: B > 0, how many terms the loss averages, for `step_size="newton"`. A `batch_size=` passed to `update`
         wins.
       mu_dtype: floating-point dtype of m; by default each parameter's own.
-      nu_dtype: floating-point dtype of s; by default each parameter's own.
+      nu_dtype: floating-point dtype of s; by default each parameter's own, float32 for float16.
 
     Returns:
       A transformation whose `update` takes the extra arguments `batch_size` and `curvature` (see `scale_by_rf_rms`).
@@ -185,6 +187,7 @@ def scale_by_rf_adam(
     ) -> tuple[optax.Updates, ScaleByRfAdamState]:
         del params, extra_args
         count = optax.safe_increment(state.count)
+        updates = jax.tree.map(limit_to_squares, updates)
         nu = _update_nu(state.nu, updates, curvature, schedules.value_at(b2, state.count), count)
         averages, mu = trees.map_pairs(lambda g, m: first_moment(m, g, decay=b1), updates, state.mu)
         step = _step(step_size, damping, absolute_damping, batch_size, at_construction, state.count)
@@ -205,7 +208,7 @@ def _require_valid(
 
 
 def _zeros_like_real(params: optax.Params, dtype: DTypeLike | None) -> Any:
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype or real_dtype(jnp.result_type(p))), params)
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype or dtype_of_squares(p)), params)
 
 
 def _step(
@@ -236,5 +239,6 @@ def _update_nu(
         curvature = updates
     else:
         trees.require_like(curvature, nu, name="curvature", sample_axis=True)
+        curvature = jax.tree.map(limit_to_squares, curvature)
     square = functools.partial(average_square, decay=decay, seen=count, count=count)
     return trees.map_accumulators(square, nu, curvature)

@@ -1,0 +1,312 @@
+"""The scale-free curvature rules against NumPy in double precision, and what they do with gradients of other sizes."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from double_precision import double_precision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rootfree_optax._src.blocks.curvature import RootFree, Spectral, Whitening, scale_gradient
+from rootfree_optax._src.blocks.rule import Step
+from rootfree_optax._src.numerics.polar import orthogonalize
+from rootfree_optax._src.structures import dense, diagonal
+
+WEIGHT, DAMPING = 0.2, 0.1
+MAKE = {"dense": dense, "diagonal": diagonal}
+
+
+def step(**changes):
+    return Step(jnp.int32(0), **{"weight": WEIGHT, "damping": DAMPING, **changes})
+
+
+def advance(rule, structures, gradients, *, dtype=jnp.float32, numbers=None):
+    """Returns the state after gradients, each of which starts, is observed and refreshes the factors."""
+    numbers = step() if numbers is None else numbers
+    given = {"structures": structures, "step": numbers}
+
+    def take_in(state, gradient):
+        return rule.refresh(rule.observe(state, gradient, **given), gradient, **given), None
+
+    @jax.jit
+    def run(gradients):
+        state = rule.init(structures, [dtype] * len(structures))
+        return jax.lax.scan(take_in, rule.start(state, gradients[0], **given), gradients)[0]
+
+    return run(jnp.stack(gradients))
+
+
+def as_matrix(parts):
+    part = np.asarray(parts[0], np.float64)
+    return np.diag(part) if part.ndim == 1 else part
+
+
+def along(matrix, tensor, axis):
+    return np.moveaxis(np.tensordot(matrix, tensor, (1, axis)), 0, axis)
+
+
+def every_axis(matrices, tensor, but=None):
+    for axis, matrix in enumerate(matrices):
+        tensor = tensor if axis == but else along(matrix, tensor, axis)
+    return tensor
+
+
+def power(matrix, exponent):
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * values**exponent) @ vectors.T
+
+
+class Reference:
+    """S and the damped S̃ after gradients in units of 2ᵉ, by inverses in double precision."""
+
+    def __init__(self, shape, kinds, samples):
+        self.shape, self.kinds, self.samples = shape, kinds, samples
+        self.seen = 0
+
+    def take_in(self, gradient):
+        batch = gradient if self.samples else gradient[None]
+        if self.seen == 0:
+            mean = np.mean(batch**2) ** (1 / len(self.shape))
+            self.s = [mean * np.eye(d) for d in self.shape]
+            self.damp()
+            self.seen = 1
+        roots = [power(s, -0.5) for s in self.damped]
+        weight = max(WEIGHT, 1 / (self.seen + 1))
+        for n, d in enumerate(self.shape):
+            h = np.zeros((d, d))
+            for g in batch:
+                z = np.moveaxis(every_axis(roots, g, but=n), n, 0).reshape(d, -1)
+                h += z @ z.T / (math.prod(self.shape) / d) / len(batch)
+            h = np.diag(np.diag(h)) if self.kinds[n] == "diagonal" else h
+            self.s[n] = (1 - weight) * self.s[n] + weight * h
+        self.seen += 1
+        self.damp()
+
+    def damp(self):
+        self.damped = [s + DAMPING * np.trace(s) / len(s) * np.eye(len(s)) for s in self.s]
+
+
+axes_of_blocks = st.lists(
+    st.tuples(st.integers(1, 4), st.sampled_from(["dense", "diagonal"])), min_size=1, max_size=4
+)
+
+
+@pytest.mark.research
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(axes=axes_of_blocks, samples=st.sampled_from([0, 3]), seed=st.integers(0, 99))
+def test_statistics_factors_and_newtons_step_of_any_block_are_numpys(axes, samples, seed):
+    check_against_numpy(axes, samples, seed)
+
+
+@pytest.mark.parametrize(
+    ("axes", "samples"),
+    [([(4, "dense"), (3, "dense")], 0), ([(2, "dense"), (1, "dense"), (3, "diagonal"), (2, "dense")], 3)],
+)
+def test_statistics_factors_and_newtons_step_are_numpys(axes, samples):
+    check_against_numpy(axes, samples, seed=5)
+
+
+def check_against_numpy(axes, samples, seed):
+    shape, kinds = zip(*axes, strict=True)
+    rng = np.random.default_rng(seed)
+    # Of one size, so that no gradient is a surprise.
+    gradients = [np.sign(g) * (0.5 + abs(g)) / 3 for g in rng.standard_normal((3, *[samples] * bool(samples), *shape))]
+    structures = [MAKE[kind](d) for d, kind in axes]
+    with double_precision():
+        radius = 1.5
+        rule = RootFree(step_size="newton", trust_radius=radius, precision="highest")
+        numbers = step(batch_size=7.0, absolute_damping=0.0)
+        state = advance(rule, structures, [jnp.asarray(g) for g in gradients], dtype=jnp.float64, numbers=numbers)
+        momentum = rng.standard_normal(shape)
+        given = {"gradient": jnp.asarray(momentum), "structures": structures, "step": numbers}
+        direction, after = rule.precondition(state, jnp.asarray(momentum), **given)
+    direction, unit = np.asarray(direction), 2.0 ** int(state.exponent)
+    reference = Reference(shape, kinds, samples)
+    for gradient in gradients:
+        reference.take_in(gradient / unit)
+    for found, s, damped, k in zip(state.statistics, reference.s, reference.damped, state.factors, strict=True):
+        np.testing.assert_allclose(as_matrix(found), s, rtol=0, atol=2e-5 * np.abs(s).max())
+        k = as_matrix(k)
+        np.testing.assert_allclose(k @ k.T @ damped, np.eye(len(s)), rtol=0, atol=1e-4)
+    newton = every_axis([np.linalg.inv(s) for s in reference.damped], momentum) / (7 * unit**2)
+    length = np.mean(momentum * newton) * 7  # (L/√B)²·B, in the metric of B·S
+    expected = newton * min(1, radius**2 / length)
+    np.testing.assert_allclose(direction, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    assert int(after.shortened) == int(length > radius**2)
+
+
+POWERS = {
+    RootFree(): 1.0,
+    Whitening(): 0.5,
+    Spectral(0.5): 0.5,
+    Spectral(0.25): 0.25,
+    Spectral(0.125): 0.125,
+}
+
+
+@pytest.mark.parametrize("rule", POWERS, ids=lambda rule: f"{type(rule).__name__}{getattr(rule, 'power', '')}")
+def test_a_direction_is_the_momentum_times_powers_of_the_curvature(rule):
+    shape, rng = (5, 4), np.random.default_rng(0)
+    structures = [dense(d) for d in shape]
+    a, b = rng.standard_normal((5, 5)), rng.standard_normal((4, 4))
+    gradients = [a @ g @ b for g in rng.standard_normal((12, *shape))]
+    momentum = rng.standard_normal(shape)
+    with double_precision():
+        state = advance(rule, structures, [jnp.asarray(g) for g in gradients], dtype=jnp.float64)
+        given = {"gradient": jnp.asarray(momentum), "structures": structures, "step": step()}
+        direction, _ = rule.precondition(state, jnp.asarray(momentum), **given)
+        direction, exponent = np.asarray(direction), POWERS[rule]
+        s = [as_matrix(parts) for parts in state.statistics]
+        powers = [power(x + DAMPING * np.trace(x) / len(x) * np.eye(len(x)), -exponent) for x in s]
+        expected = every_axis(powers, momentum)
+        if isinstance(rule, Spectral):
+            expected = every_axis(powers, np.asarray(orthogonalize(jnp.asarray(expected))))
+    np.testing.assert_allclose(np.sqrt(np.mean(direction**2)), rule.rms, rtol=1e-6)
+    expected *= rule.rms / np.sqrt(np.mean(expected**2))
+    assert np.linalg.norm(direction - expected) < 5e-3 * np.linalg.norm(expected)
+
+
+def test_the_absolute_damping_is_the_papers():
+    # λ·Π_{j≠n} tr(S̃ⱼ⁻¹)/dⱼ is added to S̃ₙ, in the units of B·S.
+    shape, rng = (3, 2), np.random.default_rng(1)
+    structures = [dense(3), dense(2)]
+    gradient = rng.standard_normal(shape)
+    numbers = step(damping=0.0, absolute_damping=0.6, batch_size=2.0)
+    given = {"structures": structures, "step": numbers}
+    with double_precision():
+        rule = RootFree(step_size="newton", precision="highest")
+        before = rule.start(rule.init(structures, [jnp.float64] * 2), jnp.asarray(gradient), **given)
+        after = rule.refresh(before, jnp.asarray(gradient), **given)
+    damping = 0.3 / 4.0 ** int(before.exponent)
+    for n, structure in enumerate(structures):
+        other = np.asarray(before.factors[1 - n][0])
+        mean_inverse = np.trace(other @ other.T) / len(other)
+        damped = np.asarray(before.statistics[n][0]) + damping * mean_inverse * np.eye(structure.dim)
+        k = np.asarray(after.factors[n][0])
+        np.testing.assert_allclose(k @ k.T @ damped, np.eye(structure.dim), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 0.3, 1.0, 5e3, 1e20, 3e37])
+def test_a_gradient_of_another_size_changes_the_scale_at_once(size):
+    gradient = size * jnp.asarray(np.random.default_rng(0).standard_normal((8, 8)), jnp.float32)
+    scaled = scale_gradient(gradient, jnp.int32(0), jnp.float32(1), largest_surprise=2)
+    assert bool(scaled.is_evidence)
+    exact = np.asarray(gradient, np.float64) / 2.0 ** int(scaled.exponent)
+    np.testing.assert_array_equal(scaled.gradient, exact.astype(np.float32))
+    np.testing.assert_allclose(scaled.power, np.mean(exact**2), rtol=1e-5)
+    assert abs(np.log2(float(scaled.power)) / 2) <= 2.6
+    if 0.25 < size < 4:
+        assert int(scaled.exponent) == 0
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf, -np.inf])
+def test_what_is_no_evidence_leaves_the_curvature_bit_for_bit(bad):
+    structures = [dense(3), diagonal(2)]
+    rng = np.random.default_rng(0)
+    first = [jnp.asarray(g, jnp.float32) for g in rng.standard_normal((2, 3, 2))]
+    last = jnp.zeros((3, 2)) if bad == 0 else first[0].at[1, 1].set(bad)
+    rule = RootFree()
+    before = advance(rule, structures, first)
+    after = rule.observe(before, last, structures=structures, step=step())
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_an_untouched_row_of_a_diagonal_axis_keeps_its_curvature():
+    structures = [diagonal(4), dense(3)]
+    rng = np.random.default_rng(0)
+    draws = jnp.asarray(rng.standard_normal((6, 4, 3)), jnp.float32)
+    before = advance(RootFree(), structures, list(draws[:3]))
+    rule, rows = RootFree(), jnp.asarray([1.0, 0.0, 1.0, 1.0])[:, None]
+    after = before
+    for gradient in draws[3:]:
+        after = rule.observe(after, gradient * rows, structures=structures, step=step())
+    old, new = before.statistics[0][0], after.statistics[0][0]
+    assert old[1] == new[1]
+    assert np.all(old[jnp.asarray([0, 2, 3])] != new[jnp.asarray([0, 2, 3])])
+
+
+@pytest.mark.parametrize("observations", [40, 4000])
+def test_factors_are_renewed_however_little_is_left_of_their_curvature(observations):
+    # S forgets all of the S of the last refresh, so what it has lost is no bound on how much K may grow.
+    shape, rng = (6, 6), np.random.default_rng(0)
+    structures = [dense(6), dense(6)]
+    scales = jnp.asarray(np.geomspace(0.3, 3, 6)[:, None], jnp.float32)
+    first = jnp.asarray(rng.standard_normal((8, *shape)), jnp.float32)
+    rule = RootFree()
+    state = advance(rule, structures, list(first))
+    observe = lambda state, key: (
+        rule.observe(state, scales * jax.random.normal(key, shape), structures=structures, step=step()),
+        None,
+    )
+
+    @jax.jit
+    def round_of(state, key):
+        state, _ = jax.lax.scan(observe, state, jax.random.split(key, observations))
+        return rule.refresh(state, first[0], structures=structures, step=step())
+
+    for index in range(3):
+        state = round_of(state, jax.random.key(index))
+    for s, k in zip(state.statistics, state.factors, strict=True):
+        s, k = np.asarray(s[0], np.float64), np.asarray(k[0], np.float64)
+        damped = s + DAMPING * np.trace(s) / 6 * np.eye(6)
+        values = np.linalg.eigvals(k @ k.T @ damped).real
+        assert 0.9 < values.min() <= values.max() < 1.1
+    assert int(state.refused) == 0
+
+
+def lengths_after(change, *, steps, momentum=0.95):
+    """Returns the lengths of a block's updates after `change` of a block's gradients, and their sum."""
+    structures, shape = [dense(8), dense(8)], (8, 8)
+    rule, rng = RootFree(), np.random.default_rng(0)
+    noise = jnp.asarray(0.5 + rng.standard_normal((40 + steps, *shape)), jnp.float32)
+    gradients = noise.at[40:].multiply(jnp.float32(change))
+
+    @jax.jit
+    def run(gradients):
+        given = {"structures": structures, "step": step(weight=0.05)}
+        state = rule.start(rule.init(structures, [jnp.float32] * 2), gradients[0], **given)
+
+        def one(carry, gradient):
+            state, average = carry
+            average = momentum * average + (1 - momentum) * gradient
+            state = rule.refresh(rule.observe(state, gradient, **given), gradient, **given)
+            direction, state = rule.precondition(state, average, gradient=gradient, **given)
+            return (state, average), direction
+
+        return jax.lax.scan(one, (state, jnp.zeros(shape)), gradients)[1]
+
+    directions = np.asarray(run(gradients), np.float64)
+    rms = lambda array: np.sqrt(np.mean(array**2, axis=(-2, -1)))
+    np.testing.assert_allclose(rms(directions)[1:40], rule.rms, rtol=1e-5)
+    return rms(directions[40:]), rms(directions[40:].sum(0))
+
+
+def test_a_silent_block_stops_as_its_momentum_does():
+    lengths, moved = lengths_after(0.0, steps=200)
+    np.testing.assert_allclose(lengths, 0.2 * 0.95 ** np.arange(1, 201), rtol=1e-3)
+    assert moved <= 0.2 * 19 * 1.001
+
+
+@pytest.mark.parametrize("change", [1e-2, 1e-4, 1e-6])
+def test_a_block_whose_gradients_fall_is_not_marched_along_its_old_momentum(change):
+    lengths, _ = lengths_after(change, steps=100)
+    momentum_beside_gradients = 0.45 / change * 0.95 ** np.arange(1, 101)
+    while_old = lengths[momentum_beside_gradients > 10]
+    assert while_old.sum() < 0.2 / (1 - 0.95)
+    assert while_old[0] < 10 * change
+
+
+def test_a_block_of_rounding_noise_beside_the_tree_shrinks_in_proportion():
+    structures = [dense(3), dense(2)]
+    gradient = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2)), jnp.float32)
+    rule = RootFree()
+    state = advance(rule, structures, [gradient])
+    for excess in (0.0, 18.0, 24.0):
+        numbers = step(largest_scale=rule.scale(state) + excess)
+        direction, _ = rule.precondition(state, gradient, gradient=gradient, structures=structures, step=numbers)
+        expected = rule.rms * min(1, 2.0**-excess / 1e-6)
+        np.testing.assert_allclose(np.sqrt(np.mean(np.square(direction))), expected, rtol=1e-5)
