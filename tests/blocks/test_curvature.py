@@ -89,9 +89,7 @@ class Reference:
         self.damped = [s + DAMPING * np.trace(s) / len(s) * np.eye(len(s)) for s in self.s]
 
 
-axes_of_blocks = st.lists(
-    st.tuples(st.integers(1, 4), st.sampled_from(["dense", "diagonal"])), min_size=1, max_size=4
-)
+axes_of_blocks = st.lists(st.tuples(st.integers(1, 4), st.sampled_from(["dense", "diagonal"])), min_size=1, max_size=4)
 
 
 @pytest.mark.research

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 from rootfree_optax._src.blocks import diagonal as diagonal_update
+from rootfree_optax._src.blocks.momentum import total_weight
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.999, 0.99999])
 @pytest.mark.parametrize("count", [1, 2, 1000])
 def test_total_weight_keeps_its_digits(decay, count):
-    weight = diagonal_update.total_weight(decay, jnp.int32(count))
+    weight = total_weight(decay, jnp.int32(count))
     assert float(weight) == pytest.approx(1 - decay**count, rel=1e-6)
 
 

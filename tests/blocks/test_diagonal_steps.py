@@ -58,9 +58,7 @@ def test_the_three_steps_are_numpys(shape, seed, is_complex, zeros, damping, siz
     close(root_free_step(*given_arrays, damping=damping), root_free)
     newton = divide(m_wide, 8 * (wide + damping * np.mean(wide)) + 0.5 * size**2)
     close(newton_step(*given_arrays, damping=damping, absolute_damping=0.5 * size**2, batch_size=8), newton)
-    close(
-        adam_step(*given_arrays, eps=damping), divide(m_wide, np.sqrt(wide) + damping * np.sqrt(np.mean(wide)))
-    )
+    close(adam_step(*given_arrays, eps=damping), divide(m_wide, np.sqrt(wide) + damping * np.sqrt(np.mean(wide))))
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import rootfree_optax as rf
 from rootfree_optax._src.numerics.polar import orthogonalize
 
+
 def run(tx, gradients, params=None, state=None):
     """Returns the directions of all steps, stacked, and the last state."""
     if params is None:
@@ -324,7 +325,9 @@ def test_an_early_gradient_of_another_size_is_forgotten_within_the_memory(first)
     both = jnp.asarray(np.stack([gradients, early], axis=1), jnp.float32)
     tx = rf.scale_by_sirf_shampoo(None, layout=rf.Layout(layer_axes=0), refresh_every=1)
     directions, _ = run(tx, both)
-    error = np.linalg.norm(directions[:, 0] - directions[:, 1], axis=(-2, -1)) / np.linalg.norm(directions[:, 0], axis=(-2, -1))
+    error = np.linalg.norm(directions[:, 0] - directions[:, 1], axis=(-2, -1)) / np.linalg.norm(
+        directions[:, 0], axis=(-2, -1)
+    )
     assert error[80:].max() < 0.05
 
 
@@ -339,7 +342,9 @@ def test_factors_follow_a_damping_that_changes(start, end):
     gradients = jnp.asarray(kronecker_noise(60, (6, 5), 100, seed=11), jnp.float32)
     damping = lambda count: jnp.where(count < 30, start, end)
     _, state = run(rf.scale_by_sirf_shampoo(damping=damping, refresh_every=5), gradients)
-    _, again = run(rf.scale_by_sirf_shampoo(damping=end, refresh_every=5), gradients[-1:], state=state._replace(count=jnp.int32(0)))
+    _, again = run(
+        rf.scale_by_sirf_shampoo(damping=end, refresh_every=5), gradients[-1:], state=state._replace(count=jnp.int32(0))
+    )
     block = block_of(again)
     for (s,), (k,) in zip(block.statistics, block.factors, strict=True):
         damped = s + end * np.trace(s) / len(s) * np.eye(len(s))
