@@ -1,4 +1,4 @@
-"""The three scale-free Kronecker transformations: their metric, their invariances, and how blocks are cut and placed."""
+"""The three scale-free Kronecker transformations: their metric, their invariances, how blocks are cut and placed."""
 
 import functools
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import quick_jit
 from double_precision import double_precision
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -18,7 +19,7 @@ def run(tx, gradients, params=None, state=None):
     if params is None:
         params = jax.tree.map(lambda g: jnp.zeros(g.shape[1:], g.dtype), gradients)
 
-    @jax.jit
+    @quick_jit
     def steps(gradients, state):
         def step(state, gradient):
             direction, state = tx.update(gradient, state, params)
@@ -180,7 +181,7 @@ def test_affine_invariance(make, settings, is_invariant):
         assert errors.max() > 1e-2
 
 
-@pytest.mark.parametrize("power", [0.5, 0.25])
+@pytest.mark.parametrize("power", [pytest.param(0.5, marks=pytest.mark.research), 0.25])
 def test_strong_damping_makes_the_spectral_step_muons(power):
     gradients = jnp.asarray(kronecker_noise(12, (7, 5), 1e2, seed=2), jnp.float32)
     tx = rf.scale_by_sirf_muon(0.9, power=power, damping=1e6, nesterov=False, precision="highest")
@@ -225,7 +226,7 @@ def test_blocks_and_layers_are_parameters_of_their_own(make):
     "make", [rf.scale_by_sirf_muon, pytest.param(rf.scale_by_kl_shampoo, marks=pytest.mark.research)]
 )
 def test_divided_over_eight_devices_it_is_what_it_is_on_one(make):
-    shapes = {"up": (8, 6), "down": (6, 8), "odd": (5, 3)}
+    shapes = {"up": (8, 8), "odd": (4, 4)}
     rng = np.random.default_rng(5)
     gradients = {name: np.float32(rng.standard_normal((12, *shape))) for name, shape in shapes.items()}
     # Silence and a spike in one block, which its neighbours on other devices must not notice otherwise than on one.
@@ -238,10 +239,10 @@ def test_divided_over_eight_devices_it_is_what_it_is_on_one(make):
     on_mesh = lambda tree: jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
     params = on_mesh(jax.tree.map(lambda g: jnp.zeros(g.shape[1:]), gradients))
     shardings = rf.state_shardings(tx, params)
-    state, update = jax.jit(tx.init, out_shardings=shardings)(params), jax.jit(tx.update)
+    state, update = jax.jit(tx.init, out_shardings=shardings)(params), quick_jit(tx.update)
     divided = []
-    for index in range(12):
-        direction, state = update(on_mesh(jax.tree.map(lambda g: g[index], gradients)), state, params)
+    for gradient in map(on_mesh, [jax.tree.map(lambda g, index=index: g[index], gradients) for index in range(12)]):
+        direction, state = update(gradient, state, params)
         divided.append(jax.device_get(direction))
     divided = jax.tree.map(lambda *leaves: np.stack(leaves), *divided)
     close(divided, whole, 2e-4)
@@ -296,15 +297,14 @@ def test_intervals_say_what_is_taken_in_and_when():
         "thirds": {"statistics_every": 3, "refresh_every": 4},
         "in turn": {"refresh_every": rf.staggered(3)},
         "growing": {"refresh_every": rf.growing(10)},
-        "never again": {"refresh_every": 1000},
     }
     for name, settings in intervals.items():
-        _, state = run(rf.scale_by_kl_shampoo(**settings), gradients)
+        _, state = run(rf.scale_by_sirf_shampoo(**settings), gradients)
         block = block_of(state)
         seen[name], refreshes[name] = int(block.seen), int(block.refreshes)
     # The first gradient counts twice: it is what S starts from, too.
-    assert seen == {"thirds": 5, "in turn": 13, "growing": 13, "never again": 13}
-    assert refreshes == {"thirds": 3, "in turn": 4, "growing": 12, "never again": 1}
+    assert seen == {"thirds": 5, "in turn": 13, "growing": 13}
+    assert refreshes == {"thirds": 3, "in turn": 4, "growing": 12}
 
 
 def test_statistics_of_every_third_gradient_are_those_of_their_own_run():
@@ -337,7 +337,7 @@ def test_power_must_be_one_that_products_make():
             rf.scale_by_sirf_muon(power=power)
 
 
-@pytest.mark.parametrize("start, end", [(1e6, 0.0), (0.0, 10.0)])
+@pytest.mark.parametrize(("start", "end"), [(1e6, 0.0), pytest.param(0.0, 10.0, marks=pytest.mark.research)])
 def test_factors_follow_a_damping_that_changes(start, end):
     gradients = jnp.asarray(kronecker_noise(60, (6, 5), 100, seed=11), jnp.float32)
     damping = lambda count: jnp.where(count < 30, start, end)

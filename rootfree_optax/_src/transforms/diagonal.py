@@ -63,8 +63,8 @@ def scale_by_rf_rms(
       step_size: "adamw", so that AdamW's learning rate serves, or "newton".
       batch_size: B > 0, how many terms the loss averages, for `step_size="newton"`. A `batch_size=` passed to `update`
         wins; it may change from step to step without recompiling.
-      nu_dtype: floating-point dtype of s; by default each parameter's own, float32 for float16. A half-precision s is rounded so that it
-        follows the moving average even where 1 − decay is below its resolution.
+      nu_dtype: floating-point dtype of s; by default each parameter's own, float32 for float16. A half-precision s is
+        rounded so that it follows the moving average even where 1 − decay is below its resolution.
 
     Returns:
       A transformation whose `update` takes two extra arguments: `batch_size`, and `curvature`, a tree like the
