@@ -37,9 +37,18 @@ def block_of(state):
     return jax.tree.map(lambda leaf: np.asarray(leaf[0]).astype(np.promote_types(leaf.dtype, np.float64)), stack.block)
 
 
-def with_block(state, **changes):
+def started(tx, params, statistics, size):
+    """Returns the state of one block whose S are given, with K = S^(−1/2), for gradients of mean square `size`."""
+    state = tx.init(params)
     (stack,) = state.stacks
-    return state._replace(stacks=(stack._replace(block=stack.block._replace(**changes)),))
+    as_parts = lambda matrices: tuple([(jnp.asarray(matrix)[None],) for matrix in matrices])
+    block = stack.block._replace(
+        statistics=as_parts(statistics),
+        factors=as_parts([power(s, -0.5) for s in statistics]),
+        power=jnp.full_like(stack.block.power, size),
+        seen=jnp.full_like(stack.block.seen, 1e6),  # so that b₂ is the weight from the first gradient on
+    )
+    return state._replace(stacks=(stack._replace(block=block),))
 
 
 def power(matrix, exponent):
@@ -109,25 +118,16 @@ def test_kl_shampoos_direction_is_that_of_the_root_after_a_change_of_basis(inter
 def test_kl_shampoo_follows_the_recursion_of_online_kl_shampoo():
     """S_a ← β S_a + (1−β)/n·(G P_b)(G P_b)ᵀ, S_b likewise with the P_a before, P = S^(−1/2), U = P_a N P_b."""
     dims, steps, beta = (6, 5), 50, 0.95
-    gradients = kronecker_noise(steps + 1, dims, 1e2, seed=1)
+    gradients = kronecker_noise(steps, dims, 1e2, seed=1)
+    size = np.mean(gradients**2)
+    start = [size**0.5 * np.eye(d) for d in dims]
     with double_precision():
         tx = rf.scale_by_kl_shampoo(0.95, beta, damping=0.0, refresh_every=1, precision="highest")
         params = jnp.zeros(dims, jnp.float64)
-        _, state = run(tx, jnp.asarray(gradients[:1]), params)
-        size = 2.0 ** int(state.stacks[0].block.exponent[0])
-        start = [np.mean(gradients[0] ** 2) ** 0.5 / size * np.eye(d) for d in dims]
-        factors = tuple([(jnp.asarray(power(s, -0.5))[None],) for s in start])
-        state = with_block(
-            state,
-            statistics=tuple([(jnp.asarray(s)[None],) for s in start]),
-            factors=factors,
-            seen=jnp.full([1], 1e6, state.stacks[0].block.seen.dtype),
-        )
-        state = state._replace(stacks=(state.stacks[0]._replace(momentum=jnp.zeros((1, *dims))),))
-        directions, state = run(tx, jnp.asarray(gradients[1:]), params, state)
-        assert int(state.stacks[0].block.exponent[0]) == int(np.log2(size))
+        directions, state = run(tx, jnp.asarray(gradients), params, started(tx, params, start, size))
+        assert int(state.stacks[0].block.exponent[0]) == 0
     momentum, (left, right) = np.zeros(dims), start
-    for gradient, direction in zip(gradients[1:] / size, directions, strict=True):
+    for gradient, direction in zip(gradients, directions, strict=True):
         p_left, p_right = power(left, -0.5), power(right, -0.5)
         a, b = gradient @ p_right, p_left @ gradient
         left = beta * left + (1 - beta) / dims[1] * a @ a.T
@@ -150,29 +150,19 @@ def test_kl_shampoo_follows_the_recursion_of_online_kl_shampoo():
 def test_affine_invariance(make, settings, is_invariant):
     """With θ = A₁θ'A₂ᵀ the gradients are A₁ᵀGA₂, and the directions A₁⁻¹DA₂⁻ᵀ."""
     dims, rng = (5, 4), np.random.default_rng(0)
-    gradients = rng.standard_normal((21, *dims))
+    gradients = rng.standard_normal((20, *dims))
     maps = [np.eye(d) + 0.4 * rng.standard_normal((d, d)) for d in dims]
     size = np.sqrt(np.mean(gradients**2) / np.mean((maps[0].T @ gradients @ maps[1]) ** 2))
-    maps = [np.sqrt(size) * a for a in maps]  # so that both gradients have one unit
+    maps = [np.sqrt(size) * a for a in maps]  # so that both gradients have one size
     inverses = [np.linalg.inv(a) for a in maps]
-    mapped = maps[0].T @ gradients @ maps[1]
+    start = [np.diag(np.linspace(0.5, 1.5, d)) for d in dims]
     with double_precision():
         tx = make(damping=0.0, refresh_every=1, precision="highest", **settings)
         params = jnp.zeros(dims, jnp.float64)
-        _, state = run(tx, jnp.asarray(gradients[:1]), params)
-        _, other = run(tx, jnp.asarray(mapped[:1]), params)
-        block = state.stacks[0].block
-        statistics = tuple(
-            [(jnp.asarray(a.T @ np.asarray(s[0][0]) @ a)[None],) for a, s in zip(maps, block.statistics, strict=True)]
-        )
-        factors = tuple(
-            [(jnp.asarray(a @ np.asarray(k[0][0]))[None],) for a, k in zip(inverses, block.factors, strict=True)]
-        )
-        kept = {"exponent": block.exponent, "power": block.power}
-        other = with_block(other, statistics=statistics, factors=factors, **kept)
-        directions, state = run(tx, jnp.asarray(gradients[1:]), params, state)
-        others, other = run(tx, jnp.asarray(mapped[1:]), params, other)
-        assert state.stacks[0].block.exponent == other.stacks[0].block.exponent
+        directions, state = run(tx, jnp.asarray(gradients), params, started(tx, params, start, 1))
+        mapped = [a.T @ s @ a for a, s in zip(maps, start, strict=True)]
+        others, other = run(tx, jnp.asarray(maps[0].T @ gradients @ maps[1]), params, started(tx, params, mapped, 1))
+        assert state.stacks[0].block.exponent == other.stacks[0].block.exponent == 0
     expected = inverses[0] @ np.asarray(directions, np.float64) @ inverses[1].T
     errors = np.linalg.norm(unit(others) - unit(expected), axis=(-2, -1))
     if is_invariant:
