@@ -214,7 +214,7 @@ def test_no_program_has_a_decomposition(name):
     assert "pure_callback" not in jaxpr
 
 
-@by_default("sirf_muon", "rf_adamw")
+@by_default("rf_adamw")
 def test_learning_rate_and_damping_may_be_mapped_over(name):
     params = {key: jnp.zeros(shape) for key, shape in SHAPES.items()}
     gradients = {key: jnp.asarray(leaf[:3], jnp.float32) for key, leaf in draw_histories()["usual"].items()}
