@@ -22,14 +22,25 @@ from rootfree_optax._src.numerics.dtypes import dtype_like, dtype_of_squares, up
 
 
 class ScaleByRfRmsState(NamedTuple):
-    """State of `scale_by_rf_rms`: the step count and the accumulator s, a tree like the parameters."""
+    """State of `scale_by_rf_rms`.
+
+    Attributes:
+      count: how many updates there have been.
+      nu: the accumulator s, a tree like the parameters.
+    """
 
     count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
     nu: Any
 
 
 class ScaleByRfAdamState(NamedTuple):
-    """State of `scale_by_rf_adam`: the step count, the gradient's average m and the accumulator s."""
+    """State of `scale_by_rf_adam`.
+
+    Attributes:
+      count: how many updates there have been.
+      mu: the gradient's average m, a tree like the parameters.
+      nu: the accumulator s, a tree like the parameters.
+    """
 
     count: jax.Array  # type: ignore[assignment]
     mu: Any
@@ -63,8 +74,8 @@ def scale_by_rf_rms(
       step_size: "adamw", so that AdamW's learning rate serves, or "newton".
       batch_size: B > 0, how many terms the loss averages, for `step_size="newton"`. A `batch_size=` passed to `update`
         wins; it may change from step to step without recompiling.
-      nu_dtype: floating-point dtype of s; by default each parameter's own, float32 for float16. A half-precision s is rounded so that it
-        follows the moving average even where 1 − decay is below its resolution.
+      nu_dtype: floating-point dtype of s; by default each parameter's own, float32 for float16. A half-precision s is
+        rounded so that it follows the moving average even where 1 − decay is below its resolution.
 
     Returns:
       A transformation whose `update` takes two extra arguments: `batch_size`, and `curvature`, a tree like the
