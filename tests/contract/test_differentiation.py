@@ -43,7 +43,10 @@ def test_derivatives_are_those_of_finite_differences(case: Case) -> None:
         np.testing.assert_allclose(float(slope), difference, rtol=0.05, atol=2e-3)
 
 
-@over(case for case in OPTIMIZERS if case.name in ("rf_rmsprop", "published_rf_adamw", "published_sirf_shampoo"))
+@over(
+    (case for case in OPTIMIZERS if case.name in ("rf_rmsprop", "published_rf_adamw", "published_sirf_shampoo")),
+    wiring=True,
+)
 def test_derivatives_pass_the_rounding_of_half_precision(case: Case) -> None:
     dtype = (
         {"nu_dtype": jnp.bfloat16} if case.diagonal else {"layout": rf.Layout(diagonal=None, factor_dtype=jnp.bfloat16)}
