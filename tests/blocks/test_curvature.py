@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import quick_jit
 from double_precision import double_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,7 +32,7 @@ def advance(rule, structures, gradients, *, dtype=jnp.float32, numbers=None):
     def take_in(state, gradient):
         return rule.refresh(rule.observe(state, gradient, **given), gradient, **given), None
 
-    @jax.jit
+    @quick_jit
     def run(gradients):
         state = rule.init(structures, [dtype] * len(structures))
         return jax.lax.scan(take_in, rule.start(state, gradients[0], **given), gradients)[0]
@@ -241,7 +242,7 @@ def test_factors_are_renewed_however_little_is_left_of_their_curvature(observati
         None,
     )
 
-    @jax.jit
+    @quick_jit
     def round_of(state, key):
         state, _ = jax.lax.scan(observe, state, jax.random.split(key, observations))
         return rule.refresh(state, first[0], structures=structures, step=step())
@@ -263,7 +264,7 @@ def lengths_after(change, *, steps, momentum=0.95):
     noise = jnp.asarray(0.5 + rng.standard_normal((40 + steps, *shape)), jnp.float32)
     gradients = noise.at[40:].multiply(jnp.float32(change))
 
-    @jax.jit
+    @quick_jit
     def run(gradients):
         given = {"structures": structures, "step": step(weight=0.05)}
         state = rule.start(rule.init(structures, [jnp.float32] * 2), gradients[0], **given)

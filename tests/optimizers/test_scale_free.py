@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checks import quick_jit
+from sklearn.datasets import load_digits
 
 import rootfree_optax as rf
 
@@ -66,7 +68,7 @@ def run(name, **settings):
 
         return jax.lax.scan(step, tx.init(params), gradients)
 
-    states, updates = jax.device_get(jax.jit(jax.vmap(one))(gradients))
+    states, updates = jax.device_get(quick_jit(jax.vmap(one))(gradients))
     pick = lambda tree, index: jax.tree.map(lambda leaf: leaf[index], tree)
     wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), updates)
     return {key: (pick(wide, i), pick(states, i)) for i, key in enumerate(histories)}
@@ -107,6 +109,12 @@ def test_updates_are_as_long_as_adamws(updates):
 def test_two_layers_30_apart_have_updates_of_like_sizes(updates):
     ratio = rms(updates["30 apart"]["up"]) / rms(updates["30 apart"]["down"])
     assert 1 / 5 <= ratio.min() <= ratio.max() <= 5
+
+
+def by_default(*names):
+    """Runs a test, which takes `name`, on these optimizers by default, and on all of them as research."""
+    marks = {name: () if name in names else pytest.mark.research for name in OPTIMIZERS}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=mark) for name, mark in marks.items()])
 
 
 def usual_length(updates):
@@ -206,6 +214,7 @@ def test_no_program_has_a_decomposition(name):
     assert "pure_callback" not in jaxpr
 
 
+@by_default("sirf_muon", "rf_adamw")
 def test_learning_rate_and_damping_may_be_mapped_over(name):
     params = {key: jnp.zeros(shape) for key, shape in SHAPES.items()}
     gradients = {key: jnp.asarray(leaf[:3], jnp.float32) for key, leaf in draw_histories()["usual"].items()}
@@ -216,16 +225,17 @@ def test_learning_rate_and_damping_may_be_mapped_over(name):
         return jax.tree.map(lambda leaf: leaf[-1], jax.lax.scan(step, tx.init(params), gradients)[1])
 
     rates, dampings = jnp.asarray([1.0, 0.5, 1.0]), jnp.asarray([0.125, 0.125, 4.0])
-    mapped = jax.jit(jax.vmap(last_update))(rates, dampings)["up"]
+    mapped = quick_jit(jax.vmap(last_update))(rates, dampings)["up"]
     np.testing.assert_allclose(mapped[1], 0.5 * mapped[0], rtol=1e-5)
     assert np.abs(mapped[2] - mapped[0]).max() > 1e-2
     static = "power" if name == "sirf_muon" else ()
     injected = optax.inject_hyperparams(OPTIMIZERS[name], static)(0.5, weight_decay=0.0, damping=0.125)
     step = lambda state, gradient: injected.update(gradient, state, params)[::-1]
-    alone = jax.jit(lambda g: jax.lax.scan(step, injected.init(params), g)[1])(gradients)["up"][-1]
+    alone = quick_jit(lambda g: jax.lax.scan(step, injected.init(params), g)[1])(gradients)["up"][-1]
     np.testing.assert_allclose(alone, mapped[1], rtol=0, atol=2e-5)
 
 
+@by_default("kl_shampoo", "rf_adamw", "rf_rmsprop")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.research)])
 def test_parameters_in_half_precision_follow_those_in_single(name, dtype):
     histories = draw_histories()["usual"]
@@ -252,4 +262,148 @@ def half_precision_run(name, dtype):
         updates, state = tx.update(gradient, state, params)
         return state, updates
 
-    return jax.jit(lambda gradients: (None, *jax.lax.scan(step, tx.init(params), gradients)))
+    return quick_jit(lambda gradients: (None, *jax.lax.scan(step, tx.init(params), gradients)))
+
+
+@by_default("sirf_shampoo", "rf_adamw")
+def test_clipping_by_the_norm_changes_nothing_but_clipped_steps(name):
+    """A clipped gradient still counts, at its clipped length, in the averages: those forget it."""
+    gradients = {key: jnp.asarray(leaf[:120], jnp.float32) for key, leaf in draw_histories()["usual"].items()}
+    norms = np.sqrt(sum(np.sum(np.square(leaf.reshape(120, -1)), axis=1) for leaf in gradients.values()))
+    gradients = jax.tree.map(lambda leaf: (leaf / norms.max()).at[3].multiply(20), gradients)
+    params = {key: jnp.zeros(shape) for key, shape in SHAPES.items()}
+
+    def updates_of(tx):
+        step = lambda state, gradient: tx.update(gradient, state, params)[::-1]
+        return jax.device_get(quick_jit(lambda g: jax.lax.scan(step, tx.init(params), g)[1])(gradients))
+
+    plain, clipped = updates_of(make(name)), updates_of(optax.chain(optax.clip_by_global_norm(1.0), make(name)))
+    for key in SHAPES:
+        np.testing.assert_array_equal(plain[key][:3], clipped[key][:3])
+        error = rms(plain[key] - clipped[key]) / rms(plain[key])
+        # An average of squares remembers one 400 times as large for six more of its memories.
+        assert error[-1] < 0.2, key
+
+
+# Trainings on digits. Slow: marked as research.
+
+DIGITS = 64
+
+
+@functools.cache
+def digits():
+    data = load_digits()
+    return jnp.asarray(data.data / 16 - 0.3, jnp.float32), jnp.asarray(data.target)
+
+
+def draw_network(seed, *sizes):
+    keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
+    draw = lambda key, rows, columns: jax.random.normal(key, (rows, columns)) / rows**0.5
+    return [
+        {"kernel": draw(key, rows, columns), "bias": jnp.zeros(columns)}
+        for key, rows, columns in zip(keys, sizes[:-1], sizes[1:], strict=True)
+    ]
+
+
+def apply_network(network, x):
+    *hidden, last = network
+    for layer in hidden:
+        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
+    return x @ last["kernel"] + last["bias"]
+
+
+def losses(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def train(tx, loss, params, batches, measure, state=None):
+    """Returns the parameters, the state, and what is measured after every step."""
+
+    def step(carry, batch):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params, *batch), state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), measure(params)
+
+    state = tx.init(params) if state is None else state
+    (params, state), measured = jax.jit(lambda *carry: jax.lax.scan(step, carry, batches))(params, state)
+    return params, state, np.asarray(measured)
+
+
+def train_two_experts(tx):
+    """Returns the odd expert's loss after every step; its samples are held back from step 100 to 404."""
+    x, y = digits()
+    is_odd = y % 2 == 1
+    params = {"even": draw_network(0, DIGITS, DIGITS, 10), "odd": draw_network(1, DIGITS, DIGITS, 10)}
+    choices = jax.random.randint(jax.random.key(2), (604, 64), 0, len(x))
+    steps = jnp.arange(604)
+
+    def each(params, x, y):
+        logits = [apply_network(params[name], x) for name in ("odd", "even")]
+        return losses(jnp.where((y % 2 == 1)[:, None], *logits), y)
+
+    def loss(params, chosen, step):
+        is_held = is_odd[chosen] & (step >= 100) & (step < 404)
+        return jnp.sum(jnp.where(is_held, 0.0, each(params, x[chosen], y[chosen]))) / 64
+
+    measure = lambda params: jnp.sum(jnp.where(is_odd, each(params, x, y), 0.0)) / jnp.sum(is_odd)
+    return train(tx, loss, params, (choices, steps), measure)[2]
+
+
+def with_adamws_settings(name, rate, **settings):
+    return {**OPTIMIZERS, "adamw": optax.adamw}[name](rate, weight_decay=1e-4, **settings)
+
+
+@pytest.mark.research
+@pytest.mark.parametrize("seed", [0])
+def test_an_expert_returns_from_a_pause_in_training_as_adamws_does(name, seed):
+    excess = {}
+    for method in ("adamw", name):
+        measured = train_two_experts(with_adamws_settings(method, 3e-3))
+        excess[method] = max(measured[404:].max(), measured[100:404].max()) - measured[99]
+        assert measured[-1] < measured[99]
+    assert excess[name] < 2 * max(excess["adamw"], 0.01)
+
+
+def train_digits(tx, params, batches, state=None):
+    x, y = digits()
+    loss = lambda params, chosen: jnp.mean(losses(apply_network(params, x[chosen]), y[chosen]))
+    measure = lambda params: jnp.mean(losses(apply_network(params, x), y))
+    return train(tx, loss, params, (batches,), measure, state)
+
+
+@pytest.mark.research
+@pytest.mark.parametrize("begin", [200, 450])
+def test_switching_from_adamw_in_mid_schedule_causes_no_jump(name, begin):
+    schedule = optax.cosine_decay_schedule(1e-3, 600)
+    batches = jax.random.randint(jax.random.key(9), (600, 64), 0, len(digits()[0]))
+    adamw = with_adamws_settings("adamw", schedule)
+    params, state, _ = train_digits(adamw, draw_network(0, DIGITS, DIGITS, DIGITS, 10), batches[:begin])
+    _, _, going_on = train_digits(adamw, params, batches[begin : begin + 50], state)
+    switched = with_adamws_settings(name, lambda count: schedule(count + begin))
+    _, _, after = train_digits(switched, params, batches[begin : begin + 50])
+    assert np.mean(after / going_on) < 1.01
+    assert np.max(after / going_on) < 1.03
+
+
+@pytest.mark.research
+def test_any_rate_trains_at_an_interval_of_five(name):
+    batches = jax.random.randint(jax.random.key(9), (600, 64), 0, len(digits()[0]))
+    interval = {"refresh_every": 5} if name in KRONECKER else {}
+    for rate in (1e-3, 1e-2, 5e-2):
+        tx = with_adamws_settings(name, optax.warmup_cosine_decay_schedule(0.0, rate, 60, 600), **interval)
+        _, _, measured = train_digits(tx, draw_network(0, DIGITS, DIGITS, DIGITS, 10), batches)
+        assert measured[-1] < 0.5
+        if rate > 1e-3:
+            assert measured[-1] < 0.05
+
+
+@pytest.mark.research
+def test_a_constant_rate_converges_on_a_quadratic(name):
+    rng = np.random.default_rng(0)
+    target, left = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((12, 8), (12, 12)))
+    loss = lambda x: jnp.mean(jnp.square(left @ (x - target)))
+    tx = OPTIMIZERS[name](1e-2, weight_decay=0.0)
+    x = jnp.zeros((12, 8))
+    _, _, measured = train(tx, lambda x, _: loss(x), x, (jnp.arange(4000),), loss)
+    assert measured[-200:].max() < 1e-3 * float(loss(jnp.zeros((12, 8))))
