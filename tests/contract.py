@@ -189,7 +189,7 @@ TRANSFORMATIONS = (
         diagonal=True,
     ),
     # A user's rule. Damped, because what it divides rounding errors by is a rounding error.
-    Case("scale_by_soap", scale_by_soap, {"damping": 1e-2, "refresh_every": 2}, differentiable=False),
+    Case("scale_by_soap", scale_by_soap, {"damping": 0.1, "refresh_every": 2}, differentiable=False),
 )
 
 ALL = OPTIMIZERS + TRANSFORMATIONS

@@ -114,11 +114,12 @@ METHODS = {
         "#595959",
         rf.published.sirf_shampoo,
         {
-            "learning_rate": 1.019e-3,
-            "preconditioner_lr": 0.2688,
-            "damping": 4.61e-8,
-            "momentum": 0.8093,
-            "weight_decay": 3.259e-4,
+            # The second best of its search: with the best, of a damping of 4.6e-8, one seed in ten diverges.
+            "learning_rate": 1.032e-3,
+            "preconditioner_lr": 0.3817,
+            "damping": 4.732e-4,
+            "momentum": 0.8648,
+            "weight_decay": 2.96e-2,
             "batch_size": BATCH_SIZE,
             "layout": LAYOUT,
         },

@@ -16,11 +16,12 @@ COLUMNS = ("test\nerror, %", "training\nloss", f"steps to\n{METHODS[REFERENCE].l
 
 
 class History(NamedTuple):
-    """The curves of one method: one column per seed, one row per epoch."""
+    """The curves of one method: one column per seed, one row per epoch or evaluation."""
 
     steps: np.ndarray  # [epochs], at the end of each
     train_loss: np.ndarray  # [epochs, seeds], the mean over the epoch's mini-batches
-    test_error: np.ndarray  # [epochs, seeds], in [0, 1]
+    evaluated_steps: np.ndarray  # [evaluations]
+    test_error: np.ndarray  # [evaluations, seeds], in [0, 1]
     seconds_per_step: float  # one seed's share, in the fastest epoch
 
 
@@ -77,20 +78,21 @@ def markdown(title: str, summary: Mapping[str, Mapping[str, Any]]) -> str:
 
 def draw_curves(path: pathlib.Path, title: str, histories: Mapping[str, History]) -> None:
     """Writes a PNG of training loss and test error over the steps: the mean over seeds, and their range as a band."""
-    figure, (loss_axes, error_axes) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (loss_axes, error_axes) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     for name, history in histories.items():
         color = METHODS[name].color
-        for axes, values in ((loss_axes, history.train_loss), (error_axes, 100 * history.test_error)):
-            axes.fill_between(
-                history.steps, values.min(axis=1), values.max(axis=1), color=color, alpha=0.15, linewidth=0
-            )
-            axes.plot(history.steps, values.mean(axis=1), color=color, label=METHODS[name].label)
+        for axes, steps, values in (
+            (loss_axes, history.steps, history.train_loss),
+            (error_axes, history.evaluated_steps, 100 * history.test_error),
+        ):
+            axes.fill_between(steps, values.min(axis=1), values.max(axis=1), color=color, alpha=0.12, linewidth=0)
+            axes.plot(steps, values.mean(axis=1), color=color, label=METHODS[name].label)
     loss_axes.set(yscale="log", xlabel="step", title="Training loss")
     error_axes.set(yscale="log", xlabel="step", title="Test error, %")
     error_axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     error_axes.yaxis.set_major_formatter("{x:g}")
     error_axes.yaxis.set_minor_formatter("")
-    error_axes.legend(frameon=False)
+    figure.legend(*loss_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     for axes in (loss_axes, error_axes):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

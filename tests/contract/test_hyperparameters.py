@@ -62,7 +62,7 @@ def test_traced_numbers_equal_python_numbers(case: Case, dtype: Any) -> None:
     assert_close(actual, expected, tolerance_of(case, dtype))
 
 
-@over(ALL)
+@over(ALL, wiring=True)
 @DTYPES
 def test_schedules_equal_stepwise_constants(case: Case, dtype: Any) -> None:
     params = make_params(dtype)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 @pytest.mark.research
 def test_trains_and_reports(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
-    names = ["rf_rmsprop", "adamw"]
+    names = ["kl_shampoo", "adamw"]
     train_digits.main(["--methods", *names, "--seeds", "2", "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     rows = [line.split(" | ") for line in (tmp_path / "digits.md").read_text().splitlines()[2:]]
@@ -27,10 +27,10 @@ def test_trains_and_reports(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtur
         assert f"│ {METHODS[name].label}" in printed
         assert error in printed
         assert float(error.split()[0]) < 4
-        assert float(loss) < 0.1
+        assert float(loss) < 0.12
         color = matplotlib.colors.to_rgb(METHODS[name].color)
         assert (np.abs(picture - color).max(axis=-1) < 0.02).sum() > 100
-    assert 60 <= int(rows[0][3]) <= 96
+    assert int(rows[0][3]) <= 72
     assert 102 <= int(rows[1][3]) <= 120  # in the last epochs it hardly falls
 
 
@@ -38,10 +38,10 @@ def test_one_epoch_shows_where_everything_is(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(train_digits, "EVERY", 1)
+    monkeypatch.setattr(train_digits, "PRINT_EVERY", 1)
     train_digits.main(["--methods", "sgd", "--seeds", "1", "--epochs", "1", "--output", str(tmp_path)])
     first, line, *rest = capsys.readouterr().out.splitlines()
-    assert first == "1 method, 1 seed: about 20 s on two processor cores"
+    assert first == "1 method, 1 seed: about 13 s on two processor cores"
     assert line.startswith("SGD with momentum: epoch 1 of 1, loss 2.")
     assert max(map(len, rest[:-2])) <= 80
     assert "…" not in "".join(rest)
@@ -68,7 +68,7 @@ def test_learning_rates_warm_up_and_fall_to_zero_by_a_cosine() -> None:
 
 def test_steps_to_a_loss_are_those_of_the_seeds_mean() -> None:
     loss, error = np.array([[4.0, 2.0], [1.0, 3.0], [0.0, 1.0]]), np.array([[0.5, 0.5], [0.2, 0.3], [0.1, 0.2]])
-    history = report.History(np.array([6, 12, 18]), loss, error, 0.0)
+    history = report.History(np.array([6, 12, 18]), loss, np.array([6, 12, 18]), error, 0.0)
     assert report.steps_to(history, 2.0) == 12
     assert report.steps_to(history, 0.4) is None
     summary = report.summarize({"sgd": history})["sgd"]

@@ -89,7 +89,7 @@ def test_weight_decay_without_parameters_is_an_error():
 
 
 def test_parameters_may_be_python_numbers():
-    tx = rf.rf_adamw(0.1, weight_decay=0.5, batch_size=1)
+    tx = rf.rf_adamw(0.1, weight_decay=0.5)
     params = {"w": 1.0}
     updates, _ = tx.update({"w": jnp.float32(2.0)}, tx.init(params), params)
     expected, _ = tx.update({"w": jnp.float32(2.0)}, tx.init({"w": jnp.float32(1.0)}), {"w": jnp.float32(1.0)})
@@ -127,6 +127,6 @@ def test_weight_decay_is_coupled_with_the_momentum_that_descend_is_given(momentu
 @pytest.mark.parametrize("make", [rf.rf_adamw, rf.sirf_shampoo, rf.published.sirf_shampoo])
 def test_a_chain_has_one_count(make):
     """The preconditioner's: the links call theirs `step`."""
-    tx = make(optax.constant_schedule(0.1), weight_decay=0.1, batch_size=1)
-    _, state = tx.update(TREE, tx.init(TREE), TREE)
+    tx = make(optax.constant_schedule(0.1), weight_decay=0.1)
+    _, state = tx.update(TREE, tx.init(TREE), TREE, batch_size=1)
     assert optax.tree.get(state, "count") == 1

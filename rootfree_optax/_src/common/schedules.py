@@ -77,7 +77,7 @@ def staggered(period: int) -> Staggered:
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
-      >>> tx = rf.sirf_shampoo(1e-3, batch_size=128, refresh_every=rf.staggered(10))
+      >>> tx = rf.sirf_shampoo(1e-3, refresh_every=rf.staggered(10))
     """
     if not isinstance(period, int) or isinstance(period, bool) or period < 1:
         raise ValueError(f"period must be a whole number of at least 1, as a Python int, got {period!r}.")

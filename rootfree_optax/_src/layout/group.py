@@ -324,7 +324,7 @@ def flatten(pattern: str) -> Group:
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf
-      >>> plan = rf.Layout(group=(rf.flatten("embedding"),)).plan({"embedding": jnp.zeros((100, 8))})
+      >>> plan = rf.Layout(group=(rf.flatten("table"),)).plan({"table": jnp.zeros((100, 8))})
       >>> [stack.shape for stack in plan.stacks]
       [(800,)]
     """

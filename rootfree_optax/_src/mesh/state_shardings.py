@@ -31,7 +31,7 @@ def mesh_in_use(tree: Any) -> AnyMesh | None:
 def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> Any:
     """Returns the sharding of every array of `tx.init(params)`, for any chain of transformations.
 
-    What is like a parameter is sharded as the parameter is, stacks of blocks over their `block_axes`, and step counts
+    What is like a parameter is sharded as the parameter is, stacks of blocks over their `mesh_axes`, and step counts
     are on every device. Nothing is allocated. Use the result as `out_shardings` of `jax.jit(tx.init)`, whose zeros
     the compiler would otherwise lay out as it likes, or as the target of a restored checkpoint.
 
@@ -51,10 +51,10 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
       >>> mesh = jax.make_mesh((1,), ("data",))
       >>> spec = jax.sharding.PartitionSpec(None, "data")
       >>> params = jax.device_put(jnp.zeros((2, 4)), jax.sharding.NamedSharding(mesh, spec))
-      >>> tx = rf.sirf_shampoo(1e-3, batch_size=1, block_axes="data")
+      >>> tx = rf.sirf_shampoo(1e-3, mesh_axes="data")
       >>> shardings = rf.state_shardings(tx, params)
       >>> preconditioner, *_ = jax.jit(tx.init, out_shardings=shardings)(params)
-      >>> preconditioner.velocity[0].sharding == shardings[0].velocity[0]
+      >>> preconditioner.stacks[0].momentum.sharding == shardings[0].stacks[0].momentum
       True
       >>> preconditioner.count.sharding.is_fully_replicated
       True

@@ -54,7 +54,7 @@ def rf_rmsprop(
     Example:
       >>> import jax, jax.numpy as jnp, optax, rootfree_optax as rf
       >>> loss = lambda x: jnp.mean((x - 3.0) ** 2)
-      >>> tx = rf.rf_rmsprop(optax.cosine_decay_schedule(0.1, 200), weight_decay=0.0)
+      >>> tx = rf.rf_rmsprop(optax.linear_schedule(0.1, 0.0, 200), weight_decay=0.0)
       >>> x = jnp.zeros(4)
       >>> state = tx.init(x)
       >>> update = jax.jit(tx.update)
@@ -126,7 +126,7 @@ def rf_adamw(
     Example:
       >>> import jax, jax.numpy as jnp, optax, rootfree_optax as rf
       >>> loss = lambda x: jnp.mean((x - 3.0) ** 2)
-      >>> tx = rf.rf_adamw(optax.cosine_decay_schedule(0.1, 200), weight_decay=0.0)
+      >>> tx = rf.rf_adamw(optax.linear_schedule(0.1, 0.0, 200), weight_decay=0.0)
       >>> x = jnp.zeros(4)
       >>> state = tx.init(x)
       >>> update = jax.jit(tx.update)

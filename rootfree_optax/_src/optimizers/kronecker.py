@@ -81,8 +81,9 @@ def sirf_muon(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, rootfree_optax as rf
-      >>> loss = lambda x: jnp.mean((x - 3.0) ** 2)
-      >>> tx = rf.sirf_muon(optax.cosine_decay_schedule(0.1, 200), weight_decay=0.0)
+      >>> target = jnp.array([[1.0, 2.0, 3.0], [3.0, 1.0, 2.0]])
+      >>> loss = lambda x: jnp.mean((x - target) ** 2)
+      >>> tx = rf.sirf_muon(optax.linear_schedule(0.3, 0.0, 200), weight_decay=0.0)
       >>> x = jnp.zeros((2, 3))
       >>> state = tx.init(x)
       >>> update = jax.jit(tx.update)
@@ -187,8 +188,9 @@ def sirf_shampoo(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, rootfree_optax as rf
-      >>> loss = lambda x: jnp.mean((x - 3.0) ** 2)
-      >>> tx = rf.sirf_shampoo(optax.cosine_decay_schedule(0.1, 200), weight_decay=0.0)
+      >>> target = jnp.array([[1.0, 2.0, 3.0], [3.0, 1.0, 2.0]])
+      >>> loss = lambda x: jnp.mean((x - target) ** 2)
+      >>> tx = rf.sirf_shampoo(optax.linear_schedule(0.3, 0.0, 200), weight_decay=0.0)
       >>> x = jnp.zeros((2, 3))
       >>> state = tx.init(x)
       >>> update = jax.jit(tx.update)
@@ -291,8 +293,9 @@ def kl_shampoo(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, rootfree_optax as rf
-      >>> loss = lambda x: jnp.mean((x - 3.0) ** 2)
-      >>> tx = rf.kl_shampoo(optax.cosine_decay_schedule(0.1, 200), weight_decay=0.0)
+      >>> target = jnp.array([[1.0, 2.0, 3.0], [3.0, 1.0, 2.0]])
+      >>> loss = lambda x: jnp.mean((x - target) ** 2)
+      >>> tx = rf.kl_shampoo(optax.linear_schedule(0.3, 0.0, 200), weight_decay=0.0)
       >>> x = jnp.zeros((2, 3))
       >>> state = tx.init(x)
       >>> update = jax.jit(tx.update)

@@ -51,7 +51,7 @@ def _precondition(
         weight = total_weight(step.momentum, step.numbers.count + (2 if step.nesterov else 1))
         average = average * (jnp.asarray(1 - step.momentum, average.dtype) / weight.astype(average.dtype))
     direction, block = map_blocks(step.rule.precondition, stack, step.numbers)(block, average, gradient=gradient)
-    axes = range(direction.ndim)
+    axes = list(range(direction.ndim))
     wide = upcast(direction)
     squared_norm = jnp.einsum(wide, axes, wide, axes, [0]).astype(jnp.float32)
     largest = jnp.max(jnp.abs(gradient), tuple(axes[1:])).astype(jnp.float32)

@@ -42,6 +42,12 @@ class Structure(abc.ABC):
 
     Throughout, `axis` counts from zero, a `tensor` has length d along it and is cast to the dtype of the parts, and
     the parts given to one operation have one dtype.
+
+    Example:
+      >>> import jax.numpy as jnp, rootfree_optax as rf
+      >>> plan = rf.Layout(structure="block30diagonal").plan(jnp.zeros((90, 60)))
+      >>> plan.stacks[0].structures
+      (block30diagonal(90), block30diagonal(60))
     """
 
     @property

@@ -1,6 +1,5 @@
 """Adam's rescaling with an ε relative to each parameter, for the parameters that have no factors."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax._src.blocks.diagonal import adam_step, first_moment, limit_to_squares, second_moment
+from rootfree_optax._src.blocks.diagonal import adam_step, first_moment, second_moment
 from rootfree_optax._src.blocks.momentum import total_weight
 from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.numerics.dtypes import dtype_like, dtype_of_squares, upcast
@@ -56,7 +55,7 @@ def scale_by_relative_adam(
       >>> from rootfree_optax._src.transforms.adam import scale_by_relative_adam
       >>> tx = scale_by_relative_adam()
       >>> direction, state = tx.update(1e-12 * jnp.ones(2), tx.init(jnp.zeros(2)))
-      >>> print(direction)
+      >>> print(direction.round(3))
       [1. 1.]
     """
     validate.require_constant(b1=b1)
@@ -76,17 +75,38 @@ def scale_by_relative_adam(
     ) -> tuple[optax.Updates, RelativeAdamState]:
         del params, extra_args
         step = optax.safe_increment(state.step)
-        updates = jax.tree.map(limit_to_squares, updates)
         decay, epsilon = schedules.value_at(b2, state.step), schedules.value_at(eps, state.step)
-        square = functools.partial(second_moment, decay=decay, batch_size=1, count=state.step)
-        nu = trees.map_accumulators(square, state.nu, updates)
-        averages, mu = trees.map_pairs(lambda g, m: first_moment(m, g, decay=b1), updates, state.mu)
-        weights = total_weight(b1, step), total_weight(decay, step)
-
-        def direct(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
-            m, v = m / weights[0].astype(m.dtype), upcast(v) / weights[1].astype(upcast(v).dtype)
-            return adam_step(m, v, eps=epsilon).astype(g.dtype)
-
-        return trees.map_gradients(direct, updates, averages, nu), RelativeAdamState(step, mu, nu)
+        numbers = _Numbers(*map(jnp.asarray, (b1, decay, epsilon)), total_weight(b1, step), total_weight(decay, step))
+        structure: Any
+        gradients, structure = jax.tree.flatten(updates, is_leaf=trees.is_none)
+        old = zip(structure.flatten_up_to(state.mu), structure.flatten_up_to(state.nu), strict=True)
+        new = [
+            (None, m, v) if g is None else _step(numbers, state.step, g, m, v)
+            for g, (m, v) in zip(gradients, old, strict=True)
+        ]
+        directions, mu, nu = (jax.tree.unflatten(structure, [each[i] for each in new]) for i in range(3))
+        return directions, RelativeAdamState(step, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Numbers(NamedTuple):
+    """The numbers of one step, the same for all parameters."""
+
+    b1: jax.Array
+    b2: jax.Array
+    eps: jax.Array
+    mu_weight: jax.Array
+    nu_weight: jax.Array
+
+
+@jax.jit  # so that arrays of one shape are traced once, and are in the program once
+def _step(
+    numbers: _Numbers, count: jax.Array, gradient: jax.Array, m: jax.Array, v: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns a parameter's direction, m and v."""
+    v = second_moment(v, gradient, decay=numbers.b2, batch_size=1, count=count)
+    average, m = first_moment(m, gradient, decay=numbers.b1)
+    wide = upcast(v)
+    corrected = average / numbers.mu_weight.astype(average.dtype), wide / numbers.nu_weight.astype(wide.dtype)
+    return adam_step(*corrected, eps=numbers.eps).astype(gradient.dtype), m, v

@@ -1,1 +1,0 @@
-"""Numbers of the experiments on small networks, and how they are drawn."""
