@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax._src.blocks.diagonal import adam_step, first_moment, second_moment
+from rootfree_optax._src.blocks.diagonal import adam_step, first_moment, limit_to_squares, second_moment
 from rootfree_optax._src.blocks.momentum import total_weight
 from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.numerics.dtypes import dtype_like, dtype_of_squares, upcast
@@ -105,6 +105,7 @@ def _step(
     numbers: _Numbers, count: jax.Array, gradient: jax.Array, m: jax.Array, v: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns a parameter's direction, m and v."""
+    gradient = limit_to_squares(gradient)
     v = second_moment(v, gradient, decay=numbers.b2, batch_size=1, count=count)
     average, m = first_moment(m, gradient, decay=numbers.b1)
     wide = upcast(v)
