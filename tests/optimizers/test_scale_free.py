@@ -214,7 +214,7 @@ def test_no_program_has_a_decomposition(name):
     assert "pure_callback" not in jaxpr
 
 
-@by_default("sirf_muon", "rf_adamw")
+@by_default("rf_adamw")
 def test_learning_rate_and_damping_may_be_mapped_over(name):
     params = {key: jnp.zeros(shape) for key, shape in SHAPES.items()}
     gradients = {key: jnp.asarray(leaf[:3], jnp.float32) for key, leaf in draw_histories()["usual"].items()}
@@ -355,6 +355,7 @@ def with_adamws_settings(name, rate, **settings):
 
 
 @pytest.mark.research
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("seed", [0])
 def test_an_expert_returns_from_a_pause_in_training_as_adamws_does(name, seed):
     excess = {}
@@ -373,6 +374,7 @@ def train_digits(tx, params, batches, state=None):
 
 
 @pytest.mark.research
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("begin", [200, 450])
 def test_switching_from_adamw_in_mid_schedule_causes_no_jump(name, begin):
     schedule = optax.cosine_decay_schedule(1e-3, 600)
@@ -387,18 +389,33 @@ def test_switching_from_adamw_in_mid_schedule_causes_no_jump(name, begin):
 
 
 @pytest.mark.research
+@pytest.mark.usefixtures("standard_promotion")
 def test_any_rate_trains_at_an_interval_of_five(name):
     batches = jax.random.randint(jax.random.key(9), (600, 64), 0, len(digits()[0]))
     interval = {"refresh_every": 5} if name in KRONECKER else {}
-    for rate in (1e-3, 1e-2, 5e-2):
+    for rate in (3e-3, 1e-2, 5e-2):
         tx = with_adamws_settings(name, optax.warmup_cosine_decay_schedule(0.0, rate, 60, 600), **interval)
         _, _, measured = train_digits(tx, draw_network(0, DIGITS, DIGITS, DIGITS, 10), batches)
-        assert measured[-1] < 0.5
-        if rate > 1e-3:
-            assert measured[-1] < 0.05
+        assert measured[-1] < 0.1
 
 
 @pytest.mark.research
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("rate", [1e-3, 3e-3])
+@pytest.mark.parametrize("is_constant", [True, False])
+def test_at_adamws_settings_no_training_on_digits_ends_above_its_loss(name, rate, is_constant):
+    batches = jax.random.randint(jax.random.key(9), (600, 64), 0, len(digits()[0]))
+    schedule = rate if is_constant else optax.cosine_decay_schedule(rate, 600)
+    end = {}
+    for method in ("adamw", name):
+        network = draw_network(0, DIGITS, DIGITS, DIGITS, 10)
+        _, _, measured = train_digits(with_adamws_settings(method, schedule), network, batches)
+        end[method] = measured[-1]
+    assert end[name] <= 1.05 * end["adamw"] + 0.01
+
+
+@pytest.mark.research
+@pytest.mark.usefixtures("standard_promotion")
 def test_a_constant_rate_converges_on_a_quadratic(name):
     rng = np.random.default_rng(0)
     target, left = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((12, 8), (12, 12)))
