@@ -364,8 +364,10 @@ class CurvatureRule(BlockRule):
         positive = lambda number: jnp.where(number > 0, number, 1)
         fading = jnp.where(is_silent, size / positive(last).astype(size.dtype), 1)
         excess = size / (_LARGEST_MOMENTUM * jnp.sqrt(state.power).astype(size.dtype))
-        scale = self.scale(state)
-        part = jnp.where(jnp.isfinite(scale), jnp.exp2(scale - step.largest_scale) / _LEAST_PART, 1)
+        # Differences of infinities, before the first gradient, would make derivatives NaN.
+        is_known = jnp.isfinite(self.scale(state)) & jnp.isfinite(step.largest_scale)
+        below = jnp.where(is_known, self.scale(state), 0) - jnp.where(is_known, step.largest_scale, 0)
+        part = jnp.exp2(jnp.minimum(below, 0)) / _LEAST_PART
         shortening = jnp.minimum(jnp.minimum(fading, part.astype(size.dtype)), 1 / jnp.maximum(excess, 1))
         length = shortening * self.rms / positive(root_mean_square(direction))
         return length, shortening < 1, state._replace(last_momentum=last)

@@ -76,7 +76,13 @@ def scale_by_relative_adam(
         del params, extra_args
         step = optax.safe_increment(state.step)
         decay, epsilon = schedules.value_at(b2, state.step), schedules.value_at(eps, state.step)
-        numbers = _Numbers(*map(jnp.asarray, (b1, decay, epsilon)), total_weight(b1, step), total_weight(decay, step))
+        numbers = _Numbers(
+            b1=jnp.asarray(b1),
+            b2=jnp.asarray(decay),
+            eps=jnp.asarray(epsilon),
+            mu_weight=total_weight(b1, step),
+            nu_weight=total_weight(decay, step),
+        )
         structure: Any
         gradients, structure = jax.tree.flatten(updates, is_leaf=trees.is_none)
         old = zip(structure.flatten_up_to(state.mu), structure.flatten_up_to(state.nu), strict=True)

@@ -32,7 +32,7 @@ class ScaleByKroneckerState(NamedTuple):
       stacks: what is kept for each stack of the plan. A plan without any block has one empty array in its place:
         `optax.tree.map_params` initialises on such a tree, and takes what it finds there for a leaf that stands for all
         stacks of a real state.
-      rest: what is kept for the parameters without factors, by their names in `Plan.rest`.
+      rest: what is kept for the parameters without factors, by their names in `Plan.rest`; likewise without any.
       refreshes: how many times a refresh of all blocks has been due; with `staggered`, how many rounds are over.
     """
 
@@ -127,7 +127,7 @@ def scale_by_kronecker(
     def init(params: optax.Params) -> ScaleByKroneckerState:
         plan = layout.plan(params)
         count, refreshes = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)  # two buffers, so both can be donated
-        rest_state = for_rest.init(_select_rest(plan, params, rest))
+        rest_state = for_rest.init(_select_rest(plan, params, rest)) if plan.rest else jnp.zeros([0])
         if not plan.stacks:
             state = ScaleByKroneckerState(count, jnp.zeros([0]), rest_state, refreshes)
             report(KroneckerReport(plan, rule, refresh_every, statistics_every, (), state))
@@ -210,6 +210,8 @@ def _select_rest(plan: Plan, tree: Any, rest: optax.GradientTransformation | Non
             "Pass rest=optax.scale_by_adam(), or Layout(diagonal=None) for factors everywhere."
         )
     leaves = trees.named_leaves(tree)
+    if missing := [parameter.path for parameter in plan.rest if parameter.path not in leaves]:
+        raise ValueError(f"gradients must be a tree like the parameters given to init, but {missing[0]!r} is missing.")
     return {parameter.name: leaves[parameter.path] for parameter in plan.rest}
 
 
