@@ -29,8 +29,9 @@ def info(state: Any) -> dict[str, jax.Array]:
         refreshes    how many times a refresh of all blocks has been due; with `staggered`, how many rounds are over.
         refused      how many refreshes of a block were refused so far, since the factors would have come out
                      non-finite. Without a rule that counts them, the entry is missing.
-        shortened    how many directions of a block were shortened to the trust radius so far. Without a trust radius,
-                     the entry is missing.
+        shortened    how many directions of a block were shortened so far: below the length of AdamW's step, in silence
+                     or where the momentum is far larger than the gradients, or to a trust radius. A rule that never
+                     shortens has no such entry.
         idle_blocks  how many blocks had a gradient of zeros in the last step, or have seen none yet.
         update_rms   the root mean square of the last directions, over all entries of all blocks. Learning rate, weight
                      decay and what else follows in a chain come later.
