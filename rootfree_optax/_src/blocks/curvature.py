@@ -41,6 +41,8 @@ Factors: TypeAlias = tuple[Parts, ...]
 _LARGEST_SURPRISE = 2
 # An average of gradients that is longer than this beside them, in rms, is of gradients that are gone.
 _LARGEST_MOMENTUM = 2
+# The root mean square of a step beside the learning rate. The ladder chose it, so that AdamW's learning rate serves.
+_RMS = 0.4
 # A block whose gradients are below this part of the whole tree's is rounding noise.
 _LEAST_PART = 1e-6
 # Products of square matrices: KᵀS̃K, and K times an inverse root.
@@ -190,8 +192,12 @@ class CurvatureRule(BlockRule):
     rms: float
     trust_radius: ArrayLike | None
     precision: jax.lax.PrecisionLike
-    root_products: ClassVar[int] = 0  # of `derive_factors`, for each axis
     applications: ClassVar[int] = 2  # how often a matrix is applied along each axis, for one direction
+
+    @property
+    def root_products(self) -> int:
+        """How many products of square matrices `derive_factors` takes for each axis."""
+        return 0
 
     @property
     @abc.abstractmethod
@@ -429,7 +435,7 @@ class RootFree(CurvatureRule):
     """
 
     step_size: StepSize = "adamw"
-    rms: float = 0.2
+    rms: float = _RMS
     trust_radius: ArrayLike | None = None
     precision: jax.lax.PrecisionLike = None
 
@@ -466,12 +472,16 @@ class Whitening(CurvatureRule):
     """
 
     step_size: StepSize = "adamw"
-    rms: float = 0.2
+    rms: float = _RMS
     trust_radius: ArrayLike | None = None
     precision: jax.lax.PrecisionLike = None
 
-    root_products = _SYMMETRIC_ROOT_PRODUCTS
     applications = 1
+
+    @property
+    def root_products(self) -> int:
+        """How many products of square matrices `derive_factors` takes for each axis."""
+        return _SYMMETRIC_ROOT_PRODUCTS
 
     @property
     def degrees(self) -> tuple[float, float]:
@@ -513,14 +523,14 @@ class Spectral(CurvatureRule):
       precision: of every matrix product, see `jax.lax.Precision`.
     """
 
-    power: float = 0.125
+    power: float = 0.25
     step_size: StepSize = "adamw"
-    rms: float = 0.2
+    rms: float = _RMS
     trust_radius: ArrayLike | None = None
     precision: jax.lax.PrecisionLike = None
 
     @property
-    def root_products(self) -> int:  # type: ignore[override]
+    def root_products(self) -> int:
         """How many products of square matrices `derive_factors` takes for each axis."""
         return 0 if self.power == 0.5 else _SYMMETRIC_ROOT_PRODUCTS + self._roots * _POSITIVE_ROOT_PRODUCTS
 

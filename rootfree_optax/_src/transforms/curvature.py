@@ -13,9 +13,6 @@ from rootfree_optax._src.layout import Layout
 from rootfree_optax._src.mesh.stacks_on_mesh import MeshAxes
 from rootfree_optax._src.transforms.kronecker import scale_by_kronecker
 
-# The root mean square of a step beside the learning rate: with it AdamW's best learning rate is the best one here.
-_RMS = 0.4
-
 
 def scale_by_sirf_muon(
     momentum: ArrayLike | None = 0.95,
@@ -90,7 +87,7 @@ def scale_by_sirf_muon(
             "Under optax.inject_hyperparams, pass static_args='power'."
         )
     return _scale_by_curvature(
-        Spectral(power, step_size, _RMS, None, precision),
+        Spectral(power, step_size, precision=precision),
         momentum,
         statistics_decay,
         trust_radius=None,
@@ -174,7 +171,7 @@ def scale_by_sirf_shampoo(
       https://arxiv.org/abs/2402.03496
     """
     return _scale_by_curvature(
-        RootFree(step_size, _RMS, trust_radius, precision),
+        RootFree(step_size, trust_radius=trust_radius, precision=precision),
         momentum,
         statistics_decay,
         trust_radius=trust_radius,
@@ -256,7 +253,7 @@ def scale_by_kl_shampoo(
       Lin et al., KL-Shampoo, https://arxiv.org/abs/2509.03378
     """
     return _scale_by_curvature(
-        Whitening(step_size, _RMS, trust_radius, precision),
+        Whitening(step_size, trust_radius=trust_radius, precision=precision),
         momentum,
         statistics_decay,
         trust_radius=trust_radius,
