@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import rootfree_optax as rf
-from rootfree_optax._src.common.schedules import is_due
+from rootfree_optax._src.common.schedules import complement, is_due
 
 STEPS = 20_000
 
@@ -74,3 +74,14 @@ def test_what_is_due_at_a_step():
     assert at(lambda count: jnp.int32(3)) == every_third
     assert at(jnp.asarray(True)) == [True] * 6
     assert is_due(rf.staggered(3), jnp.int32(1)) == rf.staggered(3)
+
+
+@pytest.mark.parametrize("every", [4, 4.0, np.int64(4), jnp.int32(4), jnp.float32(4)])
+def test_every_spelling_of_an_interval_has_one_weight(every):
+    np.testing.assert_allclose(complement(0.95, every), 1 - 0.95**4, rtol=1e-6)
+    np.testing.assert_allclose(complement(lambda count: 0.9, every)(0), 1 - 0.9**4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("every", [rf.growing(10), jnp.bool_(True)])
+def test_what_says_when_counts_as_every_step(every):
+    np.testing.assert_allclose(complement(0.95, every), 0.05, rtol=1e-6)

@@ -130,3 +130,10 @@ def test_a_chain_has_one_count(make):
     tx = make(optax.constant_schedule(0.1), weight_decay=0.1)
     _, state = tx.update(TREE, tx.init(TREE), TREE, batch_size=1)
     assert optax.tree.get(state, "count") == 1
+
+
+def test_a_learning_rate_below_half_precision_still_counts():
+    tx = scale_by_learning_rate(1e-8)  # zero as a float16
+    updates, _ = tx.update(jnp.full(3, 2000, jnp.float16), tx.init(jnp.zeros(3)))
+    assert updates.dtype == jnp.float16
+    np.testing.assert_allclose(np.float32(updates), -2e-5, rtol=1e-2)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -127,36 +128,16 @@ def complement(decay: optax.ScalarOrSchedule, every: Interval) -> optax.ScalarOr
 
     Args:
       decay: in (0, 1), a number, a traced scalar or a schedule.
-      every: c ≥ 1; where it is not a Python int it counts as one.
+      every: c ≥ 1, a number or a traced scalar; a callable, or a Boolean that says what is due, counts as one.
     """
-    power = every if isinstance(every, int) else 1
+    power: ArrayLike = 1
+    if isinstance(every, numbers.Real) and not isinstance(every, bool):
+        power = int(every)
+    elif not callable(every) and jnp.result_type(every) != jnp.bool_:
+        power = jnp.asarray(every, jnp.float32)
     if callable(decay):
         return lambda count: 1 - decay(count) ** power
     return 1 - decay**power
-
-
-def average_equally(weight: optax.ScalarOrSchedule, refresh_every: RefreshEvery, *, largest: float) -> optax.Schedule:
-    """Makes all refreshes so far weigh alike, until there are 1/β₂ of them: an average that is right from the start.
-
-        β₂ at step k:  max(β₂, min(1 / (⌊k/T⌋ + 1), largest))
-
-    A moving average with a small constant β₂ stays for about T/β₂ steps near where it began, at the large gradients of
-    the first steps. Where the interval T is not a number, it counts as one step.
-
-    Args:
-      weight: β₂, in (0, 1), what the schedule falls to. A number, a traced scalar or a schedule.
-      refresh_every: T ≥ 1, the interval of the refreshes.
-      largest: of the first refreshes, unless β₂ is larger: one mini-batch tells of a few directions alone.
-    """
-
-    def schedule(count: jax.Array) -> jax.Array:
-        period = refresh_every.period if isinstance(refresh_every, Staggered) else refresh_every
-        if callable(period) or jnp.result_type(period) == jnp.bool_:
-            period = 1
-        equal = 1 / jnp.asarray(count // period + 1, jnp.float32)
-        return jnp.maximum(jnp.asarray(value_at(weight, count), jnp.float32), jnp.minimum(equal, largest))
-
-    return schedule
 
 
 def growing(maximum: int, *, base: float = 4.0) -> Callable[[jax.Array], jax.Array]:

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.blocks.momentum import add_scaled, average_heavy_ball, total_weight
 from rootfree_optax._src.common import schedules, trees, validate
-from rootfree_optax._src.numerics.dtypes import dtype_like
+from rootfree_optax._src.numerics.dtypes import dtype_like, upcast
 
 MaskOrFn = Any | Callable[[optax.Params], Any] | None
 
@@ -191,4 +191,5 @@ def _average(
 
 @jax.jit
 def _multiply(factor: ArrayLike, update: jax.Array) -> jax.Array:
-    return jnp.asarray(factor, update.dtype) * update
+    wide = upcast(update)
+    return (jnp.asarray(factor, wide.dtype) * wide).astype(update.dtype)
