@@ -310,3 +310,37 @@ def test_a_block_of_rounding_noise_beside_the_tree_shrinks_in_proportion():
         direction, _ = rule.precondition(state, gradient, gradient=gradient, structures=structures, step=numbers)
         expected = rule.rms * min(1, 2.0**-excess / 1e-6)
         np.testing.assert_allclose(np.sqrt(np.mean(np.square(direction))), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [Spectral(0.5), Spectral(0.25), Spectral(0.125)])
+def test_before_the_first_refresh_a_step_is_as_long_as_after_it(rule):
+    structures, shape = [dense(4), dense(3)], (4, 3)
+    gradient = 1e-3 * jnp.ones(shape).at[1:].set(0)  # entries touched are far from a root mean square of one
+    given = {"structures": structures, "step": step()}
+    state = rule.start(rule.init(structures, [jnp.float32] * 2), gradient, **given)
+    after = rule.refresh(state, gradient, **given)
+    for found, expected in zip(
+        jax.tree.leaves(state.preconditioners), jax.tree.leaves(after.preconditioners), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
+    factors = state.factors if rule.power == 0.5 else state.preconditioners
+    damped = (np.asarray(state.statistics[0][0])[0, 0] * (1 + DAMPING)) ** -rule.power
+    np.testing.assert_allclose(factors[0][0], damped * np.eye(4), rtol=1e-5)
+
+
+def test_factors_beyond_float16_end_at_its_range():
+    structures, gradient = [dense(3), dense(3)], jnp.eye(3)
+    rule = RootFree()
+    state = advance(rule, structures, [gradient])
+    narrow = tuple(tuple(part.astype(jnp.float16) for part in k) for k in state.factors)
+    usual = state.statistics
+    state = state._replace(factors=narrow)
+
+    @quick_jit
+    def refresh(state, statistics):
+        state = state._replace(statistics=statistics, retained=jnp.float32(0.03))
+        return rule.refresh(state, gradient, structures=structures, step=step())
+
+    for _ in range(12):
+        state = refresh(state, ((1e-10 * jnp.eye(3),), usual[1]))
+    assert np.abs(np.float32(state.factors[0][0])).max() == np.float32(jnp.finfo(jnp.float16).max)

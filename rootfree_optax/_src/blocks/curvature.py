@@ -32,7 +32,7 @@ from rootfree_optax._src.common.schedules import StepSize
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
 from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.numerics.polar import orthogonalize
-from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered, saturate
+from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered, within_range
 from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
 
 Factors: TypeAlias = tuple[Parts, ...]
@@ -108,7 +108,7 @@ class Scaled(NamedTuple):
 
 
 def scale_by_exponent(array: jax.Array, exponent: jax.Array) -> jax.Array:
-    """Returns array·2ᵉ, exactly, for −126 ≤ e ≤ 126; a larger e counts as that."""
+    """Returns array·2ᵉ, exactly, for −126 ≤ e ≤ 126; an e outside counts as the nearer end."""
     return array * power_of_two(jnp.clip(exponent, -126, 126)).astype(array.dtype)
 
 
@@ -261,13 +261,18 @@ class CurvatureRule(BlockRule):
         mean = (scaled.power / touched) ** (1 / len(structures))
         damped = (1 + jnp.asarray(step.damping, mean.dtype)) * mean
         statistics = tuple(times_scalar(s.identity(mean.dtype), mean) for s in structures)
-        factors = tuple(
-            jax.tree.map(lambda i, k: (i * jax.lax.rsqrt(damped)).astype(k.dtype), s.identity(mean.dtype), k)
-            for s, k in zip(structures, state.factors, strict=True)
-        )
+
+        def power_of(degree: float, old: Factors) -> Factors:
+            return tuple(
+                jax.tree.map(lambda i, k: (i * damped**-degree).astype(k.dtype), s.identity(mean.dtype), k)
+                for s, k in zip(structures, old, strict=True)
+            )
+
+        derived = state.preconditioners
         return state._replace(
             statistics=statistics,
-            factors=factors,
+            factors=power_of(0.5, state.factors),
+            preconditioners=None if derived is None else power_of(self.degrees[1], derived),
             exponent=scaled.exponent,
             power=scaled.power.astype(state.power.dtype),
             seen=jnp.ones_like(state.seen),
@@ -323,7 +328,7 @@ class CurvatureRule(BlockRule):
             sizes = [max_abs(parts) for parts in (*kept, *(derived or ()))]
             is_finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, sizes))
             keep = is_finite & (state.seen > 0)
-            rounded = lambda new, old: round_dithered(saturate(new, new.dtype), old.dtype, step.count)
+            rounded = lambda new, old: round_dithered(within_range(new, old.dtype), old.dtype, step.count)
             select = lambda new, old: jax.tree.map(lambda n, o: jnp.where(keep, rounded(n, o), o), new, old)
             return state._replace(
                 factors=select(kept, state.factors),
@@ -371,8 +376,9 @@ class CurvatureRule(BlockRule):
         fading = jnp.where(is_silent, size / positive(last).astype(size.dtype), 1)
         excess = size / (_LARGEST_MOMENTUM * jnp.sqrt(state.power).astype(size.dtype))
         # Differences of infinities, before the first gradient, would make derivatives NaN.
-        is_known = jnp.isfinite(self.scale(state)) & jnp.isfinite(step.largest_scale)
-        below = jnp.where(is_known, self.scale(state), 0) - jnp.where(is_known, step.largest_scale, 0)
+        scale = self.scale(state)
+        is_known = jnp.isfinite(scale) & jnp.isfinite(step.largest_scale)
+        below = jnp.where(is_known, scale, 0) - jnp.where(is_known, step.largest_scale, 0)
         part = jnp.exp2(jnp.minimum(below, 0)) / _LEAST_PART
         shortening = jnp.minimum(jnp.minimum(fading, part.astype(size.dtype)), 1 / jnp.maximum(excess, 1))
         length = shortening * self.rms / positive(root_mean_square(direction))
