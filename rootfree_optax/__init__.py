@@ -1,7 +1,8 @@
-"""Optax gradient transformations for adaptive methods without the square root.
+"""Optax optimizers that know the curvature, made of matrix products.
 
-Root-free diagonal methods, root-free Shampoo and inverse-free structured Shampoo, after Lin et al., Can We Remove the
-Square-Root in Adaptive Gradient Methods? A Second-Order Perspective (ICML 2024, https://arxiv.org/abs/2402.03496).
+SIRF-Muon, SIRF-Shampoo, KL-Shampoo and the root-free diagonal methods. `published` is the paper to the letter: Lin et
+al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective (ICML 2024,
+https://arxiv.org/abs/2402.03496).
 """
 
 from rootfree_optax import published

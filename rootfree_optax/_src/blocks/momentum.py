@@ -1,4 +1,4 @@
-"""Heavy-ball momentum of one array. Every momentum of the package is this one."""
+"""Heavy-ball momentum of one array."""
 
 import jax
 import jax.numpy as jnp

@@ -57,7 +57,7 @@ class BlockRule(abc.ABC):
 
     At every step, in this order:
 
-        start        while the block has seen no gradient but zeros
+        start        at the block's first gradient that is finite and not all zero
         observe      every `statistics_every` steps, if that is given
         refresh      every `refresh_every` steps
         precondition at every step

@@ -573,6 +573,6 @@ class PublishedRefresh(InverseFreeRule):
         structures: Sequence[Structure],
         step: Step,
     ) -> tuple[jax.Array, SirfState]:
-        """Returns D = G ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ."""
+        """Returns D = M ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ."""
         del gradient, step
         return self.apply(state, momentum, structures=structures), state

@@ -1,7 +1,7 @@
 """What is checked of hyperparameters, at construction.
 
 Only Python numbers are checked. A traced array has no value yet and a schedule has none before its step, so neither is
-ever looked at by Python: no branch of this library depends on a hyperparameter's value.
+ever looked at by Python: no branch depends on a traced value. A Python zero or one may leave work out of the program.
 """
 
 import numbers

@@ -70,7 +70,7 @@ def times_inverse_root(
     """Returns K (a·I + E)^(−1/2).
 
     Let κ be the bound on the condition number that follows from ‖E‖₂ ≤ ‖E²‖_F^(1/2), a bound that is at most d^(1/4)
-    times too large. The relative error of the inverse root is 4e-6 at κ = 30, 6e-4 at 100 and 6e-2 at 1024, or the
+    times too large. The relative error of the inverse root is 6e-6 at κ = 30, 8e-4 at 100 and 6e-2 at 1024, or the
     resolution of the dtypes: in bfloat16 about 1e-2 at 100, in the directions in which E does not vanish. If κ is above
     1024, E is scaled until κ is 1024.
 

@@ -2,8 +2,8 @@
 
 The indices are cut into consecutive segments. The block of a segment, on the diagonal, is block-diagonal itself. A
 coupling (i, j) of two segments means that the block in the rows of i and the columns of j is dense. All other blocks
-are zero. The set is closed under product if the couplings are transitive. Without cycles, there is no coupling whose
-mirror image is a coupling, too.
+are zero. The set is closed under product if the couplings are transitive. Without cycles, (i, j)
+and (j, i) are never both couplings.
 """
 
 import dataclasses

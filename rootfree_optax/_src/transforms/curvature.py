@@ -37,7 +37,7 @@ def scale_by_sirf_muon(
         Sₙ ← b₂ Sₙ + (1 − b₂) G₍ₙ₎ (⊗_{j≠n} S̃ⱼ⁻¹) G₍ₙ₎ᵀ / Π_{j≠n} dⱼ,   S̃ₙ = Sₙ + (ρ·tr(Sₙ)/dₙ)·I
         D = msign(M ×ₙ S̃ₙ^(−q)) ×ₙ S̃ₙ^(−q)
 
-    The longest step in which no direction of the metric's coordinates exceeds its bound. See `Spectral`, and
+    In the metric's coordinates all singular values of the step are equal. See `Spectral`, and
     `CurvatureRule` for its length.
 
     Args:
@@ -52,7 +52,7 @@ def scale_by_sirf_muon(
       refresh_every: T ≥ 1, `staggered(T)`, `growing(T)` or a callable, see `scale_by_kronecker`.
       statistics_every: c ≥ 1: the statistics take in every c-th gradient; or a callable. Each costs two products an
         axis.
-      step_size: "adamw" or "newton", see `sirf_shampoo`.
+      step_size: "adamw", at the length of AdamW's steps; or "newton", D itself for the curvature of the loss.
       batch_size: B > 0, how many terms the loss averages, for `step_size="newton"`.
       layout: how parameters become blocks, and the structure and dtype of their factors. By default every parameter has
         factors, vectors diagonal ones.
@@ -141,7 +141,7 @@ def scale_by_sirf_shampoo(
       refresh_every: T ≥ 1, `staggered(T)`, `growing(T)` or a callable, see `scale_by_kronecker`.
       statistics_every: c ≥ 1: the statistics take in every c-th gradient; or a callable. Each costs two products an
         axis.
-      step_size: "adamw" or "newton", see `sirf_shampoo`.
+      step_size: "adamw", at the length of AdamW's steps; or "newton", D itself for the curvature of the loss.
       batch_size: B > 0, how many terms the loss averages, for `step_size="newton"`.
       trust_radius: r > 0, for `step_size="newton"`: a step L long in the metric of the curvature is shortened to
         min(1, (r/L)²) of it. None shortens nothing.
@@ -224,7 +224,7 @@ def scale_by_kl_shampoo(
       refresh_every: T ≥ 1, `staggered(T)`, `growing(T)` or a callable, see `scale_by_kronecker`.
       statistics_every: c ≥ 1: the statistics take in every c-th gradient; or a callable. Each costs two products an
         axis.
-      step_size: "adamw" or "newton", see `sirf_shampoo`.
+      step_size: "adamw", at the length of AdamW's steps; or "newton", D itself for the curvature of the loss.
       batch_size: B > 0, how many terms the loss averages, for `step_size="newton"`.
       trust_radius: r > 0, for `step_size="newton"`: a step L long in the metric of the curvature is shortened to
         min(1, (r/L)²) of it. None shortens nothing.

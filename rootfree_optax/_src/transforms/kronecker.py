@@ -258,7 +258,7 @@ def _place_state(
         raise ValueError(
             f"the state's stacks must have {expected} blocks on the {placed.shards} devices of "
             f"mesh_axes={mesh_axes!r}, got {lengths}: it is of another mesh or other parameters. Restore it for this "
-            "one as README says."
+            "one as examples/pod_training.py does."
         )
     if mesh_axes is None or not all(0 <= extra < multiple for extra in excess):
         raise ValueError(_describe_misfit(rule, states, plan))
