@@ -6,7 +6,7 @@
     python benchmarks/ladder.py --methods adamw:lr=3e-3 "sirf_muon:power=0.125,damping=0.01/0.1,lr=3e-3"
     python benchmarks/ladder.py --size conv --methods adamw sirf_muon:merge=9 --learning-rates 1e-3 3e-3
     python benchmarks/ladder.py --size 33M --steps 600 --text tokens.npz --learning-rates 3e-3       # on a GPU
-    python benchmarks/ladder.py --probe --steps 1000              # compares directions, without training to the end
+    python benchmarks/ladder.py --probe --steps 1000 --methods adamw muon sirf_muon     # compares directions alone
 
 Text is the .py files of this environment's packages, or the C files of a folder or an archive, such as that of Debian's
 package `linux-source-6.1`: `--text /usr/src/linux-source-6.1.tar.xz`. Validation files are no training files.

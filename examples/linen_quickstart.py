@@ -18,7 +18,7 @@ BATCH_SIZE = 64
 
 
 class Network(nn.Module):
-    """Two convolutions, then a linear classifier of the mean over pixels."""
+    """Two convolutions, then a linear classifier of all pixels' features."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:

@@ -50,9 +50,10 @@ def _with_adamw(matrices: Callable[..., optax.GradientTransformation]) -> Builde
 
 
 def _with_layout(optimizer: Callable[..., Any]) -> Builder:
-    """Returns a builder for one of the library's Kronecker optimizers, at its defaults.
+    """Returns a builder for one of the library's Kronecker optimizers, at its defaults but for the layout.
 
-    `blocks` and `merge` are `block_size` and `merge_dims` of its layout.
+    `blocks` and `merge` are `block_size` and `merge_dims` of its layout. Unless given, matrices are whole, and no axes
+    are merged.
     """
 
     def build(
@@ -63,7 +64,7 @@ def _with_layout(optimizer: Callable[..., Any]) -> Builder:
         merge: int | None = None,
         **options: Any,
     ) -> optax.GradientTransformation:
-        layout = rf.Layout(diagonal=rf.EMBEDDINGS, block_size=blocks, merge_dims=merge)
+        layout = rf.Layout(block_size=blocks, merge_dims=merge)
         return optimizer(schedule, B1, B2, weight_decay=weight_decay, layout=layout, **options)
 
     own = inspect.signature(optimizer).parameters.values()

@@ -203,7 +203,7 @@ MODELS: dict[str, Model] = {
     "0.2M": Decoder(layers=2, width=96, heads=4),
     "0.6M": Decoder(layers=3, width=128, heads=4),
     "3M": Decoder(layers=4, width=256, heads=8),
-    # With vocabularies of 8,192 and 50,304; with bytes they have 26 and 87 million parameters.
+    # Sizes are nominal: vocabularies of 8,192 and 50,304 make 34 and 163 million parameters, bytes 26 and 86.
     "33M": Decoder(layers=8, width=512, heads=8, context=512, batch=32_768, dtype="bfloat16"),
     "124M": Decoder(layers=12, width=768, heads=12, context=1024, batch=65_536, dtype="bfloat16"),
     "conv": ResidualNetwork(),

@@ -45,9 +45,17 @@ def measure(task: Task, spellings: list[str], learning_rate: float) -> list[dict
             f"the probe needs at least {10 * WINDOW} steps, so that its windows lie apart, got {task.steps}."
         )
     methods = [parse(spelling) for spelling in spellings]
+    if any(method.traced or method.learning_rates for method in methods):
+        raise ValueError(
+            f"the probe takes one value for each option, and its learning rate from --learning-rates, got {spellings}."
+        )
+    if task.weight_decay:
+        raise ValueError(f"the probe has no weight decay, got {task.weight_decay}.")
     unit = [method.build(lambda count: jnp.float32(1), 0.0, {}) for method in methods]
     statistics = okls(rms=None)
     params = task.model.init(jax.random.key(0))
+    if not jax.tree.leaves(hidden(params)):
+        raise ValueError("the probe needs hidden matrices: choose a decoder.")
     states = ([tx.init(params) for tx in unit], statistics.init(hidden(params)))
 
     def step(carry: Any, count: jax.Array, *, keep: bool) -> tuple[Any, Any]:

@@ -1,14 +1,12 @@
 """Stacks hold the blocks of one kind in order, and give them back."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rootfree_optax._src.layout import stack as stacks_of_blocks
 from rootfree_optax._src.layout.stack import Placement, Stack, place, widest
-from rootfree_optax._src.structures import block_diagonal, dense, diagonal, triangular_toeplitz
+from rootfree_optax._src.structures import block_diagonal, dense, diagonal
 
 
 def parts() -> list[Stack]:
@@ -78,18 +76,3 @@ def test_pieces_without_values_are_nan_and_do_not_widen_the_dtype() -> None:
 )
 def test_widest_holds_all(dtypes: list[str], expected: str) -> None:
     assert widest(map(jnp.dtype, dtypes)) == jnp.dtype(expected)
-
-
-def test_bytes_and_operations_are_those_of_the_formulas() -> None:
-    stack = Stack((4, 6), (dense(4), diagonal(6)), (None, None), 3)
-    assert stack.state_bytes() == 3 * (4 * 4 + 6) * 4
-    assert stack.state_bytes(riemannian_momentum=True) == 3 * (4 * 4 + 6) * 4 * 2
-    assert stack.state_bytes(cached_products=True, observed_curvature=True) == 3 * (4 * 4 + 6) * 4 * 3
-    mixed = dataclasses.replace(stack, factor_dtypes=(jnp.dtype("bfloat16"), None))
-    assert mixed.state_bytes() == 3 * (4 * 4 * 2 + 6 * 4)
-    # A multiply-add for each entry of the factor and each of the columns that it is applied to, for Kᵀ and for K.
-    assert stack.apply_flops == 3 * 2 * (2 * 4 * 4 * 6 + 2 * 6 * 4)
-    cube = Stack((5, 5), (dense(5), dense(5)), (None, None), 2)
-    assert cube.apply_flops == 2 * 4 * 2 * 5**3
-    assert cube.refresh_flops == 2 * 2 * (4 * 2 * 5**3)
-    assert Stack((8,), (triangular_toeplitz(lower=True)(8),), (None,), 1).state_bytes() == 8 * 4

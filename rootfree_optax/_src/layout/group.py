@@ -44,15 +44,14 @@ class Group:
       ValueError: for an invalid regular expression, or the same member twice.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from rootfree_optax._src.layout import Group, Layout
-      >>> scale_and_bias = Group(
+      >>> import jax.numpy as jnp, rootfree_optax as rf
+      >>> scale_and_bias = rf.Group(
       ...     ("scale", "bias"),
       ...     join=lambda scale, bias: jnp.stack([scale, bias]),
       ...     split=lambda tensor, *shapes: (tensor[0], tensor[1]),
       ... )
       >>> params = {"norm": {"scale": jnp.ones(8), "bias": jnp.zeros(8)}}
-      >>> [stack.shape for stack in Layout(group=(scale_and_bias,)).plan(params).stacks]
+      >>> [stack.shape for stack in rf.Layout(group=(scale_and_bias,)).plan(params).stacks]
       [(2, 8)]
     """
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from rootfree_optax._src.common.trees import Shape
-from rootfree_optax._src.structures.base import Flops, Structure
+from rootfree_optax._src.structures.base import Structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,46 +32,6 @@ class Stack:
     def part_shapes(self) -> list[Shape]:
         """The shapes of the parts of all factors, axis by axis, with a leading axis of blocks."""
         return [(self.count, *shape) for structure in self.structures for shape in structure.part_shapes]
-
-    def state_bytes(
-        self,
-        *,
-        riemannian_momentum: bool = False,
-        cached_products: bool = False,
-        observed_curvature: bool = False,
-    ) -> int:
-        """Returns the bytes of the factors of all blocks, in their own dtypes; None counts as float32.
-
-        Args:
-          riemannian_momentum: whether each factor has a momentum, of its size and dtype.
-          cached_products: whether each factor has K Kᵀ beside it, of its size and dtype.
-          observed_curvature: whether each factor has a sum beside it, as `curvature_every` keeps.
-        """
-        sizes = [sum(map(math.prod, structure.part_shapes)) for structure in self.structures]
-        itemsizes = [jnp.dtype(jnp.float32 if dtype is None else dtype).itemsize for dtype in self.factor_dtypes]
-        bytes_each = [size * itemsize for size, itemsize in zip(sizes, itemsizes, strict=True)]
-        return self.count * sum(bytes_each) * (1 + riemannian_momentum + cached_products + observed_curvature)
-
-    @property
-    def apply_flops(self) -> int:
-        """Floating-point operations of a direction: Kᵀ and K are applied along each axis."""
-        return self.count * sum(2 * flops.apply for flops in self._flops)
-
-    @property
-    def refresh_flops(self) -> int:
-        """Floating-point operations of a refresh: Kᵀ is applied, XXᵀ and KᵀK are projected, K is multiplied by m."""
-        return self.count * sum(f.apply + f.project_outer + f.project_inner + f.matmul for f in self._flops)
-
-    @property
-    def square_flops(self) -> int:
-        """Floating-point operations of K Kᵀ for all factors; a direction by those takes half of `apply_flops`."""
-        return self.count * sum(flops.matmul for flops in self._flops)
-
-    @property
-    def _flops(self) -> list[Flops]:
-        size = math.prod(self.shape)
-        pairs = zip(self.structures, self.shape, strict=True)
-        return [structure.flops(columns=size // length) for structure, length in pairs]
 
 
 @dataclasses.dataclass(frozen=True)

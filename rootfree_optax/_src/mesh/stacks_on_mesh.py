@@ -282,19 +282,16 @@ def _unpack_divided(divided: DividedStacks, stacks: Stacks, like: Any, rest: Map
     return jax.tree.unflatten(structure, partition(mesh, to_leaves, specs, stacks, like, rest))
 
 
-def place_stacks(
-    plan: Plan, mesh_axes: MeshAxes, tree: Any, lengths: Sequence[int] | None = None
-) -> WholeStacks | DividedStacks:
+def place_stacks(plan: Plan, mesh_axes: MeshAxes, tree: Any) -> WholeStacks | DividedStacks:
     """Returns where the stacks of a plan are, on the mesh in use.
 
     Args:
       plan: the plan, with at least one stack.
       mesh_axes: what the stacks are divided over; None divides nothing.
       tree: arrays that tell which mesh is in use.
-      lengths: of a state's arrays, for a state that exists; None for a new one.
 
     Raises:
-      ValueError: if there is no mesh with the axes, or the lengths are of another mesh.
+      ValueError: if there is no mesh with the axes.
     """
     counts = tuple([stack.count for stack in plan.stacks])
     if mesh_axes is None:
@@ -313,12 +310,4 @@ def place_stacks(
     regime = LocalStacks if manual else DividedStacks
     shards = regime(plan, counts, axes, mesh).shards
     even = tuple(-(-count // shards) * shards for count in counts)
-    if lengths is not None:
-        whole = tuple(length * shards for length in lengths) if manual else tuple(lengths)
-        if shards > 1 and whole != even:
-            raise ValueError(
-                f"the state's stacks must have {even} blocks on the {shards} devices of mesh_axes={mesh_axes!r}, got "
-                f"{whole}: it is of another mesh or other parameters. Restore it for this one as README says."
-            )
-        even = whole
     return regime(plan, even, axes, mesh)
