@@ -9,8 +9,9 @@ from double_precision import double_precision
 from rootfree_optax._src.numerics import polar, products
 from rootfree_optax._src.numerics.polar import orthogonalize, positive_root, symmetric_root
 
-CONDITIONS = {"float32": (1, 1e2, 1e4, 1e6), "float64": (1, 1e2, 1e4, 1e6, 1e8)}  # of A = K Kᵀ
-ERRORS = {"float32": 1e-5, "float64": 2e-7}
+CONDITIONS = (1, 1e2, 1e4, 1e6)  # of A = K Kᵀ
+ERRORS = {"float32": 1e-5, "float64": 1e-6}
+ROOT_ERRORS = {1: 1e-6, 10: 1e-5, 30: 2e-5, 100: 1e-3, 1000: 7e-2}  # of M^(1/2), by the condition number of M
 
 
 def orthogonal(rng, d):
@@ -36,30 +37,35 @@ def errors(found, expected):
     return np.linalg.norm(found - expected, 2, axis=(1, 2)) / np.linalg.norm(expected, 2, axis=(1, 2))
 
 
-@pytest.mark.parametrize("dtype", CONDITIONS)
+@pytest.mark.parametrize("dtype", ERRORS)
 @pytest.mark.parametrize("d", [1, 2, 7, 64])
-def test_symmetric_root_and_its_roots(d, dtype):
-    """The root R of A has R Rᵀ = A. Its own positive roots are A^(1/4) and A^(1/8)."""
-    vectors, values, factors = problems(d, CONDITIONS[dtype])
+def test_symmetric_root(d, dtype):
+    """The root R of A has R Rᵀ = A."""
+    vectors, values, factors = problems(d, CONDITIONS)
     with double_precision():
         half = jax.jit(symmetric_root)(jnp.asarray(factors, dtype))
-        quarter = jax.jit(positive_root)(half)
-        eighth = jax.jit(positive_root)(quarter)
-    assert half.dtype == quarter.dtype == eighth.dtype == dtype
+    assert half.dtype == dtype
     np.testing.assert_array_equal(half, np.matrix_transpose(half))
     assert errors(half, power(vectors, values, 1 / 2)).max() < ERRORS[dtype]
-    assert errors(quarter, power(vectors, values, 1 / 4)).max() < 1e-4
-    assert errors(eighth, power(vectors, values, 1 / 8)).max() < 3e-4
 
 
-@pytest.mark.parametrize("dtype", CONDITIONS)
+@pytest.mark.parametrize("dtype", ERRORS)
 @pytest.mark.parametrize("d", [1, 2, 7, 64])
 def test_positive_root(d, dtype):
-    vectors, values, _ = problems(d, CONDITIONS[dtype])
-    with double_precision():
-        found = jax.jit(positive_root)(jnp.asarray(power(vectors, values, 1), dtype))
-    np.testing.assert_array_equal(found, np.matrix_transpose(found))
-    assert errors(found, power(vectors, values, 1 / 2)).max() < (2e-3 if dtype == "float32" else 1e-6)
+    """Every eigenvalue has the relative error, not the largest alone; a bound that is too low costs as a condition."""
+    vectors, values, _ = problems(d, list(ROOT_ERRORS))
+    for low in (1, 3):
+        with double_precision():
+            matrices = jnp.asarray(power(vectors, values, 1), dtype)
+            found = jax.jit(jax.vmap(positive_root))(matrices, jnp.asarray(values.min(1) / low, dtype))
+        np.testing.assert_allclose(found, np.matrix_transpose(found), rtol=0, atol=1e-6)
+        roots = values**-0.25
+        relative = roots[:, :, None] * (np.matrix_transpose(vectors) @ np.float64(found) @ vectors) * roots[:, None]
+        error = np.linalg.norm(relative - np.eye(d), 2, axis=(1, 2))
+        # The bound on ‖M‖₂ is at most d^(1/4) times too large, and counts in the condition, too.
+        for condition, found_error in zip(ROOT_ERRORS, error, strict=True):
+            bound = min((e for c, e in ROOT_ERRORS.items() if c >= condition * low * d**0.25), default=0.4)
+            assert found_error < bound, (condition, low)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -67,10 +73,10 @@ def test_roots_of_any_scale_and_condition_are_finite(scale):
     """Also of singular matrices, and where rounding makes eigenvalues negative."""
     vectors, values, factors = problems(24, (1e2, 1e8, 1e14), scale)
     found = jax.jit(symmetric_root)(jnp.asarray(factors, jnp.float32))
-    assert errors(found, power(vectors, values, 1 / 2)).max() < 1e-4
+    assert errors(found, power(vectors, values, 1 / 2)).max() < 1e-3
     values[-1, 5:] = 0
-    found = jax.jit(positive_root)(jnp.asarray(power(vectors, values, 1), jnp.float32))
-    assert errors(found, power(vectors, values, 1 / 2)).max() < 3e-3
+    found = jax.jit(positive_root)(jnp.asarray(power(vectors, values, 1), jnp.float32), scale / 500)
+    assert errors(found, power(vectors, values, 1 / 2)).max() < 5e-2
 
 
 def test_small_eigenvalues_of_the_symmetric_root_are_accurate_too():
@@ -104,13 +110,13 @@ def test_symmetric_root_from_products_of_few_bits(bits, bound, monkeypatch):
     of_few_bits = lambda subscripts, *operands, **options: exact(subscripts, *map(rounded, operands), **options)
     monkeypatch.setattr(products, "einsum", of_few_bits)
     monkeypatch.setattr(polar, "einsum", of_few_bits)
-    vectors, values, factors = problems(64, CONDITIONS["float64"])
+    vectors, values, factors = problems(64, CONDITIONS)
     found = jax.jit(lambda factor: symmetric_root(factor))(jnp.asarray(factors, jnp.float32))
     largest = errors(found, power(vectors, values, 1 / 2)).max()
     assert 1e-4 < largest < bound
 
 
-@pytest.mark.parametrize("function", [orthogonalize, symmetric_root, positive_root])
+@pytest.mark.parametrize("function", [orthogonalize, symmetric_root, lambda matrix: positive_root(matrix, 1e-2)])
 def test_zero_stays_zero_and_non_finite_entries_show(function):
     matrices = jnp.stack([jnp.zeros((3, 3)), jnp.eye(3).at[1, 2].set(jnp.nan), jnp.eye(3).at[0, 0].set(jnp.inf)])
     zero, nan, infinite = jax.jit(function)(matrices)

@@ -199,19 +199,21 @@ def test_roots_agree_with_dense_algebra(name, dtype):
     structure = structure_factory(name)(11)
     parts = to_jax(random_parts(np.random.default_rng(0), structure), dtype)
     half = jax.jit(structure.symmetric_root)(parts)
-    quarter = jax.jit(structure.positive_root)(half)
-    assert all(part.dtype == jnp.float32 for part in (*half, *quarter))
-    square, half, quarter = (dense(structure, parts) for parts in (structure.square(parts), half, quarter))
+    shifted = structure.add_identity(half, 0.1 * np.linalg.norm(dense(structure, half), 2))
+    root = jax.jit(structure.positive_root)(shifted, np.linalg.eigvalsh(dense(structure, shifted)).min())
+    assert all(part.dtype == jnp.float32 for part in (*half, *root))
+    square = dense(structure, structure.square(parts))
+    half, shifted, root = (dense(structure, parts) for parts in (half, shifted, root))
     np.testing.assert_array_equal(half, half.T)
-    assert min(*np.linalg.eigvalsh(half), *np.linalg.eigvalsh(quarter)) > 0
+    assert min(*np.linalg.eigvalsh(half), *np.linalg.eigvalsh(root)) > 0
     np.testing.assert_allclose(half @ half, square, atol=2e-5 * np.linalg.norm(square, 2))
-    np.testing.assert_allclose(quarter @ quarter, half, atol=2e-5 * np.linalg.norm(half, 2))
+    np.testing.assert_allclose(root @ root, shifted, atol=2e-5 * np.linalg.norm(shifted, 2))
 
 
 @pytest.mark.parametrize("name", ["triltoeplitz", "hierarchical3_2"])
 def test_roots_and_squares_of_a_set_without_transposes_are_an_error(name):
     structure = structure_factory(name)(11)
-    for operation in (structure.square, structure.symmetric_root, structure.positive_root):
+    for operation in (structure.square, structure.symmetric_root, lambda parts: structure.positive_root(parts, 1.0)):
         with pytest.raises(ValueError, match=f"closed under transposition, got '{name}'"):
             operation(structure.identity(jnp.float32))
 

@@ -47,7 +47,7 @@ _RMS = 0.4
 _LEAST_PART = 1e-6
 # Products of square matrices: KᵀS̃K, and K times an inverse root.
 _REFRESH_PRODUCTS = 10
-_SYMMETRIC_ROOT_PRODUCTS, _POSITIVE_ROOT_PRODUCTS = 30, 37
+_SYMMETRIC_ROOT_PRODUCTS, _POSITIVE_ROOT_PRODUCTS = 22, 8
 # Between two refreshes S may lose all that it was. K grows at most as if a part of this size were left.
 _LEAST_RETAINED = 2.0**-5
 # Of S's Frobenius norm, the least damping that factors in half precision need: K resolves 2⁻⁸, and S⁻¹ is its square.
@@ -219,9 +219,17 @@ class CurvatureRule(BlockRule):
     ) -> jax.Array:
         """Returns D, of any length, in the accumulation dtype."""
 
-    def derive_factors(self, factors: Factors, structures: Sequence[Structure]) -> tuple[Factors, Factors | None]:
-        """Returns the factors to keep, of equal K Kᵀ, and the preconditioners that are made of them; None for none."""
-        del structures
+    def derive_factors(
+        self, factors: Factors, damped: Factors, structures: Sequence[Structure]
+    ) -> tuple[Factors, Factors | None]:
+        """Returns the factors to keep, of equal K Kᵀ, and the preconditioners that are made of them; None for none.
+
+        Args:
+          factors: the parts of each K.
+          damped: the parts of each S̃ = (K Kᵀ)⁻¹.
+          structures: the structure of each axis.
+        """
+        del damped, structures
         return factors, None
 
     def init(self, structures: Sequence[Structure], dtypes: Sequence[jnp.dtype]) -> CurvatureState:
@@ -229,7 +237,7 @@ class CurvatureRule(BlockRule):
         wide = tuple(s.identity(accumulation_dtype(dtype)) for s, dtype in zip(structures, dtypes, strict=True))
         narrow = tuple(s.identity(dtype) for s, dtype in zip(structures, dtypes, strict=True))
         zero, one, number = jnp.zeros([], jnp.float32), jnp.ones([], jnp.float32), jnp.zeros([], jnp.int32)
-        _, preconditioners = jax.eval_shape(lambda: self.derive_factors(narrow, structures))
+        _, preconditioners = jax.eval_shape(lambda: self.derive_factors(narrow, wide, structures))
         return CurvatureState(
             statistics=wide,
             factors=narrow,
@@ -316,15 +324,15 @@ class CurvatureRule(BlockRule):
             absolute = scale_by_exponent(
                 jnp.asarray(step.absolute_damping / step.batch_size, state.power.dtype), -2 * state.exponent
             )
-            factors = []
+            factors, damped = [], []
             for n, (structure, s, k) in enumerate(zip(structures, state.statistics, state.factors, strict=True)):
                 others = [t.astype(s[0].dtype) for j, t in enumerate(mean_inverse) if j != n]
                 paper = math.prod(others, start=absolute.astype(s[0].dtype))
                 damping = self._damping(structure, s, k, step.damping) + paper
-                damped = structure.add_identity(s, damping)
-                excess = structure.add_identity(structure.congruence(k, damped), -shift)
+                damped.append(structure.add_identity(s, damping))
+                excess = structure.add_identity(structure.congruence(k, damped[-1]), -shift)
                 factors.append(structure.times_inverse_root(k, excess, shift=shift, precision=self.precision))
-            kept, derived = self.derive_factors(tuple(factors), structures)
+            kept, derived = self.derive_factors(tuple(factors), tuple(damped), structures)
             sizes = [max_abs(parts) for parts in (*kept, *(derived or ()))]
             is_finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, sizes))
             keep = is_finite & (state.seen > 0)
@@ -498,8 +506,11 @@ class Whitening(CurvatureRule):
         """Returns mean(D²)."""
         return jnp.mean(jnp.square(direction))
 
-    def derive_factors(self, factors: Factors, structures: Sequence[Structure]) -> tuple[Factors, Factors | None]:
+    def derive_factors(
+        self, factors: Factors, damped: Factors, structures: Sequence[Structure]
+    ) -> tuple[Factors, Factors | None]:
         """Returns the symmetric factors of equal K Kᵀ."""
+        del damped
         return tuple(
             [s.symmetric_root(k, precision=self.precision) for s, k in zip(structures, factors, strict=True)]
         ), None
@@ -557,13 +568,20 @@ class Spectral(CurvatureRule):
         """The powers of the momentum and of the inverse curvature that D is made of."""
         return 0.0, self.power
 
-    def derive_factors(self, factors: Factors, structures: Sequence[Structure]) -> tuple[Factors, Factors | None]:
+    def derive_factors(
+        self, factors: Factors, damped: Factors, structures: Sequence[Structure]
+    ) -> tuple[Factors, Factors | None]:
         """Returns the factors, and S̃^(−q) for q < 1/2: roots of the symmetric root."""
         if self.power == 0.5:
             return factors, None
-        powers = [s.symmetric_root(k, precision=self.precision) for s, k in zip(structures, factors, strict=True)]
-        for _ in range(self._roots):
-            powers = [s.positive_root(p) for s, p in zip(structures, powers, strict=True)]
+        powers = []
+        for structure, k, s in zip(structures, factors, damped, strict=True):
+            power = structure.symmetric_root(k, precision=self.precision)
+            least = structure.squared_norm(s) ** -0.25  # S̃^(−1/2) is at least ‖S̃‖_F^(−1/2)
+            for _ in range(self._roots):
+                power = structure.positive_root(power, least, precision=self.precision)
+                least = jnp.sqrt(least)
+            powers.append(power)
         return factors, tuple(powers)
 
     def precondition_momentum(

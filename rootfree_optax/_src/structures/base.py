@@ -117,8 +117,8 @@ class Structure(abc.ABC):
         """
         raise self.not_symmetric("(K Kᵀ)^(1/2)")
 
-    def positive_root(self, parts: Parts) -> Parts:
-        """Returns the parts of M^(1/2) for symmetric positive semidefinite M, if the set is symmetric.
+    def positive_root(self, parts: Parts, least: ArrayLike, *, precision: PrecisionLike = None) -> Parts:
+        """Returns the parts of M^(1/2) for symmetric M without eigenvalues below `least`, if the set is symmetric.
 
         Raises:
           ValueError: if the set is not symmetric.

@@ -109,8 +109,10 @@ class BlockDiagonal(Structure):
             return (jnp.abs(upcast(parts[0])),)
         return (polar.symmetric_root(parts[0], precision=precision),)
 
-    def positive_root(self, parts: Parts) -> Parts:
-        return (jnp.sqrt(upcast(parts[0])) if self.size == 1 else polar.positive_root(parts[0]),)
+    def positive_root(self, parts: Parts, least: ArrayLike, *, precision: PrecisionLike = None) -> Parts:
+        if self.size == 1:
+            return (jnp.sqrt(upcast(parts[0])),)
+        return (polar.positive_root(parts[0], least, precision=precision),)
 
     def project_inner(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
         return self._product("...ji,...jk->...ik", parts, parts, precision)

@@ -134,10 +134,11 @@ class BlockPattern(Structure):
         roots = [s.symmetric_root((part,), precision=precision) for s, part in zip(self.segments, parts, strict=True)]
         return (*itertools.chain(*roots),)
 
-    def positive_root(self, parts: Parts) -> Parts:
+    def positive_root(self, parts: Parts, least: ArrayLike, *, precision: PrecisionLike = None) -> Parts:
         if self.couplings:
             raise self.not_symmetric("M^(1/2)")
-        roots = [segment.positive_root((part,)) for segment, part in zip(self.segments, parts, strict=True)]
+        each = zip(self.segments, parts, strict=True)
+        roots = [segment.positive_root((part,), least, precision=precision) for segment, part in each]
         return (*itertools.chain(*roots),)
 
     def times_inverse_root(
