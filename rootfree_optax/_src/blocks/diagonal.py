@@ -57,8 +57,7 @@ def second_moment(
 
 def first_moment(m: jax.Array, gradient: jax.Array, *, decay: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Returns decay·m + (1 − decay)·g in at least single precision, and the new m: see `keep_finite`."""
-    average = moving_average(upcast(m), gradient.astype(upcast(m).dtype), decay)
-    return average, keep_finite(m, average)
+    return keep_finite(m, moving_average(upcast(m), gradient.astype(upcast(m).dtype), decay), gradient)
 
 
 def root_free_direction(gradient: jax.Array, s: jax.Array, *, damping: ArrayLike) -> jax.Array:

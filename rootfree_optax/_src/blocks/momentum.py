@@ -14,13 +14,23 @@ def add_scaled(array: jax.Array, factor: ArrayLike, other: ArrayLike) -> jax.Arr
     return wide + jnp.asarray(factor, wide.dtype) * jnp.asarray(other, wide.dtype)
 
 
-def keep_finite(old: jax.Array, new: jax.Array) -> jax.Array:
-    """Returns the new momentum in the dtype of the old; entries that would not be finite keep their old value.
+def keep_finite(old: jax.Array, average: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the average to step along, and the new momentum, in the dtype of the old.
 
-    So one bad gradient shows in one update, and does not poison later ones.
+    Entries of the momentum that would not be finite keep their old value. So one bad gradient shows in one update, and
+    does not poison later ones.
+
+    Args:
+      old: the momentum.
+      average: of the momentum and the update, in at least single precision.
+      update: what is averaged.
     """
-    narrow = saturate(new, old.dtype) if has_smaller_range(old.dtype, new.dtype) else new.astype(old.dtype)
-    return jnp.where(jnp.isfinite(new), narrow, old)
+    narrow = saturate(average, old.dtype) if has_smaller_range(old.dtype, average.dtype) else average.astype(old.dtype)
+    new = jnp.where(jnp.isfinite(average), narrow, old)
+    if new.dtype == average.dtype:
+        # The same average, read from the new momentum: while the old one has a reader, it is not overwritten in place.
+        average = new + jnp.where(jnp.isfinite(update), 0, update).astype(new.dtype)
+    return average, new
 
 
 def average_heavy_ball(
@@ -36,8 +46,7 @@ def average_heavy_ball(
       momentum: in [0, 1), a scalar.
       nesterov: whether the average is Nesterov's.
     """
-    average = add_scaled(update, momentum, velocity)
-    new = keep_finite(velocity, average)
+    average, new = keep_finite(velocity, add_scaled(update, momentum, velocity), update)
     return add_scaled(update, momentum, average) if nesterov else average, new
 
 
