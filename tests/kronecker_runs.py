@@ -1,6 +1,5 @@
 """What the tests of the Kronecker transformation and of its rules share."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +13,8 @@ import pytest
 from layouts import whole
 
 import rootfree_optax as rf
-from rootfree_optax._src.blocks.sirf import ExactRefresh, SirfState
 
 SETTING = {"preconditioner_lr": 0.3, "damping": 0.1, "batch_size": 4}
-EXACT_SETTING = {"weight": 0.1, "damping": 0.01, "batch_size": 4}
 
 # Programs of a few steps take longer to compile than to run: they are compiled without most optimizations.
 SHORT = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -25,29 +22,6 @@ quick_jit = functools.partial(jax.jit, compiler_options=SHORT)
 
 scale_by_published, sirf_published = rf.published.scale_by_sirf_shampoo, rf.published.sirf_shampoo
 both_forms = pytest.mark.parametrize("make", [scale_by_published, rf.published.scale_by_rf_shampoo])
-
-
-class ExactFromOne(ExactRefresh):
-    """The exact refresh of factors that start at one, as those of the methods that it is compared with do."""
-
-    start = rf.BlockRule.start
-
-    def init(self, structures: Any, dtypes: Any) -> SirfState:
-        return super().init(structures, dtypes)._replace(is_calibrated=jnp.ones([], bool))
-
-
-def scale_by_exact(from_one: bool = True, **changes: Any) -> optax.GradientTransformationExtraArgs:
-    """Returns the exact refresh with a constant weight.
-
-    Args:
-      from_one: whether factors start at one, rather than at the first gradient.
-      changes: options of the rule and of the transformation.
-    """
-    names = {field.name for field in dataclasses.fields(ExactRefresh)}
-    of_rule = {"observes": "statistics_every" in changes} | {n: v for n, v in changes.items() if n in names}
-    others = {name: value for name, value in changes.items() if name not in names}
-    rule = ExactFromOne(**of_rule) if from_one else ExactRefresh(**of_rule)
-    return rf.scale_by_kronecker(rule, **{"layout": whole(), **EXACT_SETTING, **others})
 
 
 def draw(shapes: Any, steps: int = 3, seed: int = 0) -> Any:

@@ -10,7 +10,7 @@ import optax
 import pytest
 from checks import refuses
 from jax.sharding import AxisType
-from kronecker_runs import compile_run, draw, last, quick_jit, run, scale_by_exact
+from kronecker_runs import compile_run, draw, last, quick_jit, run
 from meshes import mesh_of
 
 import rootfree_optax as rf
@@ -99,7 +99,7 @@ def test_the_start_under_wrappers(wrap, expected):
 
 def test_a_block_without_a_gradient_is_not_refreshed_before_it_starts():
     """Its factors would grow until they know of the damping alone."""
-    run_now = compile_run(lambda: scale_by_exact(from_one=False, damping=1e-6))
+    run_now = compile_run(lambda: rf.scale_by_sirf_shampoo(None, damping=1e-6, refresh_every=1))
     gradients, idle = draw({"w": (4, 3)}, steps=30), 20
     expected, _ = run_now(gradients)
     late = {"w": np.concatenate([np.zeros_like(gradients["w"][:idle]), gradients["w"][:-idle]])}

@@ -210,12 +210,35 @@ def test_roots_agree_with_dense_algebra(name, dtype):
     np.testing.assert_allclose(root @ root, shifted, atol=2e-5 * np.linalg.norm(shifted, 2))
 
 
+@pytest.mark.parametrize("name", ["dense", "diagonal", "block3diagonal", "block5diagonal"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_refresh_of_the_factor_agrees_with_dense_algebra(name, dtype):
+    """KᵀSK, its trace, and K (a·I + E)^(−1/2)."""
+    structure, rng = structure_factory(name)(11), np.random.default_rng(0)
+    k = to_jax(random_parts(rng, structure), dtype)
+    s, e = (structure.square(to_jax(random_parts(rng, structure), jnp.float32)) for _ in range(2))
+    product, trace = jax.jit(structure.congruence)(k, s), jax.jit(structure.trace)(s)
+    found = jax.jit(structure.times_inverse_root)(k, e, shift=0.9)
+    assert all(part.dtype == jnp.float32 for part in (*product, trace, *found))
+    k, s, e, product, found = (dense(structure, parts) for parts in (k, s, e, product, found))
+    np.testing.assert_allclose(product, k.T @ s @ k, atol=1e-5 * np.linalg.norm(k.T @ s @ k, 2))
+    np.testing.assert_allclose(trace, np.trace(s), rtol=1e-5)
+    values, vectors = np.linalg.eigh(0.9 * np.eye(11) + e)
+    expected = k @ (vectors * values**-0.5) @ vectors.T
+    tolerance = 2e-3 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(found, expected, atol=tolerance * np.linalg.norm(k, 2))
+
+
 @pytest.mark.parametrize("name", ["triltoeplitz", "hierarchical3_2"])
-def test_roots_and_squares_of_a_set_without_transposes_are_an_error(name):
+def test_what_needs_transposes_is_an_error_for_a_set_without_them(name):
     structure = structure_factory(name)(11)
-    for operation in (structure.square, structure.symmetric_root, lambda parts: structure.positive_root(parts, 1.0)):
+    identity = structure.identity(jnp.float32)
+    positive_root = functools.partial(structure.positive_root, least=1.0)
+    of_one = (structure.square, structure.symmetric_root, positive_root, structure.trace)
+    of_two = (structure.congruence, functools.partial(structure.times_inverse_root, shift=0.9))
+    for operation, operands in [(each, 1) for each in of_one] + [(each, 2) for each in of_two]:
         with pytest.raises(ValueError, match=f"closed under transposition, got '{name}'"):
-            operation(structure.identity(jnp.float32))
+            operation(*[identity] * operands)
 
 
 def intermediates(jaxpr):

@@ -11,15 +11,16 @@ from jax.sharding import AxisType
 from meshes import FSDP, draw, mesh_of, shardings_on
 
 import rootfree_optax as rf
+from rootfree_optax._src.blocks.curvature import RootFree
 from rootfree_optax._src.blocks.rf import CholeskyInverse
-from rootfree_optax._src.blocks.sirf import ExactRefresh, PublishedRefresh
+from rootfree_optax._src.blocks.sirf import PublishedRefresh
 
 # Eight blocks of 4×4, four of 3×4 and one vector.
 LAYOUT = rf.Layout(block_size=4, merge_dims=None, diagonal=None)
-NAMES = {"refreshes", "refused", "idle_blocks", "update_rms", "scale_min", "scale_max"}
+NAMES = {"refreshes", "refused", "shortened", "idle_blocks", "update_rms", "scale_min", "scale_max"}
 
 
-def exact(rule: rf.BlockRule = ExactRefresh(), **others: Any) -> optax.GradientTransformationExtraArgs:  # noqa: B008
+def scale_by(rule: rf.BlockRule = RootFree(), **others: Any) -> optax.GradientTransformationExtraArgs:  # noqa: B008
     return rf.scale_by_kronecker(rule, damping=0.1, **{"layout": LAYOUT, **others})
 
 
@@ -34,7 +35,7 @@ def run(tx: optax.GradientTransformation, steps: int = 3, **changes: Any) -> tup
 
 def test_update_rms_is_that_of_all_entries() -> None:
     """Blocks have 16, 12 and 16 entries, so that their mean squares do not weigh alike."""
-    updates, state = run(exact(momentum=0.9))
+    updates, state = run(scale_by(momentum=0.9))
     entries = np.concatenate([np.ravel(update) for update in updates.values()])
     found = rf.info(state)
     assert found.keys() == NAMES
@@ -42,7 +43,7 @@ def test_update_rms_is_that_of_all_entries() -> None:
 
 
 def test_scales_are_the_extremes_of_all_factors() -> None:
-    _, state = run(exact())
+    _, state = run(scale_by())
     largest = [np.abs(k).max() for ks in rf.factors(state, draw(0), LAYOUT).values() for k in ks]
     found = rf.info(state)
     np.testing.assert_allclose([found["scale_min"], found["scale_max"]], [min(largest), max(largest)], rtol=1e-6)
@@ -52,7 +53,7 @@ def test_scales_are_the_extremes_of_all_factors() -> None:
 def test_idle_blocks_are_those_without_a_gradient() -> None:
     gradient = draw(1)["up"]
     gradient[:, 4:12] = 0  # two blocks of four
-    tx = exact()
+    tx = scale_by()
     assert rf.info(tx.init(draw(0)))["idle_blocks"] == 13
     _, state = run(tx, up=gradient, bias=np.zeros(16, np.float32))
     assert rf.info(state)["idle_blocks"] == 3
@@ -70,32 +71,32 @@ def test_idle_blocks_are_those_without_a_gradient() -> None:
     ],
 )
 def test_refreshes_are_counted(refresh_every: Any, steps: int, expected: int) -> None:
-    assert rf.info(run(exact(refresh_every=refresh_every), steps)[1])["refreshes"] == expected
+    assert rf.info(run(scale_by(refresh_every=refresh_every), steps)[1])["refreshes"] == expected
 
 
-def test_refused_refreshes_and_shortened_directions_are_counted() -> None:
+def test_refused_refreshes_and_shortened_steps_are_counted() -> None:
     huge = np.full((4, 16), 1e30, np.float32)
-    _, state = run(exact(PublishedRefresh(), weight=0.1), up=huge)
+    _, state = run(scale_by(PublishedRefresh(), weight=0.1), up=huge)
     found = rf.info(state)
     assert found["refused"] == 3 * 4
     assert "shortened" not in found
-    _, state = run(exact(ExactRefresh(trust_radius=1e-3)))
+    _, state = run(scale_by(RootFree("newton", trust_radius=1e-3)))
     assert rf.info(state)["shortened"] == 3 * 13
     assert rf.info(state)["refused"] == 0
 
 
 @pytest.mark.parametrize(
     ("rule", "kind"),
-    [(ExactRefresh(), AxisType.Auto), (PublishedRefresh(), AxisType.Explicit)],
+    [(RootFree(), AxisType.Auto), (PublishedRefresh(), AxisType.Explicit)],
     ids=["auto", "explicit"],
 )
 def test_padding_to_a_mesh_counts_for_nothing(rule: rf.BlockRule, kind: AxisType) -> None:
     zeros = np.zeros(16, np.float32)
-    expected = rf.info(run(exact(rule, momentum=0.9), bias=zeros)[1])
+    expected = rf.info(run(scale_by(rule, momentum=0.9), bias=zeros)[1])
     mesh = mesh_of(kind, 8)
     shardings = shardings_on(mesh, FSDP)
     put = lambda tree: jax.device_put(tree, shardings)
-    tx = exact(rule, momentum=0.9, mesh_axes="data")
+    tx = scale_by(rule, momentum=0.9, mesh_axes="data")
     with jax.set_mesh(mesh):
         state = jax.jit(tx.init)(put(draw(0)))
         assert rf.info(state)["idle_blocks"] == 13
@@ -112,7 +113,7 @@ def test_padding_to_a_mesh_counts_for_nothing(rule: rf.BlockRule, kind: AxisType
 
 
 def test_several_transformations_count_together() -> None:
-    parts = {"x": exact(refresh_every=2), "y": exact(CholeskyInverse(), layout=rf.Layout(diagonal=None))}
+    parts = {"x": scale_by(refresh_every=2), "y": scale_by(CholeskyInverse(), layout=rf.Layout(diagonal=None))}
     labels = {"up": "x", "down": "y", "odd": "x", "bias": "y"}
     tx = optax.chain(optax.partition(parts, labels), optax.scale(-1.0))
     _, state = run(tx, 4, bias=np.zeros(16, np.float32), up=np.zeros((4, 16), np.float32))
@@ -121,7 +122,7 @@ def test_several_transformations_count_together() -> None:
 
 
 def test_works_in_jit_and_of_shapes_alone() -> None:
-    _, state = run(exact())
+    _, state = run(scale_by())
     abstract = jax.eval_shape(rf.info, state)
     assert {name: leaf.shape for name, leaf in abstract.items()} == dict.fromkeys(NAMES, ())
     jitted = jax.jit(rf.info)(state)
@@ -138,12 +139,12 @@ class KeepsNothing(rf.BlockRule):
 
 
 def test_what_is_not_kept_is_left_out() -> None:
-    updates, state = run(exact(KeepsNothing()))
+    updates, state = run(scale_by(KeepsNothing()))
     found = rf.info(state)
     assert found.keys() == {"refreshes", "idle_blocks", "update_rms"}
     entries = np.concatenate([np.ravel(update) for update in updates.values()])
     np.testing.assert_allclose(found["update_rms"], np.sqrt(np.mean(entries**2)), rtol=1e-6)
-    nothing = rf.info(exact().init({}))
+    nothing = rf.info(scale_by().init({}))
     assert {name: float(value) for name, value in nothing.items()} == dict.fromkeys(found, 0.0)
 
 

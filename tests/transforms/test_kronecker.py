@@ -18,7 +18,6 @@ from kronecker_runs import (
     params_of,
     quick_jit,
     run,
-    scale_by_exact,
     scale_by_published,
 )
 from layouts import whole
@@ -164,12 +163,12 @@ def test_schedules_are_followed(make):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 4e-3)])
 def test_a_kept_preconditioner_changes_nothing_but_the_state(dtype, tolerance):
-    """Also where the factors start, but are not refreshed, and where their squares would leave float16's range."""
+    """Also before the first refresh, at factors other than one."""
     gradients = draw({"matrix": (4, 3), "vector": (5,)}, steps=5)
     gradients["matrix"] *= 1e-3
     layout = whole(structure="block2diagonal", factor_dtype=dtype)
-    setting = {"from_one": False, "refresh_every": lambda count: count % 2 == 1, "layout": layout}
-    runs = [run(scale_by_exact(cache_preconditioner=kept, **setting), gradients) for kept in (False, True)]
+    setting = {"initial_scale": 1e-4, "refresh_every": lambda count: count % 2 == 1, "layout": layout, **SETTING}
+    runs = [run(scale_by_published(cache_preconditioner=kept, **setting), gradients) for kept in (False, True)]
     (directions, states), (directions_by_kept, states_with_kept) = runs
     for one, other in zip(jax.tree.leaves(directions_by_kept), jax.tree.leaves(directions), strict=True):
         np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max())
@@ -185,19 +184,23 @@ def test_a_gradient_that_the_factors_did_not_expect_moves_no_further_than_the_ra
     gradients = draw({"w": (3, 2), "other": (3, 2)}, steps=4)
     gradients["w"][2] *= 1e4
     length = lambda d, g: np.sqrt(4 * np.mean(np.float64(d) * g, axis=(1, 2)))
-    run_within = compile_run(lambda radius: scale_by_exact(trust_radius=radius, refresh_every=4))
-    (free, _), (bound, states) = (run_within(gradients, radius) for radius in (1e30, 5.0))
+    newton = {"step_size": "newton", "batch_size": 4, "refresh_every": 4}
+    run_within = compile_run(lambda radius: rf.scale_by_sirf_shampoo(None, trust_radius=radius, **newton))
+    (free, _), (bound, states) = (run_within(gradients, radius) for radius in (1e30, 4.0))
     unexpected = length(free["w"], gradients["w"])[2]
-    assert unexpected > 1e3
-    np.testing.assert_allclose(bound["w"][2], free["w"][2] * 5 / unexpected, rtol=1e-5)
+    assert unexpected > 4.5
+    np.testing.assert_allclose(bound["w"][2], free["w"][2] * (4 / unexpected) ** 2, rtol=1e-5)
     np.testing.assert_array_equal(np.delete(bound["w"], 2, axis=0), np.delete(free["w"], 2, axis=0))
     np.testing.assert_array_equal(bound["other"], free["other"])
     np.testing.assert_array_equal(states.stacks[0].block.shortened, [[0, 0], [0, 0], [0, 1], [0, 1]])
 
 
-@pytest.mark.parametrize("make", [scale_by_exact, rf.published.scale_by_rf_shampoo])
-def test_samples_of_curvature_may_lack_a_parameter_that_has_no_gradient(make):
-    tx = make(batch_size=4)
+@pytest.mark.parametrize(
+    "tx",
+    [scale_by_published(batch_size=4), rf.published.scale_by_rf_shampoo(batch_size=4), rf.scale_by_sirf_shampoo()],
+    ids=["published", "with inverses", "root-free"],
+)
+def test_samples_of_curvature_may_lack_a_parameter_that_has_no_gradient(tx):
     params = {"a": jnp.ones((4, 3)), "b": jnp.ones(3)}
     samples = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
     update = quick_jit(tx.update)
@@ -221,7 +224,7 @@ def test_pieces_of_length_one_beside_short_axes_keep_their_state():
 
 def test_a_parameter_without_entries_has_no_block():
     gradients = {"w": np.ones((3, 2), np.float32), "empty": np.ones((0, 3), np.float32)}
-    tx = scale_by_exact()
+    tx = scale_by_published(batch_size=1)
     directions, state = quick_jit(tx.update)(gradients, tx.init(gradients))
     assert [stack.momentum is None for stack in state.stacks] == [True]
     assert directions["empty"].shape == (0, 3)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from kronecker_runs import factors_of, quick_jit, scale_by_exact, scale_by_published, sirf_published, with_factors
+from kronecker_runs import factors_of, quick_jit, scale_by_published, sirf_published, with_factors
 from layouts import whole
 
 import rootfree_optax as rf
@@ -149,15 +149,6 @@ def test_nor_for_three_axes():
     inverse = tuple((np.linalg.inv(a),) for a in changes)
     tx = sirf_published(0.05, riemannian_momentum=None, layout=whole(structure="dense"), **SETTING)
     assert all(1.2 < np.linalg.cond(matrix) < 20 for matrix in changes)
-    assert mismatch(tx, start_of(shape), inverse, changes) < TOLERANCE
-
-
-def test_nor_does_the_exact_refresh():
-    shape = (5, 4)
-    changes = dense_changes(shape)
-    inverse = tuple((np.linalg.inv(a),) for a in changes)
-    layout = whole(structure="dense")
-    tx = optax.chain(scale_by_exact(weight=0.2, damping=0.0, batch_size=BATCH, layout=layout), optax.scale(-0.05))
     assert mismatch(tx, start_of(shape), inverse, changes) < TOLERANCE
 
 

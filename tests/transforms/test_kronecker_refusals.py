@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from checks import refuses
-from kronecker_runs import SETTING, both_forms, scale_by_exact, scale_by_published
+from kronecker_runs import SETTING, both_forms, scale_by_published
 from layouts import whole
 
 import rootfree_optax as rf
-from rootfree_optax._src.blocks.sirf import ExactRefresh
+from rootfree_optax._src.blocks.sirf import PublishedRefresh
 
 
 @both_forms
@@ -48,25 +48,23 @@ def test_a_structure_that_the_form_with_inverses_has_not_is_refused_by_path(stru
         )
 
 
-@pytest.mark.parametrize("structure", ["triltoeplitz", "trilbottomrightdiag"])
-def test_a_structure_without_a_closed_form_of_the_exact_refresh_is_refused_by_path(structure):
-    tx = scale_by_exact(layout=whole(structure=structure))
-    with refuses(ValueError, "closed form", f"'{structure}'", "'layer/w'", "rf.published.sirf_shampoo"):
+@pytest.mark.parametrize("structure", ["triltoeplitz", "hierarchical1_1"])
+def test_a_structure_without_statistics_of_its_own_is_refused_by_path(structure):
+    tx = rf.scale_by_sirf_shampoo(layout=whole(structure=structure))
+    with refuses(ValueError, "closed under transposition", f"'{structure}'", "'layer/w'", "rf.published.sirf_shampoo"):
         tx.init({"layer": {"w": jnp.zeros((3, 4))}})
 
 
-@pytest.mark.parametrize(
-    ("make", "structure"), [(scale_by_exact, "hierarchical1_1"), (scale_by_published, "triltoeplitz")]
-)
-def test_preconditioners_are_kept_for_symmetric_structures_only(make, structure):
-    tx = make(cache_preconditioner=True, batch_size=1, layout=whole(structure=structure))
+@pytest.mark.parametrize("structure", ["triltoeplitz", "hierarchical1_1"])
+def test_preconditioners_are_kept_for_symmetric_structures_only(structure):
+    tx = scale_by_published(cache_preconditioner=True, batch_size=1, layout=whole(structure=structure))
     with refuses(ValueError, "cache_preconditioner=True", "closed under transposition", f"'{structure}'", "'layer/w'"):
         tx.init({"layer": {"w": jnp.zeros((3, 4))}})
 
 
 def test_what_is_no_rule_is_refused():
-    with refuses(TypeError, "rule must be a BlockRule", "ExactRefresh"):
-        rf.scale_by_kronecker(ExactRefresh)
+    with refuses(TypeError, "rule must be a BlockRule", "PublishedRefresh"):
+        rf.scale_by_kronecker(PublishedRefresh)
 
 
 @both_forms

@@ -1,16 +1,18 @@
 """The two Kronecker transformations: dtypes, programs, the state and its readers."""
 
 import dataclasses
+import functools
 import re
 
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from kronecker_runs import SETTING, draw, factors_of, quick_jit, scale_by_exact, scale_by_published
+from kronecker_runs import SETTING, draw, factors_of, quick_jit, scale_by_published
 from layouts import whole
 
 import rootfree_optax as rf
+from rootfree_optax._src.blocks.curvature import RootFree
 
 BF16, F16, F32 = (jnp.dtype(name) for name in ("bfloat16", "float16", "float32"))
 
@@ -64,41 +66,39 @@ def equations(jaxpr, outside=()):
                     yield from equations(inner.jaxpr, outside)
 
 
-# Each of the structures once, in sizes that show the whole of it.
+# Each of the structures, in sizes that show the whole of it.
 ALL_STRUCTURES = {
     "a": ("dense", "diagonal"),
-    "b": ("block2diagonal", "hierarchical2_2"),
+    "b": ("block2diagonal", "dense"),
     "c": ("triltoeplitz", "triutoeplitz"),
     "d": ("trilbottomrightdiag", "triutopleftdiag"),
     "e": ("triubottomrightdiag", "triltopleftdiag"),
+    "f": ("hierarchical2_2", "diagonal"),
 }
 
 
-# Those that each form has: all, those with an inverse root in closed form, those whose inverses have their structure.
-PATHS = {scale_by_published: "abcde", scale_by_exact: "abe", rf.published.scale_by_rf_shampoo: "a"}
+# Those that each form has: all, those closed under transposition, those that hold their inverses.
+PATHS = {scale_by_published: "abcdef", rf.scale_by_sirf_shampoo: "ab", rf.published.scale_by_rf_shampoo: "a"}
 
 
 def traced(make, **options):
     """Returns the traced update of a form on all of its structures."""
     paths = PATHS[make]
     params = {path: jnp.zeros((7, 5)) for path in paths}
-    tx = make(layout=whole(structure=lambda path, _: ALL_STRUCTURES[path]), batch_size=4, **options)
-    return jax.jit(tx.update).trace(params, jax.eval_shape(tx.init, params))
+    tx = make(layout=whole(structure=lambda path, _: ALL_STRUCTURES[path]), **options)
+    return jax.jit(functools.partial(tx.update, batch_size=4)).trace(params, jax.eval_shape(tx.init, params))
 
 
 @pytest.mark.parametrize(
-    ("make", "fewest"), [(scale_by_published, 40), (scale_by_exact, 60), (rf.published.scale_by_rf_shampoo, 1)]
+    ("make", "fewest"),
+    [(scale_by_published, 40), (rf.scale_by_sirf_shampoo, 40), (rf.published.scale_by_rf_shampoo, 1)],
 )
 def test_precision_reaches_every_product(make, fewest):
-    """But the sum of a direction's squares, and what corners are eliminated with, which is always the highest."""
-    always = {(jax.lax.Precision.HIGHEST,) * 2} if make is scale_by_exact else set()
+    """But the sum of a direction's squares, and KᵀSK, which is always at the highest."""
+    always = {(jax.lax.Precision.HIGHEST,) * 2} if make is rf.scale_by_sirf_shampoo else set()
     for precision in (jax.lax.Precision.HIGHEST, None):
-        options = {} if make is not scale_by_exact else {"damping": 0.1}
-        products = [
-            e
-            for e in equations(traced(make, precision=precision, **options).jaxpr)
-            if e.primitive.name == "dot_general"
-        ]
+        jaxpr = traced(make, precision=precision).jaxpr
+        products = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
         found = [e.params["precision"] for e in products if e.outvars[0].aval.ndim > 1]
         assert len(found) >= fewest
         assert set(found) == {None if precision is None else (precision, precision)} | always
@@ -107,7 +107,7 @@ def test_precision_reaches_every_product(make, fewest):
 def test_products_are_named_by_what_they_are_for():
     """In profiles and in the program, whichever is not the sum of a direction's squares."""
     params = {"w": jnp.zeros((4, 3))}
-    tx = scale_by_exact(statistics_every=1, refresh_every=3, from_one=False)
+    tx = rf.scale_by_sirf_shampoo(refresh_every=3)
     text = quick_jit(tx.update).lower(params, tx.init(params)).compile().as_text()
     names = set(re.findall(r'op_name="([^"]*dot_general[^"]*)"', text))
     scopes = ("statistics", "refresh", "apply")
@@ -119,7 +119,7 @@ def test_products_are_named_by_what_they_are_for():
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "statistics_every": 5}], ids=str)
 def test_a_step_without_refresh_packs_the_gradients_once(options):
     params = {name: jnp.zeros((4, 6)) for name in "abc"}
-    tx = scale_by_exact(refresh_every=10, from_one=False, **options)
+    tx = rf.scale_by_kronecker(RootFree(), refresh_every=10, **options)
     jaxpr = jax.make_jaxpr(tx.update)(params, jax.eval_shape(tx.init, params)).jaxpr
     packs = lambda found: sum(e.primitive.name == "concatenate" and e.outvars[0].aval.shape[0] == 3 for e in found)
     assert packs(equations(jaxpr, outside=("cond",))) == 1
@@ -141,7 +141,7 @@ def decompositions(make):
     return {name for name in operations if DECOMPOSITION.search(name)}
 
 
-@pytest.mark.parametrize("make", [scale_by_published, scale_by_exact])
+@pytest.mark.parametrize("make", [scale_by_published, rf.scale_by_sirf_shampoo])
 def test_the_inverse_free_program_decomposes_nothing(make):
     assert decompositions(make) == set()
 

@@ -1,4 +1,4 @@
-"""How the factors of ONE block apply to a tensor, short axes folded, and how long a direction may become.
+"""How the factors of ONE block apply to a tensor, short axes folded.
 
 A product along a short axis has little to compute: what it costs is one pass over the tensor. Along two of them, such
 as a convolution's 3×3, it costs one pass, too, by the Kronecker product of their matrices: K₁ ⊗ K₂ along the folded
@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, has_smaller_range, upcast
 from rootfree_optax._src.numerics.finite import max_abs
@@ -147,26 +146,3 @@ def apply_factors(
             result = structure.apply_transposed(parts, result, axis, precision=precision)
         result = structure.apply(parts, result, axis, precision=precision)
     return (result * rescale).reshape(tensor.shape)
-
-
-def clip_to_trust_radius(
-    direction: jax.Array, gradient: jax.Array, *, trust_radius: ArrayLike, batch_size: ArrayLike
-) -> tuple[jax.Array, jax.Array]:
-    """Returns a direction no longer than the trust radius in the metric of its curvature, and whether it was longer.
-
-        D · min(1, r / √(B·mean(G·D))),   where D = K₁K₁ᵀ ⊗ … ⊗ K_NK_Nᵀ G
-
-    Args:
-      direction: D, [d₁, …, d_N]. A non-finite direction is returned as it is.
-      gradient: G, [d₁, …, d_N].
-      trust_radius: r > 0.
-      batch_size: B > 0.
-    """
-    as_scalar = lambda number: jnp.asarray(number, direction.dtype)
-    largest = jnp.max(jnp.abs(direction))
-    unit = jnp.where(largest > 0, largest, 1)  # G·D itself may overflow where both are finite
-    mean = jnp.mean(upcast(gradient) * (direction / unit))
-    # The root of a positive number: the derivative of the root of zero is infinite. Comparisons with NaN are false.
-    length = jnp.sqrt(as_scalar(batch_size) * jnp.where(mean > 0, mean, 1)) * jnp.sqrt(unit)
-    is_long = (mean > 0) & (length > as_scalar(trust_radius)) & jnp.isfinite(length)
-    return direction * jnp.where(is_long, as_scalar(trust_radius) / length, 1), is_long

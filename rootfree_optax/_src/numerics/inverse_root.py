@@ -7,8 +7,8 @@ the first one leaves, as in the Polar Express of Amsel et al. (2025). The best i
 by the exchange algorithm of Remez (Trefethen 2019, chapter 10).
 
 Every matrix on the way is a multiple of the identity, held in the accumulation dtype, plus a remainder. Products take
-the remainders in K's dtype. E vanishes but for the few directions of one mini-batch. Where it does, the result has the
-accuracy of the accumulation dtype, even if K is in half precision.
+the remainders in K's dtype. Where E vanishes, the result has the accuracy of the accumulation dtype, even if K is in
+half precision.
 
 References:
   Higham, Functions of Matrices: Theory and Computation, SIAM 2008.
@@ -58,12 +58,6 @@ def norm_bound(matrix: jax.Array, *, precision: PrecisionLike = None) -> jax.Arr
     return size * _unit_norm_bound(matmul(unit, unit, precision=precision))
 
 
-def shrink_to_cover(norm: jax.Array, *, shift: ArrayLike) -> jax.Array:
-    """Returns the s ≤ 1 that brings the condition number of a·I + s·E within `LARGEST_CONDITION`, ‖E‖₂ ≤ `norm`."""
-    a = jnp.asarray(shift, norm.dtype)
-    return jnp.minimum(1, (LARGEST_CONDITION - 1) * a / jnp.maximum(norm, a))
-
-
 def times_inverse_root(
     factor: jax.Array, excess: jax.Array, *, shift: ArrayLike, precision: PrecisionLike = None
 ) -> jax.Array:
@@ -88,7 +82,7 @@ def times_inverse_root(
     size, unit = size_and_unit(excess)
     square = multiply(unit, unit)
     largest = size * _unit_norm_bound(square)
-    shrink = shrink_to_cover(largest, shift=a)
+    shrink = jnp.minimum(1, (LARGEST_CONDITION - 1) * a / jnp.maximum(largest, a))
     top = a + shrink * largest
     scale = shrink * size / top
     # As jnp.searchsorted does, which fails inside of some jax.shard_map.

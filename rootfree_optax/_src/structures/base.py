@@ -80,11 +80,6 @@ class Structure(abc.ABC):
         """Whether the set has the transpose of each of its matrices, and so K Kᵀ and the roots of such products."""
         return False
 
-    @property
-    def has_inverse_root(self) -> bool:
-        """Whether `times_inverse_root` exists: whether its closed form needs no more of a matrix than Π̂ of it."""
-        return self.is_symmetric
-
     @abc.abstractmethod
     def identity(self, dtype: DTypeLike) -> Parts:
         """Returns the parts of I, of `dtype`."""
@@ -136,21 +131,18 @@ class Structure(abc.ABC):
     def times_inverse_root(
         self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: PrecisionLike = None
     ) -> Parts:
-        """Returns the parts of K C, where C is the inverse root of M = a·I + E within the set.
-
-        C is the matrix of the set with the least Tr(CᵀMC) − 2 log|det C|: C = M^(−1/2) if the set is symmetric and M
-        is in it.
+        """Returns the parts of K (a·I + E)^(−1/2), if the set is symmetric.
 
         Args:
           parts: of K.
-          excess: the parts of Π̂(E), E symmetric positive semidefinite, in the accumulation dtype.
+          excess: of E, symmetric positive semidefinite, in the accumulation dtype.
           shift: a > 0, a scalar.
           precision: of every product.
 
         Raises:
-          ValueError: if the set has no inverse root in closed form.
+          ValueError: if the set is not symmetric.
         """
-        raise ValueError(f"an inverse root in closed form needs another structure than {self.name!r}.")
+        raise self.not_symmetric("K (a·I + E)^(−1/2)")
 
     @abc.abstractmethod
     def apply(

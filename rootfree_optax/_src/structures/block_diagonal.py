@@ -147,17 +147,11 @@ class BlockDiagonal(Structure):
         return multiply_along(parts[0], tensor, axis, transposed=transposed, precision=precision)
 
     def project_outer(self, tensor: jax.Array, axis: int, *, precision: PrecisionLike = None) -> Parts:
-        return (self.project_product(tensor, tensor, axis, precision=precision),)
-
-    def project_product(
-        self, left: jax.Array, right: jax.Array, axis: int, *, precision: PrecisionLike = None
-    ) -> jax.Array:
-        """Returns the part of X Yᵀ, where X and Y [d, …] are the unfoldings of `left` and `right` along `axis`."""
         if self.size == 1:
-            return jnp.sum(upcast(left) * upcast(right), axis=other_axes(left, axis))
-        subscripts = subscripts_along("(I),(J)->IJ" if self.count == 1 else "(NI),(NJ)->NIJ", axis, left.ndim)
-        shape = (*left.shape[:axis], *self.part_shapes[0][:-1], *left.shape[axis + 1 :])
-        return einsum(subscripts, left.reshape(shape), right.reshape(shape), precision=precision)
+            return (jnp.sum(jnp.square(upcast(tensor)), axis=other_axes(tensor, axis)),)
+        subscripts = subscripts_along("(I),(J)->IJ" if self.count == 1 else "(NI),(NJ)->NIJ", axis, tensor.ndim)
+        blocks = tensor.reshape(*tensor.shape[:axis], *self.part_shapes[0][:-1], *tensor.shape[axis + 1 :])
+        return (einsum(subscripts, blocks, blocks, precision=precision),)
 
     def squared_norm(self, parts: Parts) -> jax.Array:
         """Returns ‖K‖²_F, the sum of the squares of all entries."""

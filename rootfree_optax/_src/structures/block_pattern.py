@@ -11,6 +11,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.numerics.dtypes import upcast
 from rootfree_optax._src.numerics.products import einsum
-from rootfree_optax._src.structures import elimination
 from rootfree_optax._src.structures.base import Flops, Parts, Structure
 from rootfree_optax._src.structures.block_diagonal import BlockDiagonal, multiply_along, subscripts_along
-from rootfree_optax._src.structures.elimination import Pair
+
+Pair: TypeAlias = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -77,11 +78,6 @@ class BlockPattern(Structure):
     def is_symmetric(self) -> bool:
         """Whether there is no coupling."""
         return not self.couplings
-
-    @functools.cached_property
-    def has_inverse_root(self) -> bool:
-        """Whether all segments that a segment couples to are dense, with couplings between them."""
-        return elimination.is_possible(self.segments, self.couplings)
 
     def identity(self, dtype: DTypeLike) -> Parts:
         segments = [segment.identity(dtype) for segment in self.segments]
@@ -144,14 +140,8 @@ class BlockPattern(Structure):
     def times_inverse_root(
         self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: PrecisionLike = None
     ) -> Parts:
-        """Returns the parts of K C: each segment by itself, or with couplings as in `elimination`."""
-        if not self.has_inverse_root:
-            return super().times_inverse_root(parts, excess, shift=shift, precision=precision)
         if self.couplings:
-            root = elimination.inverse_root_within(self.segments, self.couplings, self._blocks(excess), shift=shift)
-            return self.matmul(
-                tuple(map(upcast, parts)), tuple([root[pair] for pair in self._pairs]), precision=precision
-            )
+            raise self.not_symmetric("K (a·I + E)^(−1/2)")
         segments = [
             segment.times_inverse_root((part,), (own,), shift=shift, precision=precision)
             for segment, part, own in zip(self.segments, parts, excess, strict=True)
@@ -184,7 +174,8 @@ class BlockPattern(Structure):
         def within(i: int) -> jax.Array:
             segment, coupled = self.segments[i], [blocks[k, j] for k, j in self.couplings if j == i]
             own = segment.project_inner((blocks[i, i],), precision=precision)
-            return _add([*own, *[segment.project_product(block, block, 1, precision=precision) for block in coupled]])
+            outers = [segment.project_outer(block, 1, precision=precision) for block in coupled]
+            return _add([*own, *itertools.chain(*outers)])
 
         def between(i: int, j: int) -> jax.Array:
             pairs = [(blocks[k, i], blocks[k, j]) for k in indices if (k, i) in blocks and (k, j) in blocks]

@@ -10,8 +10,7 @@ from typing import TypeAlias
 
 from rootfree_optax._src.structures.base import Structure
 from rootfree_optax._src.structures.block_diagonal import BlockDiagonal
-from rootfree_optax._src.structures.block_pattern import BlockPattern
-from rootfree_optax._src.structures.elimination import Pair
+from rootfree_optax._src.structures.block_pattern import BlockPattern, Pair
 from rootfree_optax._src.structures.toeplitz import TriangularToeplitz
 
 StructureFactory: TypeAlias = Callable[[int], Structure]
