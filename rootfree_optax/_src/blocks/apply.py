@@ -85,9 +85,9 @@ def _groups(structures: Sequence[Structure], dtypes: Sequence[jnp.dtype]) -> Gro
     def fits(group: tuple[int, ...]) -> bool:
         length = math.prod(structures[n].dim for n in group)
         one_dtype = len({dtypes[n] for n in group}) == 1
-        wide = jnp.finfo(dtypes[group[0]]).maxexp >= jnp.finfo(accumulation_dtype(dtypes[group[0]])).maxexp
+        is_narrow = has_smaller_range(dtypes[group[0]], accumulation_dtype(dtypes[group[0]]))
         are_dense = all(structures[n].is_dense for n in group)
-        return are_dense and one_dtype and wide and length <= _LONGEST and length**3 <= size
+        return are_dense and one_dtype and not is_narrow and length <= _LONGEST and length**3 <= size
 
     groups: list[tuple[int, ...]] = []
     for axis in range(len(structures)):
@@ -106,6 +106,33 @@ def _partial_mean(matrix: jax.Array, structures: Sequence[Structure], index: int
     others = math.prod(lengths) // lengths[index]
     mean = jnp.einsum(matrix.reshape(*lengths, *lengths), [*rows, *columns], [index, len(lengths)]) / others
     return (mean.reshape(structures[index].part_shapes[0]),)  # of an axis of length one, a diagonal's
+
+
+def apply_transposes(
+    tensor: jax.Array,
+    matrices: Sequence[Parts],
+    *,
+    structures: Sequence[Structure],
+    but: int | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    """Returns a tensor multiplied along every axis n by Kₙᵀ.
+
+    Args:
+      tensor: [d₁, …, d_N], or [samples, d₁, …, d_N].
+      matrices: the parts of each Kₙ.
+      structures: the structure of each Kₙ.
+      but: an axis to leave as it is, from zero, samples not counted. None leaves none.
+      precision: of every product.
+
+    Returns:
+      The product, in the accumulation dtype, or the tensor itself if there is nothing to multiply by.
+    """
+    samples = tensor.ndim - len(structures)
+    for axis, (structure, parts) in enumerate(zip(structures, matrices, strict=True)):
+        if axis != but:
+            tensor = structure.apply_transposed(parts, tensor, samples + axis, precision=precision)
+    return tensor
 
 
 def apply_factors(

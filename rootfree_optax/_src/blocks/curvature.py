@@ -20,22 +20,20 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.blocks.apply import apply_factors
-from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Step
+from rootfree_optax._src.blocks.apply import apply_factors, apply_transposes
+from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step
 from rootfree_optax._src.common.schedules import StepSize
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
 from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.numerics.polar import orthogonalize
 from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered, within_range
 from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
-
-Factors: TypeAlias = tuple[Parts, ...]
 
 # A gradient that is this many times larger or smaller than the average, as a power of two, changes the scale.
 _LARGEST_SURPRISE = 2
@@ -162,16 +160,11 @@ def curvatures_along(
       The parts for each axis, in the accumulation dtype.
     """
     first_axis = gradient.ndim - len(structures)
-    samples = math.prod(gradient.shape[:first_axis])
-    size = math.prod(gradient.shape[first_axis:])
     curvatures = []
     for n, structure in enumerate(structures):
-        z = gradient
-        for j, (other, parts) in enumerate(zip(structures, factors, strict=True)):
-            if j != n:
-                z = other.apply_transposed(parts, z, first_axis + j, precision=precision)
+        z = apply_transposes(gradient, factors, structures=structures, but=n, precision=precision)
         outer = structure.project_outer(z.astype(factors[n][0].dtype), first_axis + n, precision=precision)
-        curvatures.append(times_scalar(outer, structure.dim / (size * samples)))
+        curvatures.append(times_scalar(outer, structure.dim / gradient.size))
     return tuple(curvatures)
 
 
@@ -589,9 +582,7 @@ class Spectral(CurvatureRule):
     ) -> jax.Array:
         """Returns msign(M ×ₙ Kₙᵀ) ×ₙ Kₙ, or the same with S̃ₙ^(−q) in place of Kₙ."""
         matrices = state.factors if state.preconditioners is None else state.preconditioners
-        w = momentum
-        for axis, (structure, parts) in enumerate(zip(structures, matrices, strict=True)):
-            w = structure.apply_transposed(parts, w, axis, precision=self.precision)
+        w = apply_transposes(momentum, matrices, structures=structures, precision=self.precision)
         matrix = orthogonalize(w.reshape(-1, w.shape[-1]), precision=self.precision)
         return apply_factors(
             matrix.reshape(w.shape), matrices, structures=structures, transposed_first=False, precision=self.precision

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Step
+from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, upcast
 from rootfree_optax._src.numerics.finite import all_finite
-from rootfree_optax._src.structures import Parts, Structure
+from rootfree_optax._src.structures.base import Structure
 
 
 def _one_at_a_time(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -103,7 +103,7 @@ class RfState(NamedTuple):
       refused: how many refreshes were refused, because they had no Cholesky factor.
     """
 
-    factors: tuple[Parts, ...]
+    factors: Factors
     refused: jax.Array
 
 

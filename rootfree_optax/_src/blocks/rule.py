@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.structures.base import Structure
+from rootfree_optax._src.structures.base import Parts, Structure
 
 BlockState: TypeAlias = Any
+Factors: TypeAlias = tuple[Parts, ...]  # one matrix for each axis of a block
 
 
 class Step(NamedTuple):

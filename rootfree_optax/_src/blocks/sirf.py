@@ -11,20 +11,18 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.blocks.apply import apply_factors, fold, fold_axes, unfold_means
-from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Step
+from rootfree_optax._src.blocks.apply import apply_factors, apply_transposes, fold, fold_axes, unfold_means
+from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
 from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered, saturate
 from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
-
-Factors: TypeAlias = tuple[Parts, ...]
 
 
 class SirfState(NamedTuple):
@@ -70,9 +68,8 @@ def outer_products(
     groups, folded_structures, matrices = fold(structures, scaled)
     x = fold_axes(upcast(gradient), len(structures), folded_structures)
     x = x * jnp.sqrt(jnp.asarray(batch_size, x.dtype) / samples)
+    x = apply_transposes(x, matrices, structures=folded_structures, precision=precision)
     first_axis = x.ndim - len(folded_structures)
-    for axis, (structure, parts) in enumerate(zip(folded_structures, matrices, strict=True), start=first_axis):
-        x = structure.apply_transposed(parts, x, axis, precision=precision)
     outers = []
     for axis, (structure, parts) in enumerate(zip(folded_structures, matrices, strict=True), start=first_axis):
         outer = structure.project_outer(x.astype(parts[0].dtype), axis, precision=precision)

@@ -136,12 +136,10 @@ class Table(NamedTuple):
     Attributes:
       conditions: κ, [rows]. A row is for spectra within [1/κ, 1].
       polynomials: lead, a₁, b₁, a₂ and b₂ of both polynomials, [2, 5, rows].
-      errors: the largest |1 − √t·q₁(t₁)·q₂(t₂)| on a row's spectra, [rows].
     """
 
     conditions: np.ndarray
     polynomials: np.ndarray
-    errors: np.ndarray
 
 
 @functools.cache
@@ -150,8 +148,8 @@ def inverse_root_table() -> Table:
     rows = round(np.log2(LARGEST_CONDITION / _SMALLEST_CONDITION) * _ROWS_PER_OCTAVE) + 1
     conditions = np.geomspace(_SMALLEST_CONDITION, LARGEST_CONDITION, rows)
     first, errors = best_polynomials(1 / conditions, np.ones(rows), _DEGREE)
-    second, errors = best_polynomials((1 - errors) ** 2, (1 + errors) ** 2, _DEGREE)
-    return Table(conditions, np.stack([factorize(first).T, factorize(second).T]), errors)
+    second, _ = best_polynomials((1 - errors) ** 2, (1 + errors) ** 2, _DEGREE)
+    return Table(conditions, np.stack([factorize(first).T, factorize(second).T]))
 
 
 def best_polynomials(low: np.ndarray, high: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:

@@ -33,32 +33,23 @@ from rootfree_optax._src.numerics.inverse_root import (
 )
 from rootfree_optax._src.numerics.products import einsum, matmul
 
-MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-
+_MUON = np.tile((3.4445, -4.7750, 2.0315), (5, 1))  # a, b and c of each iteration
 _LARGEST_CONDITION = 1e6  # of K Kᵀ
 _LARGEST_CONDITION_OF_A_ROUND = 100
 _ROUNDS = 7  # leave an error of 1e-6
 _SLACK = 1.02  # for rounding errors, between the spectrum that a round leaves and the next one expects
 
 
-def orthogonalize(
-    matrix: jax.Array,
-    *,
-    steps: int = 5,
-    coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
-    precision: PrecisionLike = None,
-) -> jax.Array:
-    """Returns U Vᵀ for the singular value decomposition U Σ Vᵀ, roughly, by Newton–Schulz iterations.
+def orthogonalize(matrix: jax.Array, *, precision: PrecisionLike = None) -> jax.Array:
+    """Returns U Vᵀ for the singular value decomposition U Σ Vᵀ, roughly, by five Newton–Schulz iterations.
 
         X ← a·X + (b·XXᵀ + c·(XXᵀ)²) X
 
-    With the default arguments (Jordan et al. 2024), singular values above 0.0016·‖matrix‖_F go to [0.68, 1.21]. Smaller
+    with the coefficients of Jordan et al. (2024). Singular values above 0.0016·‖matrix‖_F go to [0.68, 1.21]. Smaller
     ones are multiplied by at most 485/‖matrix‖_F. A matrix of zeros stays zero. Its entries may have any size.
 
     Args:
       matrix: [..., m, n].
-      steps: the number of iterations, each of three products.
-      coefficients: a, b and c.
       precision: of every product.
 
     Returns:
@@ -71,7 +62,7 @@ def orthogonalize(
     """
     _, unit = size_and_unit(upcast(matrix))
     norm = jnp.sqrt(jnp.sum(jnp.square(unit), axis=(-2, -1), keepdims=True))  # at least one, or zero
-    return _orthogonalize(unit / jnp.maximum(norm, 1), np.tile(coefficients, (steps, 1)), precision)
+    return _orthogonalize(unit / jnp.maximum(norm, 1), _MUON, precision)
 
 
 def symmetric_root(factor: jax.Array, *, precision: PrecisionLike = None) -> jax.Array:

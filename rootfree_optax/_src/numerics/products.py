@@ -2,13 +2,14 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.lax import PrecisionLike
+
+from rootfree_optax._src.numerics.dtypes import upcast
 
 
 def einsum(subscripts: str, *operands: jax.Array, precision: PrecisionLike) -> jax.Array:
     """Returns an einsum that is accumulated, and returned, in the operands' accumulation dtype."""
-    wide = [operand.astype(np.promote_types(operand.dtype, np.float32)) for operand in operands]
+    wide = [upcast(operand) for operand in operands]
     if operands[0].dtype != jnp.bfloat16:
         return jnp.einsum(subscripts, *wide, precision=precision)
     # XLA for CPUs fails at run time on some products of bfloat16 arrays. So the arrays are passed in float32, which

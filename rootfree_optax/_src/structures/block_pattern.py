@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import jax
@@ -108,45 +108,27 @@ class BlockPattern(Structure):
         )
 
     def square(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
-        if self.couplings:
-            raise self.not_symmetric("K Kᵀ")
-        segments = [s.square((part,), precision=precision) for s, part in zip(self.segments, parts, strict=True)]
-        return (*itertools.chain(*segments),)
+        return self._by_segment("K Kᵀ", lambda segment, k: segment.square(k, precision=precision), parts)
 
     def congruence(self, parts: Parts, symmetric: Parts) -> Parts:
-        if self.couplings:
-            raise self.not_symmetric("Kᵀ S K")
-        each = zip(self.segments, parts, symmetric, strict=True)
-        return tuple([segment.congruence((k,), (s,))[0] for segment, k, s in each])
+        return self._by_segment("Kᵀ S K", lambda segment, k, s: segment.congruence(k, s), parts, symmetric)
 
     def trace(self, parts: Parts) -> jax.Array:
-        if self.couplings:
-            raise self.not_symmetric("Tr(K)")
-        return _add([segment.trace((part,)) for segment, part in zip(self.segments, parts, strict=True)])
+        return _add(self._by_segment("Tr(K)", lambda segment, k: (segment.trace(k),), parts))
 
     def symmetric_root(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
-        if self.couplings:
-            raise self.not_symmetric("(K Kᵀ)^(1/2)")
-        roots = [s.symmetric_root((part,), precision=precision) for s, part in zip(self.segments, parts, strict=True)]
-        return (*itertools.chain(*roots),)
+        root = lambda segment, k: segment.symmetric_root(k, precision=precision)
+        return self._by_segment("(K Kᵀ)^(1/2)", root, parts)
 
     def positive_root(self, parts: Parts, least: ArrayLike, *, precision: PrecisionLike = None) -> Parts:
-        if self.couplings:
-            raise self.not_symmetric("M^(1/2)")
-        each = zip(self.segments, parts, strict=True)
-        roots = [segment.positive_root((part,), least, precision=precision) for segment, part in each]
-        return (*itertools.chain(*roots),)
+        root = lambda segment, m: segment.positive_root(m, least, precision=precision)
+        return self._by_segment("M^(1/2)", root, parts)
 
     def times_inverse_root(
         self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: PrecisionLike = None
     ) -> Parts:
-        if self.couplings:
-            raise self.not_symmetric("K (a·I + E)^(−1/2)")
-        segments = [
-            segment.times_inverse_root((part,), (own,), shift=shift, precision=precision)
-            for segment, part, own in zip(self.segments, parts, excess, strict=True)
-        ]
-        return (*itertools.chain(*segments),)
+        product = lambda segment, k, e: segment.times_inverse_root(k, e, shift=shift, precision=precision)
+        return self._by_segment("K (a·I + E)^(−1/2)", product, parts, excess)
 
     def apply(
         self, parts: Parts, tensor: jax.Array, axis: int, *, transposed: bool = False, precision: PrecisionLike = None
@@ -202,6 +184,22 @@ class BlockPattern(Structure):
             if (k, i) in pairs and (k, j) in pairs:
                 inner += cost(i, k, dims[j])
         return Flops(apply=applied, project_outer=applied, matmul=matmul, project_inner=inner)
+
+    def _by_segment(self, matrix: str, operation: Callable[..., Parts], *operands: Parts) -> Parts:
+        """Returns the parts of an operation on symmetric sets, which takes each segment by itself.
+
+        Args:
+          matrix: the result, for the error of a set with couplings.
+          operation: takes a segment, and its own part of each operand as a tuple; returns a tuple of one part.
+          *operands: the parts of each matrix.
+
+        Raises:
+          ValueError: if there are couplings.
+        """
+        if self.couplings:
+            raise self.not_symmetric(matrix)
+        each = zip(self.segments, *operands, strict=True)
+        return (*itertools.chain(*[operation(segment, *[(part,) for part in own]) for segment, *own in each]),)
 
     @property
     def _pairs(self) -> tuple[Pair, ...]:
