@@ -52,12 +52,6 @@ def elementwise(factor: jax.Array, excess: jax.Array, *, shift: ArrayLike) -> ja
     return upcast(factor) * jnp.where(jnp.isfinite(excess), root, jnp.nan)
 
 
-def norm_bound(matrix: jax.Array, *, precision: PrecisionLike = None) -> jax.Array:
-    """Returns a bound on ‖E‖₂ for symmetric E [..., d, d], at most 1.01·d^(1/4) times as large, as [..., 1, 1]."""
-    size, unit = size_and_unit(matrix)
-    return size * _unit_norm_bound(matmul(unit, unit, precision=precision))
-
-
 def times_inverse_root(
     factor: jax.Array, excess: jax.Array, *, shift: ArrayLike, precision: PrecisionLike = None
 ) -> jax.Array:
@@ -81,7 +75,7 @@ def times_inverse_root(
     multiply = lambda left, right: matmul(left.astype(factor.dtype), right.astype(factor.dtype), precision=precision)
     size, unit = size_and_unit(excess)
     square = multiply(unit, unit)
-    largest = size * _unit_norm_bound(square)
+    largest = size * bound_norm(square)
     shrink = jnp.minimum(1, (LARGEST_CONDITION - 1) * a / jnp.maximum(largest, a))
     top = a + shrink * largest
     scale = shrink * size / top
@@ -105,8 +99,14 @@ def size_and_unit(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     return size, matrix / jnp.where(size > 0, size, 1)
 
 
-def _unit_norm_bound(square: jax.Array) -> jax.Array:
-    """Returns ‖E²‖_F^(1/2) ≥ ‖E‖₂, given E². Unlike ‖E‖_F, it is close to ‖E‖₂ even if all eigenvalues are equal."""
+def bound_norm(square: jax.Array) -> jax.Array:
+    """Returns a bound on ‖E‖₂ for symmetric E, given E², [..., d, d]: ‖E²‖_F^(1/2), and a margin for rounding.
+
+    It is at most 1.01·d^(1/4) times too large: unlike ‖E‖_F, close to ‖E‖₂ even if all eigenvalues are equal.
+
+    Returns:
+      [..., 1, 1].
+    """
     return _SLACK * jnp.sum(jnp.square(square), axis=(-2, -1), keepdims=True) ** 0.25
 
 

@@ -28,13 +28,14 @@ from rootfree_optax._src.numerics.dtypes import upcast
 from rootfree_optax._src.numerics.inverse_root import (
     LARGEST_CONDITION,
     best_polynomials,
+    bound_norm,
     size_and_unit,
     times_inverse_root,
 )
 from rootfree_optax._src.numerics.products import einsum, matmul
 
 _MUON = np.tile((3.4445, -4.7750, 2.0315), (5, 1))  # a, b and c of each iteration
-_LARGEST_CONDITION = 1e6  # of K Kᵀ
+_LARGEST_CONDITION_OF_SQUARE = 1e6  # of K Kᵀ
 _LARGEST_CONDITION_OF_A_ROUND = 100
 _ROUNDS = 7  # leave an error of 1e-6
 _SLACK = 1.02  # for rounding errors, between the spectrum that a round leaves and the next one expects
@@ -81,8 +82,7 @@ def symmetric_root(factor: jax.Array, *, precision: PrecisionLike = None) -> jax
     size, unit = size_and_unit(upcast(factor))
     gram = einsum("...ij,...kj->...ik", unit, unit, precision=precision)
     square = matmul(gram, gram, precision=precision)
-    # ‖(K Kᵀ)²‖_F^(1/2) is at least ‖K Kᵀ‖₂.
-    top = _SLACK * jnp.sqrt(jnp.sqrt(jnp.sum(jnp.square(square), axis=(-2, -1), keepdims=True)))
+    top = bound_norm(square)
     shrink = 1 / jnp.where(top > 0, top, 1)
     first, others = jnp.asarray(_polynomials()[0], unit.dtype), _polynomials()[1:]
     even = first[1] * shrink * gram + first[2] * jnp.square(shrink) * square
@@ -134,7 +134,7 @@ def _symmetrize(matrix: jax.Array) -> jax.Array:
 @functools.cache
 def _polynomials() -> np.ndarray:
     """Returns the coefficients of the q of each round in the order of rising powers, [rounds, 3]."""
-    low, high, rounds = np.array([1 / _LARGEST_CONDITION]), np.ones(1), []
+    low, high, rounds = np.array([1 / _LARGEST_CONDITION_OF_SQUARE]), np.ones(1), []
     for _ in range(_ROUNDS):
         start = np.maximum(low, high / _LARGEST_CONDITION_OF_A_ROUND)
         polynomials, error = best_polynomials(start, _SLACK * high, degree=2)
