@@ -90,9 +90,7 @@ def rf_rmsprop(
     """
     return optax.chain(
         scale_by_rf_rms(decay, damping, batch_size=batch_size, initial_scale=initial_scale, nu_dtype=nu_dtype),
-        *descend(
-            learning_rate, weight_decay, mask, None if momentum is None else heavy_ball(momentum, mu_dtype=mu_dtype)
-        ),
+        *descend(learning_rate, weight_decay, mask, heavy_ball(momentum, mu_dtype=mu_dtype)),
     )
 
 
@@ -313,9 +311,7 @@ def sirf_shampoo(
             mesh_axes=mesh_axes,
             precision=precision,
         ),
-        *descend(
-            learning_rate, weight_decay, mask, None if momentum is None else heavy_ball(momentum, mu_dtype=mu_dtype)
-        ),
+        *descend(learning_rate, weight_decay, mask, heavy_ball(momentum, mu_dtype=mu_dtype)),
     )
 
 
@@ -447,7 +443,5 @@ def rf_shampoo(
             mesh_axes=mesh_axes,
             precision=precision,
         ),
-        *descend(
-            learning_rate, weight_decay, mask, None if momentum is None else heavy_ball(momentum, mu_dtype=mu_dtype)
-        ),
+        *descend(learning_rate, weight_decay, mask, heavy_ball(momentum, mu_dtype=mu_dtype)),
     )

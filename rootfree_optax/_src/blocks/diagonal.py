@@ -44,15 +44,22 @@ def second_moment(
       batch_size: B, positive.
       count: the step's number, for the dithered rounding of a half-precision accumulator.
     """
+    square = _mean_square(curvature, s)
+    average = moving_average(upcast(s), jnp.asarray(batch_size, square.dtype) * square, decay)
+    return _round_finite(average, s, count)
+
+
+def _mean_square(curvature: jax.Array, s: jax.Array) -> jax.Array:
+    """Returns |c|², or its mean over samples, in the dtype that averages of s's dtype are computed in."""
     square = squared_magnitude(upcast(curvature))
-    if square.ndim > s.ndim:
-        square = jnp.mean(square, axis=0)
-    wide = upcast(s)
-    square = jnp.asarray(batch_size, wide.dtype) * square.astype(wide.dtype)
-    average = moving_average(wide, square, decay)
+    return (jnp.mean(square, axis=0) if square.ndim > s.ndim else square).astype(accumulation_dtype(s.dtype))
+
+
+def _round_finite(average: jax.Array, s: jax.Array, count: jax.Array) -> jax.Array:
+    """Returns an average in the dtype of the old one, s; entries that would come out non-finite stay as in s."""
     # Decided before rounding: a test of the rounded value would cost a half-precision s one more pass over memory.
-    fits = average <= jnp.asarray(jnp.finfo(s.dtype).max, wide.dtype)
-    return round_dithered(jnp.where(fits, average, wide), s.dtype, count)
+    fits = average <= jnp.asarray(jnp.finfo(s.dtype).max, average.dtype)
+    return round_dithered(jnp.where(fits, average, upcast(s)), s.dtype, count)
 
 
 def first_moment(m: jax.Array, gradient: jax.Array, *, decay: ArrayLike) -> tuple[jax.Array, jax.Array]:
@@ -97,9 +104,7 @@ def limit_to_squares(gradient: jax.Array) -> jax.Array:
     return (wide * factor.astype(wide.dtype)).astype(gradient.dtype)
 
 
-def average_square(
-    s: jax.Array, curvature: jax.Array, *, decay: ArrayLike, seen: jax.Array, count: jax.Array
-) -> jax.Array:
+def average_square(s: jax.Array, curvature: jax.Array, *, decay: ArrayLike, count: jax.Array) -> jax.Array:
     """Returns s ← s + w·(|c|² − s), an average that starts right and keeps the entries whose c is zero.
 
     All steps weigh alike, w = 1/t, until there are 1/(1 − decay) of them, and the first |c|² of an entry sets it. Zero
@@ -110,18 +115,13 @@ def average_square(
       s: the accumulator, real, any shape; zero where nothing was seen.
       curvature: c, real or complex, of s's shape, or with one more, leading axis to take the mean over.
       decay: in [0, 1).
-      seen: t, how many steps there have been, this one included, a scalar.
-      count: the step's number, for the dithered rounding of a half-precision accumulator.
+      count: t, how many steps there have been, this one included, a scalar; it dithers the rounding of a half-precision
+        accumulator, too.
     """
-    square = squared_magnitude(upcast(curvature))
-    if square.ndim > s.ndim:
-        square = jnp.mean(square, axis=0)
-    wide = upcast(s)
-    square = square.astype(wide.dtype)
-    weight = jnp.maximum(jnp.asarray(1 - decay, wide.dtype), 1 / seen.astype(wide.dtype))
+    wide, square = upcast(s), _mean_square(curvature, s)
+    weight = jnp.maximum(jnp.asarray(1 - decay, wide.dtype), 1 / count.astype(wide.dtype))
     average = jnp.where(wide == 0, square, wide + weight * (square - wide))
-    fits = (square > 0) & (average <= jnp.asarray(jnp.finfo(s.dtype).max, wide.dtype))
-    return round_dithered(jnp.where(fits, average, wide), s.dtype, count)
+    return _round_finite(jnp.where(square > 0, average, wide), s, count)
 
 
 def damp_relatively(s: jax.Array, *, damping: ArrayLike) -> tuple[jax.Array, jax.Array]:

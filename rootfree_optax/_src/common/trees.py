@@ -11,14 +11,14 @@ import jax.numpy as jnp
 Shape: TypeAlias = tuple[int, ...]
 
 
-# Called at every node of a tree, so not a Python function.
+# Called at every node of a tree, so no Python functions.
 is_none: Callable[[Any], bool] = functools.partial(operator.is_, None)
+path_of: Callable[[Any], str] = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Returns the leaves by key path, such as 'layer/kernel'. None is a leaf."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_none)}
 
 
 def has_none(tree: Any) -> bool:
@@ -45,7 +45,7 @@ def real_shapes(params: Any) -> tuple[tuple[str, Shape], ...]:
     """
     shapes: dict[str, Shape] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        path = path_of(keys)
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
                 f"parameters must be real floating point, got {jnp.result_type(leaf)} at {path!r}. Give it to another "
@@ -107,14 +107,13 @@ def map_accumulators(function: Callable[..., Any], accumulators: Any, gradients:
     return jax.tree.map(lambda g, a: a if g is None else function(a, g), gradients, accumulators, is_leaf=is_none)
 
 
-def map_pairs(function: Callable[..., tuple[Any, Any]], gradients: Any, accumulators: Any) -> tuple[Any, Any]:
-    """Maps `function(gradient, accumulator)`, which returns two arrays, over trees; returns a tree of each.
+def map_steps(function: Callable[..., tuple[Any, ...]], gradients: Any, *accumulators: Any) -> tuple[Any, ...]:
+    """Maps `function(gradient, *accumulators)`, which returns a result and new accumulators; returns a tree of each.
 
-    A gradient of None gives None, and leaves the accumulator as it was.
+    A gradient of None gives None, and leaves the accumulators as they were.
     """
     structure: Any
     leaves, structure = jax.tree.flatten(gradients, is_leaf=is_none)
-    old = structure.flatten_up_to(accumulators)
-    pairs = [(None, a) if g is None else function(g, a) for g, a in zip(leaves, old, strict=True)]
-    first, second = ([pair[i] for pair in pairs] for i in range(2))
-    return jax.tree.unflatten(structure, first), jax.tree.unflatten(structure, second)
+    old = zip(leaves, *map(structure.flatten_up_to, accumulators), strict=True)
+    new = [(None, *kept) if g is None else function(g, *kept) for g, *kept in old]
+    return tuple(jax.tree.unflatten(structure, [each[i] for each in new]) for i in range(1 + len(accumulators)))

@@ -76,7 +76,7 @@ def rf_rmsprop(
         batch_size=batch_size,
         nu_dtype=nu_dtype,
     )
-    average = optax.identity() if momentum is None else heavy_ball(momentum, mu_dtype=mu_dtype, average=True)
+    average = heavy_ball(momentum, mu_dtype=mu_dtype, average=True)
     return optax.chain(rescaled, average, *descend(learning_rate, weight_decay, mask))
 
 

@@ -17,7 +17,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.blocks.momentum import add_scaled, average_heavy_ball, total_weight
 from rootfree_optax._src.common import schedules, trees, validate
-from rootfree_optax._src.numerics.dtypes import dtype_like, upcast
+from rootfree_optax._src.numerics.dtypes import upcast
+from rootfree_optax._src.transforms.accumulators import init_average
 
 MaskOrFn = Any | Callable[[optax.Params], Any] | None
 
@@ -82,20 +83,19 @@ class HeavyBallState(NamedTuple):
 
 
 def heavy_ball(
-    momentum: ArrayLike, *, nesterov: bool = False, average: bool = False, mu_dtype: DTypeLike | None = None
+    momentum: ArrayLike | None, *, average: bool = False, mu_dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Adds up past updates, v ← momentum·v + update, as `optax.trace`, for arrays of any dtype.
 
     A non-finite update shows in one step, and leaves its entries of v as they were.
 
     Args:
-      momentum: α₁, in [0, 1). A number or a traced scalar.
-      nesterov: whether the update is update + momentum·v, with the new v, rather than v.
+      momentum: α₁, in [0, 1). A number or a traced scalar; None changes nothing and keeps no state.
       average: whether the update is divided by the sum of its weights, which makes it an average that starts right.
       mu_dtype: floating-point dtype of v; by default each parameter's own.
 
     Returns:
-      A transformation that replaces the updates by v (or Nesterov's), in the updates' dtype.
+      A transformation that replaces the updates by v, in the updates' dtype.
 
     Raises:
       ValueError: for a Python number outside [0, 1).
@@ -114,20 +114,20 @@ def heavy_ball(
     validate.require_constant(momentum=momentum)
     validate.require_fraction("momentum", momentum)
     validate.require_floating_dtype("mu_dtype", mu_dtype)
+    if momentum is None:
+        return optax.with_extra_args_support(optax.identity())
 
     def init(params: optax.Params) -> HeavyBallState:
-        velocity = jax.tree.map(lambda p: jnp.zeros_like(p, dtype_like(p, mu_dtype)), params)
-        return HeavyBallState(jnp.zeros([], jnp.int32), velocity)
+        return HeavyBallState(jnp.zeros([], jnp.int32), init_average(params, mu_dtype))
 
     def update(
         updates: optax.Updates, state: HeavyBallState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, HeavyBallState]:
         del params, extra_args
-
         step = optax.safe_increment(state.step)
-        scale = (1 - momentum) / total_weight(momentum, step + int(nesterov)) if average else None
-        add = functools.partial(_average, jnp.asarray(momentum), scale, nesterov)
-        updates, velocity = trees.map_pairs(add, updates, state.momentum)
+        scale = (1 - momentum) / total_weight(momentum, step) if average else None
+        add = functools.partial(_average, jnp.asarray(momentum), scale)
+        updates, velocity = trees.map_steps(add, updates, state.momentum)
         return updates, HeavyBallState(step, velocity)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -180,11 +180,11 @@ def _add_scaled(factor: ArrayLike, update: jax.Array, param: jax.Array) -> jax.A
     return add_scaled(update, factor, param).astype(update.dtype)
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@jax.jit
 def _average(
-    momentum: ArrayLike, scale: ArrayLike | None, nesterov: bool, update: jax.Array, velocity: jax.Array
+    momentum: ArrayLike, scale: ArrayLike | None, update: jax.Array, velocity: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    total, new = average_heavy_ball(velocity, update, momentum, nesterov=nesterov)
+    total, new = average_heavy_ball(velocity, update, momentum, nesterov=False)
     average = total if scale is None else jnp.asarray(scale, total.dtype) * total
     return average.astype(update.dtype), new
 

@@ -1,5 +1,6 @@
 """Adam's rescaling with an ε relative to each parameter, for the parameters that have no factors."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,8 @@ from jax.typing import ArrayLike, DTypeLike
 from rootfree_optax._src.blocks.diagonal import adam_step, first_moment, limit_to_squares, second_moment
 from rootfree_optax._src.blocks.momentum import total_weight
 from rootfree_optax._src.common import schedules, trees, validate
-from rootfree_optax._src.numerics.dtypes import dtype_like, dtype_of_squares, upcast
+from rootfree_optax._src.numerics.dtypes import upcast
+from rootfree_optax._src.transforms.accumulators import init_average, init_squares
 
 
 class RelativeAdamState(NamedTuple):
@@ -27,7 +29,6 @@ def scale_by_relative_adam(
     eps: optax.ScalarOrSchedule = 1e-8,
     *,
     mu_dtype: DTypeLike | None = None,
-    nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales gradients as Adam does, with an ε that is relative to the parameter's own gradients.
 
@@ -40,8 +41,7 @@ def scale_by_relative_adam(
       b1: decay of m, in [0, 1). A number or a traced scalar.
       b2: decay of v, in [0, 1). A number, a traced scalar or a schedule; its bias correction assumes a constant.
       eps: ε ≥ 0. A number, a traced scalar or a schedule.
-      mu_dtype: floating-point dtype of m; by default each parameter's own.
-      nu_dtype: floating-point dtype of v; by default each parameter's own, float32 for float16.
+      mu_dtype: floating-point dtype of m; by default each parameter's own. v has that, or float32 for float16.
 
     Returns:
       A transformation.
@@ -63,12 +63,9 @@ def scale_by_relative_adam(
     validate.require_fraction("b2", b2)
     validate.require_at_least("eps", eps, 0)
     validate.require_floating_dtype("mu_dtype", mu_dtype)
-    validate.require_floating_dtype("nu_dtype", nu_dtype)
 
     def init(params: optax.Params) -> RelativeAdamState:
-        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype_like(p, mu_dtype)), params)
-        nu = jax.tree.map(lambda p: jnp.zeros_like(p, nu_dtype or dtype_of_squares(p)), params)
-        return RelativeAdamState(jnp.zeros([], jnp.int32), mu, nu)
+        return RelativeAdamState(jnp.zeros([], jnp.int32), init_average(params, mu_dtype), init_squares(params))
 
     def update(
         updates: optax.Updates, state: RelativeAdamState, params: optax.Params | None = None, **extra_args: Any
@@ -83,14 +80,7 @@ def scale_by_relative_adam(
             mu_weight=total_weight(b1, step),
             nu_weight=total_weight(decay, step),
         )
-        structure: Any
-        gradients, structure = jax.tree.flatten(updates, is_leaf=trees.is_none)
-        old = zip(structure.flatten_up_to(state.mu), structure.flatten_up_to(state.nu), strict=True)
-        new = [
-            (None, m, v) if g is None else _step(numbers, state.step, g, m, v)
-            for g, (m, v) in zip(gradients, old, strict=True)
-        ]
-        directions, mu, nu = (jax.tree.unflatten(structure, [each[i] for each in new]) for i in range(3))
+        directions, mu, nu = trees.map_steps(functools.partial(_step, numbers, state.step), updates, state.mu, state.nu)
         return directions, RelativeAdamState(step, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -175,8 +175,8 @@ def _bytes_outside_stacks(state: Any, params: Any) -> Mapping[str, int]:
     ends: dict[tuple[Any, ...], tuple[str, Shape]] = {}
     names = plain_paths(trees.named_leaves(params))
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        ends |= {(jax.tree_util.DictKey(names[path]),): (path, jnp.shape(leaf)), keys: (path, jnp.shape(leaf))}
+        path = trees.path_of(keys)
+        ends |= dict.fromkeys([(jax.tree_util.DictKey(names[path]),), keys], (path, jnp.shape(leaf)))
     total: collections.Counter[str] = collections.Counter()
     is_stack = lambda node: isinstance(node, StackState)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_stack):

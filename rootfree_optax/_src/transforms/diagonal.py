@@ -18,7 +18,8 @@ from rootfree_optax._src.blocks.diagonal import (
 from rootfree_optax._src.blocks.momentum import total_weight
 from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.common.schedules import StepSize
-from rootfree_optax._src.numerics.dtypes import dtype_like, dtype_of_squares, upcast
+from rootfree_optax._src.numerics.dtypes import upcast
+from rootfree_optax._src.transforms.accumulators import init_average, init_squares, update_squares
 
 
 class ScaleByRfRmsState(NamedTuple):
@@ -104,7 +105,7 @@ def scale_by_rf_rms(
 
     def init(params: optax.Params) -> ScaleByRfRmsState:
         trees.require_inexact(params)
-        return ScaleByRfRmsState(jnp.zeros([], jnp.int32), _zeros_like_real(params, nu_dtype))
+        return ScaleByRfRmsState(jnp.zeros([], jnp.int32), init_squares(params, nu_dtype))
 
     def update(
         updates: optax.Updates,
@@ -117,8 +118,9 @@ def scale_by_rf_rms(
     ) -> tuple[optax.Updates, ScaleByRfRmsState]:
         del params, extra_args
         count = optax.safe_increment(state.count)
-        updates = jax.tree.map(limit_to_squares, updates)
-        nu = _update_nu(state.nu, updates, curvature, schedules.value_at(decay, state.count), count)
+        updates, curvature = jax.tree.map(limit_to_squares, (updates, curvature))
+        average = functools.partial(average_square, decay=schedules.value_at(decay, state.count), count=count)
+        nu = update_squares(average, state.nu, updates, curvature)
         step = _step(step_size, damping, absolute_damping, batch_size, at_construction, state.count)
         direction = trees.map_gradients(lambda g, s: step(upcast(g), s).astype(g.dtype), updates, nu)
         return direction, ScaleByRfRmsState(count, nu)
@@ -184,8 +186,8 @@ def scale_by_rf_adam(
 
     def init(params: optax.Params) -> ScaleByRfAdamState:
         trees.require_inexact(params)
-        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype_like(p, mu_dtype)), params)
-        return ScaleByRfAdamState(jnp.zeros([], jnp.int32), mu, _zeros_like_real(params, nu_dtype))
+        mu, nu = init_average(params, mu_dtype), init_squares(params, nu_dtype)
+        return ScaleByRfAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
     def update(
         updates: optax.Updates,
@@ -198,9 +200,10 @@ def scale_by_rf_adam(
     ) -> tuple[optax.Updates, ScaleByRfAdamState]:
         del params, extra_args
         count = optax.safe_increment(state.count)
-        updates = jax.tree.map(limit_to_squares, updates)
-        nu = _update_nu(state.nu, updates, curvature, schedules.value_at(b2, state.count), count)
-        averages, mu = trees.map_pairs(lambda g, m: first_moment(m, g, decay=b1), updates, state.mu)
+        updates, curvature = jax.tree.map(limit_to_squares, (updates, curvature))
+        average = functools.partial(average_square, decay=schedules.value_at(b2, state.count), count=count)
+        nu = update_squares(average, state.nu, updates, curvature)
+        averages, mu = trees.map_steps(lambda g, m: first_moment(m, g, decay=b1), updates, state.mu)
         step = _step(step_size, damping, absolute_damping, batch_size, at_construction, state.count)
         weight = total_weight(b1, count)
         direct = lambda g, m, s: step(m / weight.astype(m.dtype), s).astype(g.dtype)
@@ -216,10 +219,6 @@ def _require_valid(
     schedules.require_step_size(step_size, absolute_damping, batch_size)
     for name, dtype in dtypes.items():
         validate.require_floating_dtype(name, dtype)
-
-
-def _zeros_like_real(params: optax.Params, dtype: DTypeLike | None) -> Any:
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype or dtype_of_squares(p)), params)
 
 
 def _step(
@@ -240,16 +239,3 @@ def _step(
         absolute_damping=schedules.value_at(absolute_damping, count),
         batch_size=schedules.resolve_batch_size(batch_size, at_construction),
     )
-
-
-def _update_nu(
-    nu: Any, updates: optax.Updates, curvature: optax.Updates | None, decay: ArrayLike, count: jax.Array
-) -> Any:
-    trees.require_like(updates, nu, name="gradients")
-    if curvature is None:
-        curvature = updates
-    else:
-        trees.require_like(curvature, nu, name="curvature", sample_axis=True)
-        curvature = jax.tree.map(limit_to_squares, curvature)
-    square = functools.partial(average_square, decay=decay, seen=count, count=count)
-    return trees.map_accumulators(square, nu, curvature)

@@ -1,24 +1,19 @@
 """Root-free diagonal transformations as published: RF-RMSProp's and RF-Adam's rescaling of the gradient."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax._src.blocks import diagonal as update_rule
+from rootfree_optax._src.blocks.diagonal import averaged_direction, first_moment, root_free_direction, second_moment
 from rootfree_optax._src.blocks.momentum import total_weight
 from rootfree_optax._src.common import schedules, trees, validate
-from rootfree_optax._src.numerics.dtypes import dtype_like, real_dtype
-
-
-class ScaleByRfRmsState(NamedTuple):
-    """State of `scale_by_rf_rms`: the step count and the accumulator s, a tree like the parameters."""
-
-    count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
-    nu: Any
+from rootfree_optax._src.numerics.dtypes import real_dtype
+from rootfree_optax._src.transforms.accumulators import init_average, update_squares
+from rootfree_optax._src.transforms.diagonal import ScaleByRfAdamState, ScaleByRfRmsState
 
 
 def scale_by_rf_rms(
@@ -91,22 +86,14 @@ def scale_by_rf_rms(
     ) -> tuple[optax.Updates, ScaleByRfRmsState]:
         del params, extra_args
         batch_size = schedules.resolve_batch_size(batch_size, at_construction)
-        nu = _update_nu(state.nu, updates, curvature, decay=decay, batch_size=batch_size, count=state.count)
-        root_free_direction = functools.partial(
-            update_rule.root_free_direction, damping=schedules.value_at(damping, state.count)
+        average = functools.partial(
+            second_moment, decay=schedules.value_at(decay, state.count), batch_size=batch_size, count=state.count
         )
-        direction = trees.map_gradients(root_free_direction, updates, nu)
-        return direction, ScaleByRfRmsState(optax.safe_increment(state.count), nu)
+        nu = update_squares(average, state.nu, updates, curvature)
+        step = functools.partial(root_free_direction, damping=schedules.value_at(damping, state.count))
+        return trees.map_gradients(step, updates, nu), ScaleByRfRmsState(optax.safe_increment(state.count), nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-class ScaleByRfAdamState(NamedTuple):
-    """State of `scale_by_rf_adam`: the step count, the gradient's average m and the accumulator s."""
-
-    count: jax.Array  # type: ignore[assignment]
-    mu: Any
-    nu: Any
 
 
 def scale_by_rf_adam(
@@ -169,8 +156,8 @@ def scale_by_rf_adam(
 
     def init(params: optax.Params) -> ScaleByRfAdamState:
         trees.require_inexact(params)
-        mu = _initial_mu(params, mu_dtype)
-        return ScaleByRfAdamState(jnp.zeros([], jnp.int32), mu, _initial_nu(params, initial_scale, nu_dtype))
+        mu, nu = init_average(params, mu_dtype), _initial_nu(params, initial_scale, nu_dtype)
+        return ScaleByRfAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
     def update(
         updates: optax.Updates,
@@ -183,16 +170,19 @@ def scale_by_rf_adam(
     ) -> tuple[optax.Updates, ScaleByRfAdamState]:
         del params, extra_args
         batch_size = schedules.resolve_batch_size(batch_size, at_construction)
-        nu = _update_nu(state.nu, updates, curvature, decay=b2, batch_size=batch_size, count=state.count)
-        averages, mu = trees.map_pairs(lambda g, m: update_rule.first_moment(m, g, decay=b1), updates, state.mu)
+        average = functools.partial(
+            second_moment, decay=schedules.value_at(b2, state.count), batch_size=batch_size, count=state.count
+        )
+        nu = update_squares(average, state.nu, updates, curvature)
+        averages, mu = trees.map_steps(lambda g, m: first_moment(m, g, decay=b1), updates, state.mu)
         count = optax.safe_increment(state.count)
-        averaged_direction = functools.partial(
-            update_rule.averaged_direction,
+        step = functools.partial(
+            averaged_direction,
             damping=schedules.value_at(damping, state.count),
             m_weight=total_weight(b1, count) if bias_correction else 1.0,
             s_weight=total_weight(b2, count) if bias_correction else 1.0,
         )
-        return trees.map_gradients(averaged_direction, updates, averages, nu), ScaleByRfAdamState(count, mu, nu)
+        return trees.map_gradients(step, updates, averages, nu), ScaleByRfAdamState(count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -207,35 +197,5 @@ def _require_valid(*, damping: Any, batch_size: Any, initial_scale: Any, **decay
 
 
 def _initial_nu(params: optax.Params, initial_scale: ArrayLike, dtype: DTypeLike | None) -> Any:
-    def initial(param: jax.Array) -> jax.Array:
-        nu_dtype = real_dtype(jnp.result_type(param)) if dtype is None else dtype
-        return jnp.full_like(param, initial_scale, nu_dtype)
-
-    return jax.tree.map(initial, params)
-
-
-def _initial_mu(params: optax.Params, dtype: DTypeLike | None) -> Any:
-    def initial(param: jax.Array) -> jax.Array:
-        return jnp.zeros_like(param, dtype_like(param, dtype))
-
-    return jax.tree.map(initial, params)
-
-
-def _update_nu(
-    nu: Any,
-    updates: optax.Updates,
-    curvature: optax.Updates | None,
-    *,
-    decay: optax.ScalarOrSchedule,
-    batch_size: ArrayLike,
-    count: jax.Array,
-) -> Any:
-    trees.require_like(updates, nu, name="gradients")
-    if curvature is None:
-        curvature = updates
-    else:
-        trees.require_like(curvature, nu, name="curvature", sample_axis=True)
-    second_moment = functools.partial(
-        update_rule.second_moment, decay=schedules.value_at(decay, count), batch_size=batch_size, count=count
-    )
-    return trees.map_accumulators(second_moment, nu, curvature)
+    dtype_of = lambda param: real_dtype(jnp.result_type(param)) if dtype is None else dtype
+    return jax.tree.map(lambda param: jnp.full_like(param, initial_scale, dtype_of(param)), params)
