@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rootfree_optax._src.blocks.apply import apply_factors, apply_transposes
-from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step
+from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step, Structures
 from rootfree_optax._src.common.schedules import StepSize
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
 from rootfree_optax._src.numerics.finite import max_abs
@@ -39,13 +39,13 @@ from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
 _LARGEST_SURPRISE = 2
 # An average of gradients that is longer than this beside them, in rms, is of gradients that are gone.
 _LARGEST_MOMENTUM = 2
-# The root mean square of a step beside the learning rate. The ladder chose it, so that AdamW's learning rate serves.
-_RMS = 0.4
 # A block whose gradients are below this part of the whole tree's is rounding noise.
 _LEAST_PART = 1e-6
 # Products of square matrices: KᵀS̃K, and K times an inverse root.
 _REFRESH_PRODUCTS = 10
 _SYMMETRIC_ROOT_PRODUCTS, _POSITIVE_ROOT_PRODUCTS = 22, 8
+# How many square roots of S̃^(−1/2) make S̃^(−q).
+_ROOTS = {1 / 4: 1, 1 / 8: 2}
 # Between two refreshes S may lose all that it was. K grows at most as if a part of this size were left.
 _LEAST_RETAINED = 2.0**-5
 # Of S's Frobenius norm, the least damping that factors in half precision need: K resolves 2⁻⁸, and S⁻¹ is its square.
@@ -64,8 +64,7 @@ class CurvatureState(NamedTuple):
       seen: how many gradients S averages, the first one twice. Zero before the first.
       retained: which part of the S of the last refresh is still in S.
       last_momentum: the root mean square of the momentum, divided by 2ᵉ, at the last step with a gradient.
-      refreshes: how many refreshes there have been.
-      refused: how many of them were refused, because they came out non-finite.
+      refused: how many refreshes were refused, because they came out non-finite.
       shortened: how many steps were shortened.
     """
 
@@ -77,7 +76,6 @@ class CurvatureState(NamedTuple):
     seen: jax.Array
     retained: jax.Array
     last_momentum: jax.Array
-    refreshes: jax.Array
     refused: jax.Array
     shortened: jax.Array
 
@@ -142,11 +140,7 @@ def scale_gradient(gradient: jax.Array, exponent: jax.Array, power: jax.Array, *
 
 
 def curvatures_along(
-    gradient: jax.Array,
-    structures: Sequence[Structure],
-    factors: Factors,
-    *,
-    precision: jax.lax.PrecisionLike = None,
+    gradient: jax.Array, structures: Structures, factors: Factors, *, precision: jax.lax.PrecisionLike = None
 ) -> Factors:
     """Returns Hₙ = Π̂( Z₍ₙ₎Z₍ₙ₎ᵀ ) / Π_{j≠n} dⱼ with Z = G ×_{j≠n} Kⱼᵀ, for each axis n.
 
@@ -168,6 +162,7 @@ def curvatures_along(
     return tuple(curvatures)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CurvatureRule(BlockRule):
     """What the three steps share: statistics, the refresh of K, and the step's length.
 
@@ -179,12 +174,17 @@ class CurvatureRule(BlockRule):
     fallen. So neither moves a block by more than rms/(1 − momentum). It is shorter, too, where a block's gradients are
     rounding noise beside the tree's. With "newton" it is D itself for the curvature B·S, no longer than the trust
     radius.
+
+    Args:
+      step_size: "adamw" or "newton".
+      trust_radius: r > 0, for Newton's root-free or whitening step. None shortens nothing.
+      precision: of every matrix product, see `jax.lax.Precision`.
     """
 
-    step_size: StepSize
-    rms: float
-    trust_radius: ArrayLike | None
-    precision: jax.lax.PrecisionLike
+    step_size: StepSize = "adamw"
+    trust_radius: ArrayLike | None = None
+    precision: jax.lax.PrecisionLike = None
+    rms: ClassVar[float] = 0.4  # of a step beside the learning rate; the ladder chose it, so that AdamW's rate serves
     applications: ClassVar[int] = 2  # how often a matrix is applied along each axis, for one direction
 
     @property
@@ -207,13 +207,11 @@ class CurvatureRule(BlockRule):
         return jnp.where(state.seen > 0, log, -jnp.inf)
 
     @abc.abstractmethod
-    def precondition_momentum(
-        self, state: CurvatureState, momentum: jax.Array, structures: Sequence[Structure]
-    ) -> jax.Array:
+    def precondition_momentum(self, state: CurvatureState, momentum: jax.Array, structures: Structures) -> jax.Array:
         """Returns D, of any length, in the accumulation dtype."""
 
     def derive_factors(
-        self, factors: Factors, damped: Factors, structures: Sequence[Structure]
+        self, factors: Factors, damped: Factors, structures: Structures
     ) -> tuple[Factors, Factors | None]:
         """Returns the factors to keep, of equal K Kᵀ, and the preconditioners that are made of them; None for none.
 
@@ -225,7 +223,7 @@ class CurvatureRule(BlockRule):
         del damped, structures
         return factors, None
 
-    def init(self, structures: Sequence[Structure], dtypes: Sequence[jnp.dtype]) -> CurvatureState:
+    def init(self, structures: Structures, dtypes: Sequence[jnp.dtype]) -> CurvatureState:
         """Returns statistics and factors of I, until the first gradient."""
         wide = tuple(s.identity(accumulation_dtype(dtype)) for s, dtype in zip(structures, dtypes, strict=True))
         narrow = tuple(s.identity(dtype) for s, dtype in zip(structures, dtypes, strict=True))
@@ -240,7 +238,6 @@ class CurvatureRule(BlockRule):
             seen=zero,
             retained=one,
             last_momentum=zero,
-            refreshes=number,
             refused=number,
             shortened=number,
         )
@@ -250,7 +247,7 @@ class CurvatureRule(BlockRule):
         return state.seen == 0
 
     def start(
-        self, state: CurvatureState, gradient: jax.Array, *, structures: Sequence[Structure], step: Step
+        self, state: CurvatureState, gradient: jax.Array, *, structures: Structures, step: Step
     ) -> CurvatureState:
         """Sets every Sₙ to the multiple of I that the block's first gradient suggests.
 
@@ -261,17 +258,10 @@ class CurvatureRule(BlockRule):
         touched = jnp.mean((scaled.gradient != 0).astype(scaled.power.dtype))
         mean = (scaled.power / touched) ** (1 / len(structures))
         damped = (1 + jnp.asarray(step.damping, mean.dtype)) * mean
-        statistics = tuple(times_scalar(s.identity(mean.dtype), mean) for s in structures)
-
-        def power_of(degree: float, old: Factors) -> Factors:
-            return tuple(
-                jax.tree.map(lambda i, k: (i * damped**-degree).astype(k.dtype), s.identity(mean.dtype), k)
-                for s, k in zip(structures, old, strict=True)
-            )
-
-        derived = state.preconditioners
+        identities, derived = tuple([s.identity(mean.dtype) for s in structures]), state.preconditioners
+        power_of = lambda degree, old: jax.tree.map(lambda i, k: (i * damped**-degree).astype(k.dtype), identities, old)
         return state._replace(
-            statistics=statistics,
+            statistics=jax.tree.map(lambda i: i * mean, identities),
             factors=power_of(0.5, state.factors),
             preconditioners=None if derived is None else power_of(self.degrees[1], derived),
             exponent=scaled.exponent,
@@ -280,7 +270,7 @@ class CurvatureRule(BlockRule):
         )
 
     def observe(
-        self, state: CurvatureState, gradient: jax.Array, *, structures: Sequence[Structure], step: Step
+        self, state: CurvatureState, gradient: jax.Array, *, structures: Structures, step: Step
     ) -> CurvatureState:
         """Averages the curvature of a gradient into S; all gradients weigh alike until there are 1/(1 − b₂) of them.
 
@@ -306,7 +296,7 @@ class CurvatureRule(BlockRule):
             )
 
     def refresh(
-        self, state: CurvatureState, gradient: jax.Array, *, structures: Sequence[Structure], step: Step
+        self, state: CurvatureState, gradient: jax.Array, *, structures: Structures, step: Step
     ) -> CurvatureState:
         """Renews every K from the one before, K ← K (KᵀS̃K)^(−1/2); factors that come out non-finite are refused."""
         del gradient
@@ -335,7 +325,6 @@ class CurvatureRule(BlockRule):
                 factors=select(kept, state.factors),
                 preconditioners=None if derived is None else select(derived, state.preconditioners),
                 retained=jnp.where(keep, 1, state.retained),
-                refreshes=state.refreshes + keep.astype(jnp.int32),
                 refused=state.refused + (~is_finite).astype(jnp.int32),
             )
 
@@ -348,13 +337,7 @@ class CurvatureRule(BlockRule):
         return jnp.maximum(relative, floor * jnp.sqrt(structure.squared_norm(s)))
 
     def precondition(
-        self,
-        state: CurvatureState,
-        momentum: jax.Array,
-        *,
-        gradient: jax.Array,
-        structures: Sequence[Structure],
-        step: Step,
+        self, state: CurvatureState, momentum: jax.Array, *, gradient: jax.Array, structures: Structures, step: Step
     ) -> tuple[jax.Array, CurvatureState]:
         """Returns D at the length that `step_size` says."""
         with jax.named_scope("apply"):
@@ -402,7 +385,7 @@ class CurvatureRule(BlockRule):
         excess = self.squared_length(momentum, direction) / jnp.square(jnp.asarray(self.trust_radius, dtype))
         return length / jnp.maximum(excess, 1), excess > 1
 
-    def flops(self, structures: Sequence[Structure]) -> BlockFlops:
+    def flops(self, structures: Structures) -> BlockFlops:
         """Returns the operations of the products; those of diagonal structures count, too."""
         size = math.prod([structure.dim for structure in structures])
         each = [structure.flops(size // structure.dim) for structure in structures]
@@ -424,83 +407,46 @@ class CurvatureRule(BlockRule):
 
 
 _register = functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["trust_radius"],
+    jax.tree_util.register_dataclass, data_fields=["trust_radius"], meta_fields=["step_size", "precision"]
 )
 
 
-@functools.partial(_register, meta_fields=["step_size", "rms", "precision"])
+@_register
 @dataclasses.dataclass(frozen=True)
 class RootFree(CurvatureRule):
-    """The root-free step, D = M ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ (Lin et al. 2024).
+    """The root-free step, D = M ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ (Lin et al. 2024)."""
 
-    Args:
-      step_size: "adamw" or "newton", see `CurvatureRule`.
-      rms: the root mean square of a step of AdamW's length.
-      trust_radius: r > 0, for Newton's step.
-      precision: of every matrix product, see `jax.lax.Precision`.
-    """
-
-    step_size: StepSize = "adamw"
-    rms: float = _RMS
-    trust_radius: ArrayLike | None = None
-    precision: jax.lax.PrecisionLike = None
-
-    @property
-    def degrees(self) -> tuple[float, float]:
-        """The powers of the momentum and of the inverse curvature that D is made of."""
-        return 1.0, 1.0
+    degrees = 1.0, 1.0
 
     def squared_length(self, momentum: jax.Array, direction: jax.Array) -> jax.Array:
         """Returns mean⟨M, D⟩."""
         return jnp.mean(momentum * direction)
 
-    def precondition_momentum(
-        self, state: CurvatureState, momentum: jax.Array, structures: Sequence[Structure]
-    ) -> jax.Array:
+    def precondition_momentum(self, state: CurvatureState, momentum: jax.Array, structures: Structures) -> jax.Array:
         """Returns M ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ."""
         return apply_factors(
             momentum, state.factors, structures=structures, transposed_first=True, precision=self.precision
         )
 
 
-@functools.partial(_register, meta_fields=["step_size", "rms", "precision"])
+@_register
 @dataclasses.dataclass(frozen=True)
 class Whitening(CurvatureRule):
     """The whitening step, D = M ×₁ S̃₁^(−1/2) … ×_N S̃_N^(−1/2) (KL-Shampoo, Lin et al., arXiv 2509.03378).
 
     K is kept symmetric positive definite, so that it is S̃^(−1/2).
-
-    Args:
-      step_size: "adamw" or "newton", see `CurvatureRule`.
-      rms: the root mean square of a step of AdamW's length.
-      trust_radius: r > 0, for Newton's step.
-      precision: of every matrix product, see `jax.lax.Precision`.
     """
 
-    step_size: StepSize = "adamw"
-    rms: float = _RMS
-    trust_radius: ArrayLike | None = None
-    precision: jax.lax.PrecisionLike = None
-
+    degrees = 1.0, 0.5
     applications = 1
-
-    @property
-    def root_products(self) -> int:
-        """How many products of square matrices `derive_factors` takes for each axis."""
-        return _SYMMETRIC_ROOT_PRODUCTS
-
-    @property
-    def degrees(self) -> tuple[float, float]:
-        """The powers of the momentum and of the inverse curvature that D is made of."""
-        return 1.0, 0.5
+    root_products = _SYMMETRIC_ROOT_PRODUCTS
 
     def squared_length(self, momentum: jax.Array, direction: jax.Array) -> jax.Array:
         """Returns mean(D²)."""
         return jnp.mean(jnp.square(direction))
 
     def derive_factors(
-        self, factors: Factors, damped: Factors, structures: Sequence[Structure]
+        self, factors: Factors, damped: Factors, structures: Structures
     ) -> tuple[Factors, Factors | None]:
         """Returns the symmetric factors of equal K Kᵀ."""
         del damped
@@ -508,16 +454,14 @@ class Whitening(CurvatureRule):
             [s.symmetric_root(k, precision=self.precision) for s, k in zip(structures, factors, strict=True)]
         ), None
 
-    def precondition_momentum(
-        self, state: CurvatureState, momentum: jax.Array, structures: Sequence[Structure]
-    ) -> jax.Array:
+    def precondition_momentum(self, state: CurvatureState, momentum: jax.Array, structures: Structures) -> jax.Array:
         """Returns M ×₁ K₁ … ×_N K_N."""
         return apply_factors(
             momentum, state.factors, structures=structures, transposed_first=False, precision=self.precision
         )
 
 
-@functools.partial(_register, meta_fields=["power", "step_size", "rms", "precision"])
+@functools.partial(_register, meta_fields=["power", "step_size", "precision"])
 @dataclasses.dataclass(frozen=True)
 class Spectral(CurvatureRule):
     """The spectral step, D = msign(M ×ₙ S̃ₙ^(−q)) ×ₙ S̃ₙ^(−q): Muon in the metric of the curvature's power 2q.
@@ -527,29 +471,16 @@ class Spectral(CurvatureRule):
 
     Args:
       power: q, one of 1/2, 1/4, 1/8.
-      step_size: "adamw" or "newton", see `CurvatureRule`.
-      rms: the root mean square of a step of AdamW's length.
-      trust_radius: r > 0, for Newton's step.
-      precision: of every matrix product, see `jax.lax.Precision`.
     """
 
     power: float = 0.25
-    step_size: StepSize = "adamw"
-    rms: float = _RMS
-    trust_radius: ArrayLike | None = None
-    precision: jax.lax.PrecisionLike = None
 
     @property
     def root_products(self) -> int:
         """How many products of square matrices `derive_factors` takes for each axis."""
-        return 0 if self.power == 0.5 else _SYMMETRIC_ROOT_PRODUCTS + self._roots * _POSITIVE_ROOT_PRODUCTS
+        return 0 if self.power == 0.5 else _SYMMETRIC_ROOT_PRODUCTS + _ROOTS[self.power] * _POSITIVE_ROOT_PRODUCTS
 
-    @property
-    def _roots(self) -> int:
-        """How many times the root of S̃^(−1/2) is taken."""
-        return {0.25: 1, 0.125: 2}[self.power]
-
-    def flops(self, structures: Sequence[Structure]) -> BlockFlops:
+    def flops(self, structures: Structures) -> BlockFlops:
         """Returns the operations, those of the orthogonalization included."""
         *others, columns = [structure.dim for structure in structures]
         short, long = sorted([math.prod(others), columns])
@@ -562,7 +493,7 @@ class Spectral(CurvatureRule):
         return 0.0, self.power
 
     def derive_factors(
-        self, factors: Factors, damped: Factors, structures: Sequence[Structure]
+        self, factors: Factors, damped: Factors, structures: Structures
     ) -> tuple[Factors, Factors | None]:
         """Returns the factors, and S̃^(−q) for q < 1/2: roots of the symmetric root."""
         if self.power == 0.5:
@@ -571,15 +502,13 @@ class Spectral(CurvatureRule):
         for structure, k, s in zip(structures, factors, damped, strict=True):
             power = structure.symmetric_root(k, precision=self.precision)
             least = structure.squared_norm(s) ** -0.25  # S̃^(−1/2) is at least ‖S̃‖_F^(−1/2)
-            for _ in range(self._roots):
+            for _ in range(_ROOTS[self.power]):
                 power = structure.positive_root(power, least, precision=self.precision)
                 least = jnp.sqrt(least)
             powers.append(power)
         return factors, tuple(powers)
 
-    def precondition_momentum(
-        self, state: CurvatureState, momentum: jax.Array, structures: Sequence[Structure]
-    ) -> jax.Array:
+    def precondition_momentum(self, state: CurvatureState, momentum: jax.Array, structures: Structures) -> jax.Array:
         """Returns msign(M ×ₙ Kₙᵀ) ×ₙ Kₙ, or the same with S̃ₙ^(−q) in place of Kₙ."""
         matrices = state.factors if state.preconditioners is None else state.preconditioners
         w = apply_transposes(momentum, matrices, structures=structures, precision=self.precision)

@@ -12,6 +12,7 @@ from rootfree_optax._src.structures.base import Parts, Structure
 
 BlockState: TypeAlias = Any
 Factors: TypeAlias = tuple[Parts, ...]  # one matrix for each axis of a block
+Structures: TypeAlias = Sequence[Structure]  # one for each axis of a block
 
 
 class Step(NamedTuple):
@@ -83,7 +84,7 @@ class BlockRule(abc.ABC):
     """
 
     @abc.abstractmethod
-    def init(self, structures: Sequence[Structure], dtypes: Sequence[jnp.dtype]) -> BlockState:
+    def init(self, structures: Structures, dtypes: Sequence[jnp.dtype]) -> BlockState:
         """Returns what a block keeps, before its first gradient: a tree of arrays, with None for what is off.
 
         A NamedTuple with a field `factors`, the parts of each axis's factor, is read by `rf.factors` and `rf.info`, and
@@ -94,23 +95,17 @@ class BlockRule(abc.ABC):
           dtypes: the dtype of each axis's factor.
         """
 
-    def start(
-        self, state: BlockState, gradient: jax.Array, *, structures: Sequence[Structure], step: Step
-    ) -> BlockState:
+    def start(self, state: BlockState, gradient: jax.Array, *, structures: Structures, step: Step) -> BlockState:
         """Returns the state for a block that sees its first gradient which is finite and not all zero."""
         del gradient, structures, step
         return state
 
-    def observe(
-        self, state: BlockState, gradient: jax.Array, *, structures: Sequence[Structure], step: Step
-    ) -> BlockState:
+    def observe(self, state: BlockState, gradient: jax.Array, *, structures: Structures, step: Step) -> BlockState:
         """Returns the state after the statistics have taken in a gradient."""
         del gradient, structures, step
         return state
 
-    def refresh(
-        self, state: BlockState, gradient: jax.Array, *, structures: Sequence[Structure], step: Step
-    ) -> BlockState:
+    def refresh(self, state: BlockState, gradient: jax.Array, *, structures: Structures, step: Step) -> BlockState:
         """Returns the state with a renewed preconditioner.
 
         Args:
@@ -124,13 +119,7 @@ class BlockRule(abc.ABC):
 
     @abc.abstractmethod
     def precondition(
-        self,
-        state: BlockState,
-        momentum: jax.Array,
-        *,
-        gradient: jax.Array,
-        structures: Sequence[Structure],
-        step: Step,
+        self, state: BlockState, momentum: jax.Array, *, gradient: jax.Array, structures: Structures, step: Step
     ) -> tuple[jax.Array, BlockState]:
         """Returns the direction, [d₁, …, d_N], whose step is −learning_rate·direction, and the state.
 
@@ -147,7 +136,7 @@ class BlockRule(abc.ABC):
         del structure
         return None
 
-    def flops(self, structures: Sequence[Structure]) -> BlockFlops | None:
+    def flops(self, structures: Structures) -> BlockFlops | None:
         """Returns what the products for one block cost, which `rf.describe` shows; None for unknown."""
         del structures
         return None

@@ -87,17 +87,15 @@ def scale_by_sirf_muon(
             "Under optax.inject_hyperparams, pass static_args='power'."
         )
     return _scale_by_curvature(
-        Spectral(power, step_size, precision=precision),
+        Spectral(power, step_size=step_size, precision=precision),
         momentum,
         statistics_decay,
-        trust_radius=None,
         nesterov=nesterov,
         mu_dtype=mu_dtype,
         damping=damping,
         absolute_damping=absolute_damping,
         refresh_every=refresh_every,
         statistics_every=statistics_every,
-        step_size=step_size,
         batch_size=batch_size,
         layout=layout,
         mesh_axes=mesh_axes,
@@ -171,17 +169,15 @@ def scale_by_sirf_shampoo(
       https://arxiv.org/abs/2402.03496
     """
     return _scale_by_curvature(
-        RootFree(step_size, trust_radius=trust_radius, precision=precision),
+        RootFree(step_size=step_size, trust_radius=trust_radius, precision=precision),
         momentum,
         statistics_decay,
-        trust_radius=trust_radius,
         nesterov=nesterov,
         mu_dtype=mu_dtype,
         damping=damping,
         absolute_damping=absolute_damping,
         refresh_every=refresh_every,
         statistics_every=statistics_every,
-        step_size=step_size,
         batch_size=batch_size,
         layout=layout,
         mesh_axes=mesh_axes,
@@ -253,17 +249,15 @@ def scale_by_kl_shampoo(
       Lin et al., KL-Shampoo, https://arxiv.org/abs/2509.03378
     """
     return _scale_by_curvature(
-        Whitening(step_size, trust_radius=trust_radius, precision=precision),
+        Whitening(step_size=step_size, trust_radius=trust_radius, precision=precision),
         momentum,
         statistics_decay,
-        trust_radius=trust_radius,
         nesterov=nesterov,
         mu_dtype=mu_dtype,
         damping=damping,
         absolute_damping=absolute_damping,
         refresh_every=refresh_every,
         statistics_every=statistics_every,
-        step_size=step_size,
         batch_size=batch_size,
         layout=layout,
         mesh_axes=mesh_axes,
@@ -276,9 +270,7 @@ def _scale_by_curvature(
     momentum: ArrayLike | None,
     statistics_decay: optax.ScalarOrSchedule,
     *,
-    trust_radius: ArrayLike | None,
     nesterov: bool,
-    step_size: StepSize,
     absolute_damping: optax.ScalarOrSchedule,
     batch_size: ArrayLike | None,
     statistics_every: Interval,
@@ -286,22 +278,21 @@ def _scale_by_curvature(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the transformation of a rule, its numbers checked."""
     validate.require_below_one("statistics_decay", statistics_decay)
-    schedules.require_step_size(step_size, absolute_damping, batch_size)
-    validate.require_constant(trust_radius=trust_radius)
-    validate.require_positive("trust_radius", trust_radius)
-    if trust_radius is not None and step_size == "adamw":
+    schedules.require_step_size(rule.step_size, absolute_damping, batch_size)
+    validate.require_constant(trust_radius=rule.trust_radius)
+    validate.require_positive("trust_radius", rule.trust_radius)
+    if rule.trust_radius is not None and rule.step_size == "adamw":
         raise ValueError(
-            f"trust_radius takes effect with step_size='newton' alone, got {trust_radius!r}: AdamW's length is "
+            f"trust_radius takes effect with step_size='newton' alone, got {rule.trust_radius!r}: AdamW's length is "
             "a bound already. Leave it out."
         )
-
     return scale_by_kronecker(
         rule,
         weight=schedules.complement(statistics_decay, statistics_every),
         momentum=momentum,
         nesterov=nesterov and momentum is not None,
         absolute_damping=absolute_damping,
-        batch_size=1 if step_size == "adamw" else batch_size,
+        batch_size=1 if rule.step_size == "adamw" else batch_size,
         statistics_every=statistics_every,
         **others,
     )
