@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step
+from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step, Structures
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, upcast
 from rootfree_optax._src.numerics.finite import all_finite
 from rootfree_optax._src.structures.base import Structure
@@ -69,30 +69,34 @@ def inverse_trace(lower: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(solve(lower, jnp.eye(lower.shape[0], dtype=lower.dtype), 0)))
 
 
-def curvature_along(
-    gradient: jax.Array, n: int, lowers: Sequence[jax.Array], *, damping: ArrayLike, precision: jax.lax.PrecisionLike
-) -> jax.Array:
-    """Returns Hₙ = ( G₍ₙ₎ (⊗_{j≠n} Sⱼ⁻¹) G₍ₙ₎ᵀ + λ·Π_{j≠n} Tr(Sⱼ⁻¹)·I ) / Π_{j≠n} dⱼ, of Sₙ's shape.
+def curvatures_along(
+    gradient: jax.Array, lowers: Sequence[jax.Array], *, damping: ArrayLike, precision: jax.lax.PrecisionLike
+) -> list[jax.Array]:
+    """Returns Hₙ = ( G₍ₙ₎ (⊗_{j≠n} Sⱼ⁻¹) G₍ₙ₎ᵀ + λ·Π_{j≠n} Tr(Sⱼ⁻¹)·I ) / Π_{j≠n} dⱼ for each axis n, of Sₙ's shape.
 
     Args:
       gradient: √B·G, [d₁, …, d_N] or [samples, d₁, …, d_N], already divided by the root of the number of samples.
-      n: the axis, from zero, samples not counted.
       lowers: L of each S.
       damping: λ ≥ 0.
       precision: of the product.
     """
     first_axis = gradient.ndim - len(lowers)
-    others = [j for j in range(len(lowers)) if j != n]
-    whitened = gradient
-    for j in others:
-        whitened = solve(lowers[j], whitened, first_axis + j)
-    unfolded = jnp.moveaxis(whitened, first_axis + n, 0).reshape(lowers[n].shape[0], -1)
-    isotropic = jnp.asarray(damping, gradient.dtype) * math.prod(inverse_trace(lowers[j]) for j in others)
-    other_dims = math.prod(lowers[j].shape[0] for j in others)
-    if lowers[n].ndim == 1:
-        return (jnp.sum(jnp.square(unfolded), axis=1) + isotropic) / other_dims
-    outer = jnp.einsum("ia,ja->ij", unfolded, unfolded, precision=precision)
-    return (outer + isotropic * jnp.eye(len(outer), dtype=outer.dtype)) / other_dims
+    traces = [inverse_trace(lower) for lower in lowers]
+    curvatures = []
+    for n, lower in enumerate(lowers):
+        others = [j for j in range(len(lowers)) if j != n]
+        whitened = gradient
+        for j in others:
+            whitened = solve(lowers[j], whitened, first_axis + j)
+        unfolded = jnp.moveaxis(whitened, first_axis + n, 0).reshape(len(lower), -1)
+        isotropic = jnp.asarray(damping, gradient.dtype) * math.prod(traces[j] for j in others)
+        if lower.ndim == 1:
+            outer = jnp.sum(jnp.square(unfolded), axis=1)
+        else:
+            outer = jnp.einsum("ia,ja->ij", unfolded, unfolded, precision=precision)
+            isotropic *= jnp.eye(len(outer), dtype=outer.dtype)
+        curvatures.append((outer + isotropic) / math.prod(len(lowers[j]) for j in others))
+    return curvatures
 
 
 class RfState(NamedTuple):
@@ -113,7 +117,7 @@ class CholeskyInverse(BlockRule):
 
         Sₙ ← (1 − β₂) Sₙ + β₂ Hₙ,   direction = G ×₁ S₁⁻¹ … ×_N S_N⁻¹
 
-    with the Hₙ of `curvature_along`, all from the old factors, in float32 or float64.
+    with the Hₙ of `curvatures_along`, all from the old factors, in float32 or float64.
 
     Args:
       precision: of the products, see `jax.lax.Precision`.
@@ -121,12 +125,12 @@ class CholeskyInverse(BlockRule):
 
     precision: jax.lax.PrecisionLike = None
 
-    def init(self, structures: Sequence[Structure], dtypes: Sequence[jnp.dtype]) -> RfState:
+    def init(self, structures: Structures, dtypes: Sequence[jnp.dtype]) -> RfState:
         """Returns factors at I, in at least single precision."""
         factors = (s.identity(accumulation_dtype(dtype)) for s, dtype in zip(structures, dtypes, strict=True))
         return RfState(tuple(factors), jnp.zeros([], jnp.int32))
 
-    def refresh(self, state: RfState, gradient: jax.Array, *, structures: Sequence[Structure], step: Step) -> RfState:
+    def refresh(self, state: RfState, gradient: jax.Array, *, structures: Structures, step: Step) -> RfState:
         """Refreshes the factors, if the new ones have Cholesky factors."""
         with jax.named_scope("refresh"):
             matrices = [part for (part,) in state.factors]
@@ -134,24 +138,17 @@ class CholeskyInverse(BlockRule):
             samples = math.prod(gradient.shape[: gradient.ndim - len(structures)])
             scaled = upcast(gradient).astype(dtype) * jnp.sqrt(jnp.asarray(step.batch_size, dtype) / samples)
             lowers = [cholesky(s) for s in matrices]
-            new = []
-            for n, s in enumerate(matrices):
-                h = curvature_along(scaled, n, lowers, damping=step.damping, precision=self.precision)
-                new.append((jnp.asarray(1 - step.weight, dtype) * s + jnp.asarray(step.weight, dtype) * h,))
+            curvatures = curvatures_along(scaled, lowers, damping=step.damping, precision=self.precision)
+            keep, take_in = jnp.asarray(1 - step.weight, dtype), jnp.asarray(step.weight, dtype)
+            new = tuple([(keep * s + take_in * h,) for s, h in zip(matrices, curvatures, strict=True)])
             # An S that rounding has made indefinite, as after a gradient a million times as large, has no Cholesky
             # factor and would make every later direction NaN.
-            keep = all_finite((new, [cholesky(s) for (s,) in new]))
-            factors = jax.tree.map(lambda n, old: jnp.where(keep, n, old), tuple(new), state.factors)
-        return RfState(factors, state.refused + (~keep).astype(state.refused.dtype))
+            is_definite = all_finite((new, [cholesky(s) for (s,) in new]))
+            factors = jax.tree.map(lambda n, old: jnp.where(is_definite, n, old), new, state.factors)
+        return RfState(factors, state.refused + (~is_definite).astype(state.refused.dtype))
 
     def precondition(
-        self,
-        state: RfState,
-        momentum: jax.Array,
-        *,
-        gradient: jax.Array,
-        structures: Sequence[Structure],
-        step: Step,
+        self, state: RfState, momentum: jax.Array, *, gradient: jax.Array, structures: Structures, step: Step
     ) -> tuple[jax.Array, RfState]:
         """Returns M multiplied along every axis n by Sₙ⁻¹, or M itself if it is not finite, in the factors' dtype."""
         del gradient, structures, step
@@ -162,7 +159,7 @@ class CholeskyInverse(BlockRule):
                 direction = solve(lower, solve(lower, direction, axis), axis, transposed=True)
             return jnp.where(all_finite(momentum), direction, whole), state
 
-    def flops(self, structures: Sequence[Structure]) -> BlockFlops:
+    def flops(self, structures: Structures) -> BlockFlops:
         """Returns the operations of products, triangular solves, and the Cholesky factors of d³/3 each."""
         size = math.prod([s.dim for s in structures])
         rows = [1 if s.is_diagonal else s.dim for s in structures]  # that one row is multiplied by
