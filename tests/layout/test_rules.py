@@ -12,7 +12,7 @@ from layouts import whole
 
 import rootfree_optax as rf
 from rootfree_optax._src.layout import flatten
-from rootfree_optax._src.layout.rules import FrozenMapping
+from rootfree_optax._src.layout.rules import freeze
 from rootfree_optax._src.structures import block_diagonal
 
 PARAMS = {
@@ -207,6 +207,6 @@ def test_a_layout_from_another_process_equals_its_like() -> None:
 
 def test_a_frozen_mapping_is_a_copy() -> None:
     original = {1: "a"}
-    frozen = FrozenMapping(original)
+    frozen = freeze(original)
     original[1] = "b"
     assert dict(frozen) == {1: "a"}

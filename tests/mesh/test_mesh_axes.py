@@ -204,7 +204,6 @@ def test_nothing_is_sent_within_a_step(structure: str, rule: rf.BlockRule) -> No
         is_due = count % 2 == 0
         step = StackStep(
             placed.stacks,
-            placed.axes,
             rule,
             rf.Step(count, 0.1, 0.1, batch_size=4),
             observe=is_due,

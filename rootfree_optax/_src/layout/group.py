@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -160,10 +160,7 @@ def require_groups(rules: Sequence[Group], plain: Sequence[str]) -> None:
 
 def join_members(arrays: Sequence[jax.Array], rule: Group, layers: int) -> jax.Array:
     """Joins arrays of one dtype, each with `layers` leading layer axes, layer by layer."""
-    join = rule.join
-    for _ in range(layers):
-        join = jax.vmap(join)
-    return join(*arrays)
+    return _by_layer(rule.join, layers)(*arrays)
 
 
 def split_members(tensor: jax.Array, rule: Group, shapes: Sequence[Shape], layers: int) -> tuple[jax.Array, ...]:
@@ -175,10 +172,13 @@ def split_members(tensor: jax.Array, rule: Group, shapes: Sequence[Shape], layer
       shapes: the shape of one layer of each member.
       layers: the number of layer axes.
     """
-    split = lambda layer: tuple(rule.split(layer, *shapes))
+    return _by_layer(lambda layer: tuple(rule.split(layer, *shapes)), layers)(tensor)
+
+
+def _by_layer(function: Callable[..., Any], layers: int) -> Callable[..., Any]:
     for _ in range(layers):
-        split = jax.vmap(split)
-    return split(tensor)
+        function = jax.vmap(function)
+    return function
 
 
 def join_shapes(rule: Group, shapes: Mapping[str, Shape]) -> Shape:

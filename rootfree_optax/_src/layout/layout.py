@@ -7,8 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
 from rootfree_optax._src.common import trees
 from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.common.validate import require_at_least
@@ -114,7 +112,7 @@ class Layout:
         rules.require_structure_rule(self.structure)
         rules.require_layer_rule(self.layer_axes)
         rules.require_diagonal_rule(self.diagonal)
-        rules.require_dtype_rule(self.factor_dtype, "factor_dtype")
+        rules.require_dtype_rule(self.factor_dtype)
         for name in ("max_dense_dim", "block_size", "merge_dims"):
             value = getattr(self, name)
             if value is None and name != "max_dense_dim":
@@ -151,11 +149,6 @@ class _Parameter(NamedTuple):
     layer_axes: tuple[int, ...]
 
     @property
-    def layer_shape(self) -> Shape:
-        """The lengths of the layer axes."""
-        return tuple(self.shape[axis] for axis in self.layer_axes)
-
-    @property
     def tensor_shape(self) -> Shape:
         """The shape of one layer."""
         return without_axes(self.shape, self.layer_axes)
@@ -171,8 +164,7 @@ def _plan(layout: Layout, shapes: tuple[tuple[str, Shape], ...]) -> Plan:
         if 0 not in shape
     }
     reasons = {path: reason for path, parameter in parameters.items() if (reason := _reason(layout, parameter))}
-    with_factors = {path: parameter for path, parameter in parameters.items() if path not in reasons}
-    tensor_shapes = {path: parameter.tensor_shape for path, parameter in with_factors.items()}
+    tensor_shapes = {path: parameter.tensor_shape for path, parameter in parameters.items() if path not in reasons}
     assignments = assign(layout.group, tensor_shapes, plain)
     if layout.diagonal is not None:
         alone = [assignment.name for assignment in assignments if assignment.rule is None]
@@ -189,7 +181,7 @@ def _plan(layout: Layout, shapes: tuple[tuple[str, Shape], ...]) -> Plan:
         stacks=stacks,
         placements=tuple(tuple(next(placements) for _ in unit.stacks) for unit in units),
         rest=tuple(
-            Rest(path, plain[path], parameter.shape, reasons[path], parameter.layer_axes)
+            Rest(path, plain[path], parameter.shape, reasons[path])
             for path, parameter in parameters.items()
             if path in reasons
         ),
@@ -236,15 +228,15 @@ def _unit(layout: Layout, assignment: Assignment, members: Sequence[_Parameter])
         tensor_shape = join_shapes(assignment.rule, {member.path: member.tensor_shape for member in members})
     squeezed = squeeze(tensor_shape)
     lengths = squeezed if layout.merge_dims is None else merge(squeezed, layout.merge_dims)
-    factories = rules.structures_of(layout.structure, assignment.plain, lengths)
-    if factories is None:
-        factories = _default_structures(layout, lengths, is_vector=len(squeezed) == 1)
+    chosen = rules.structures_of(layout.structure, assignment.plain, lengths)
+    factories = chosen or _default_structures(layout, lengths, is_vector=len(squeezed) == 1)
     for factory, length in zip(factories, lengths, strict=True):
         if not isinstance(structure := factory(length), Structure) or structure.dim != length:
             raise ValueError(
                 f"structure must return a structure of {length} rows for {assignment.name!r}, got {structure!r}."
             )
     cuts = tuple(_cut(layout, factory, length) for factory, length in zip(factories, lengths, strict=True))
+    factor_dtypes = rules.factor_dtypes_of(layout.factor_dtype, assignment.name, len(lengths))
     return Unit(
         name=assignment.name,
         paths=assignment.paths,
@@ -255,20 +247,20 @@ def _unit(layout: Layout, assignment: Assignment, members: Sequence[_Parameter])
         tensor_shape=tensor_shape,
         lengths=lengths,
         cuts=cuts,
-        stacks=make_stacks(factories, _factor_dtypes(layout, assignment.name, len(lengths)), cuts, layer_shape),
+        stacks=make_stacks(factories, factor_dtypes, cuts, layer_shape),
     )
 
 
 def _layer_shape(members: Sequence[_Parameter]) -> Shape:
     """Returns the lengths of the layer axes, after checking that all members of a group agree."""
-    layer_shapes = {member.path: member.layer_shape for member in members}
+    layer_shapes = {member.path: tuple(member.shape[axis] for axis in member.layer_axes) for member in members}
     if len(set(layer_shapes.values())) > 1:
         shapes = {member.path: member.shape for member in members}
         raise ValueError(
             f"parameters of one group must have the same layer axes, but layer_axes gives {layer_shapes} for the "
             f"shapes {shapes}."
         )
-    return members[0].layer_shape
+    return layer_shapes[members[0].path]
 
 
 def _default_structures(layout: Layout, lengths: Shape, *, is_vector: bool) -> tuple[StructureFactory, ...]:
@@ -278,17 +270,9 @@ def _default_structures(layout: Layout, lengths: Shape, *, is_vector: bool) -> t
     return tuple(dense if is_dense(length) else diagonal for length in lengths)
 
 
-def _factor_dtypes(layout: Layout, name: str, axes: int) -> tuple[jnp.dtype | None, ...]:
-    try:
-        return rules.factor_dtypes_of(layout.factor_dtype, axes)
-    except ValueError as error:
-        raise ValueError(f"{error} The block belongs to {name!r}.") from None
-
-
 def _cut(layout: Layout, factory: StructureFactory, length: int) -> Cut:
-    if factory(length) == diagonal(length):
-        return Cut(length, length)
-    return Cut(length, _block_length(length, layout.block_size))
+    is_diagonal = factory(length) == diagonal(length)
+    return Cut(length, length if is_diagonal else _block_length(length, layout.block_size))
 
 
 def _block_length(length: int, block_size: int | None) -> int:
@@ -297,9 +281,9 @@ def _block_length(length: int, block_size: int | None) -> int:
     Blocks of exactly `block_size` could leave a last one of a single row, with a factor of its own. Lengths that are
     multiples of 16 suit the matrix units of accelerators.
     """
-    blocks = 1 if block_size is None else math.ceil(length / block_size)
-    if block_size is None or blocks == 1:
+    if block_size is None or length <= block_size:
         return length
+    blocks = math.ceil(length / block_size)
     equal = math.ceil(length / blocks)
     rounded = math.ceil(equal / 16) * 16
     last = length - (blocks - 1) * rounded

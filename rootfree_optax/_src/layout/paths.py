@@ -40,16 +40,12 @@ def plain_paths(paths: Iterable[str]) -> dict[str, str]:
     `nn.Partitioned` or Haliax's `NamedArray`. If that would make two paths equal, all paths stay as they are.
     """
     names = {path: path.removeprefix("params/") for path in paths}
-    below = collections.Counter(parent for name in names.values() for parent in _parents(name))
+    below = collections.Counter(name[: slash.start()] for name in names.values() for slash in re.finditer("/", name))
     for path, name in names.items():
         while name.endswith(("/value", "/array")) and below[name[: name.rindex("/")]] == 1:
             name = name[: name.rindex("/")]
         names[path] = name
     return names if len(set(names.values())) == len(names) else {path: path for path in names}
-
-
-def _parents(path: str) -> list[str]:
-    return [path[: slash.start()] for slash in re.finditer("/", path)]
 
 
 def require_expression(name: str, pattern: str) -> None:
@@ -67,10 +63,7 @@ def require_match(name: str, pattern: str, paths: Iterable[str]) -> None:
     """
     paths = list(paths)
     if paths and not any(re.search(pattern, path) for path in paths):
-        raise ValueError(f"{name} must match the key path of a parameter, got {pattern!r}. {nearest(pattern, paths)}")
-
-
-def nearest(text: str, paths: Iterable[str]) -> str:
-    """Returns a sentence that names the key paths nearest to a text."""
-    found = difflib.get_close_matches(text, list(paths), n=3, cutoff=0.0)
-    return f"The nearest key paths are {', '.join(map(repr, found))}."
+        nearest = ", ".join(map(repr, difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)))
+        raise ValueError(
+            f"{name} must match the key path of a parameter, got {pattern!r}. The nearest key paths are {nearest}."
+        )

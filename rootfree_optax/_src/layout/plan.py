@@ -46,14 +46,12 @@ class Rest:
       name: the key path as patterns see it, the same with and without a framework's boxes.
       shape: the shape.
       reason: why the parameter has no factors, such as "'embed' in its key path".
-      layer_axes: the positions of the layer axes.
     """
 
     path: str
     name: str
     shape: Shape
     reason: str
-    layer_axes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +116,6 @@ class Plan:
         self,
         stacks: Sequence[jax.Array],
         like: Any,
-        relayout: RelayoutFn = no_relayout,
         *,
         rest: Mapping[str, jax.Array] | None = None,
         equal_kernels: bool = False,
@@ -128,7 +125,6 @@ class Plan:
         Args:
           stacks: one array [count, *shape] for each stack.
           like: the tree that was packed.
-          relayout: reshards arrays on their way from blocks, see `Unit.to_blocks`.
           rest: one array for each parameter without factors, by key path. Required if `self.rest` has parameters that
             are not None in `like`.
           equal_kernels: whether parameters of one shape share one compiled kernel, see `opaque`. For stacks that are
@@ -152,7 +148,7 @@ class Plan:
         numbers = opaque({0, *starts}, stacks[0]) if equal_kernels and starts else None
         for unit, places in zip(self.units, self.placements, strict=True):
             if any(leaves[path] is not None for path in unit.paths):
-                arrays |= zip(unit.paths, unit.from_blocks(unstack(stacks, places, numbers), relayout), strict=True)
+                arrays |= zip(unit.paths, unit.from_blocks(unstack(stacks, places, numbers)), strict=True)
         results = [None if leaf is None else arrays[path].astype(leaf.dtype) for path, leaf in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(like, is_leaf=trees.is_none), results)
 

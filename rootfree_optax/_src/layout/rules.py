@@ -1,5 +1,6 @@
 """The user's rules: which axes index layers, which parameters have factors, and their structures and dtypes."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -27,43 +28,33 @@ LayerAxes: TypeAlias = int | tuple[int, ...] | None
 LayerRule: TypeAlias = LayerAxes | Mapping[str, LayerAxes] | Callable[[str, Shape], LayerAxes]
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
 class FrozenMapping(Mapping[Key, Value]):
-    """An immutable, hashable, ordered mapping."""
+    """A hashable mapping. Two are equal if they have the same pairs of keys and values in the same order."""
 
-    def __init__(self, mapping: Mapping[Key, Value]) -> None:
-        """Copies a mapping whose keys and values are hashable."""
-        self._items = dict(mapping)
+    pairs: tuple[tuple[Key, Value], ...]
 
     def __getitem__(self, key: Key) -> Value:
         """Returns the value of a key."""
-        return self._items[key]
+        return dict(self.pairs)[key]
 
     def __iter__(self) -> Iterator[Key]:
         """Iterates over the keys, in order."""
-        return iter(self._items)
+        return (key for key, _ in self.pairs)
 
     def __len__(self) -> int:
         """Returns the number of keys."""
-        return len(self._items)
-
-    def __hash__(self) -> int:
-        """Returns the hash of the items, in order."""
-        # Not cached: the hash of a string differs between processes, so that a pickled one would be wrong.
-        return hash(tuple(self._items.items()))
-
-    def __eq__(self, other: object) -> bool:
-        """Returns whether the other has the same items in the same order."""
-        return isinstance(other, FrozenMapping) and list(self.items()) == list(other.items())
+        return len(self.pairs)
 
     def __repr__(self) -> str:
         """Returns the representation of a dictionary."""
-        return repr(self._items)
+        return repr(dict(self.pairs))
 
 
 def freeze(rule: Any) -> Any:
     """Returns a rule with immutable mappings and tuples in place of mappings and lists."""
     if isinstance(rule, Mapping):
-        return FrozenMapping({key: freeze(value) for key, value in rule.items()})
+        return FrozenMapping(tuple((key, freeze(value)) for key, value in rule.items()))
     return tuple(rule) if isinstance(rule, list) else rule
 
 
@@ -130,40 +121,35 @@ def _factories(names: Sequence[AxisStructure], ndim: int, owner: str) -> tuple[S
         raise type(error)(f"{error} It was given for {owner}.") from None
 
 
-def factor_dtypes_of(rule: DTypeRule, axes: int, name: str = "factor_dtype") -> tuple[jnp.dtype | None, ...]:
+def factor_dtypes_of(rule: DTypeRule, owner: str, axes: int) -> tuple[jnp.dtype | None, ...]:
     """Returns the dtype of each factor of a block, or None for the default.
 
     Args:
       rule: a dtype for every axis, a tuple with one for each axis, or a mapping from the number of axes to either.
+      owner: whose block it is.
       axes: the block's number of axes.
-      name: the rule's name in an error message.
 
     Raises:
-      ValueError: if the number of dtypes differs from the number of axes, or for a dtype that is not real floating
-        point.
+      ValueError: if the number of dtypes differs from the number of axes.
     """
     if isinstance(rule, Mapping):
         rule = rule.get(axes)
-    dtypes = tuple(rule) if isinstance(rule, (tuple, list)) else (rule,) * axes
+    dtypes = rule if isinstance(rule, tuple) else (rule,) * axes
     if len(dtypes) != axes:
-        raise ValueError(f"{name} must have one dtype per axis of a block with {axes}, got {dtypes}.")
-    require_dtype_rule(dtypes, name)
+        raise ValueError(
+            f"factor_dtype must have one dtype per axis of a block with {axes}, got {dtypes}. The block belongs to "
+            f"{owner!r}."
+        )
     return tuple(None if dtype is None else jnp.dtype(dtype) for dtype in dtypes)
 
 
-def dtypes_of(rule: DTypeRule, axes: int, default: DTypeLike = jnp.float32) -> tuple[jnp.dtype, ...]:
-    """Returns the dtype of each factor of a block, see `factor_dtypes_of`, with `default` in place of None."""
-    dtypes = factor_dtypes_of(rule, axes, "preconditioner_dtype")
-    return tuple(jnp.dtype(default if dtype is None else dtype) for dtype in dtypes)
-
-
-def require_dtype_rule(rule: DTypeRule, name: str = "preconditioner_dtype") -> None:
+def require_dtype_rule(rule: DTypeRule) -> None:
     """Raises a ValueError for a dtype that is not real floating point, or a key that is not a number of axes."""
     if isinstance(rule, Mapping) and not all(isinstance(ndim, int) and ndim >= 1 for ndim in rule):
-        raise ValueError(f"{name} must map numbers of axes, at least 1, to dtypes; got the keys {list(rule)}.")
+        raise ValueError(f"factor_dtype must map numbers of axes, at least 1, to dtypes; got the keys {list(rule)}.")
     for per_axes in rule.values() if isinstance(rule, Mapping) else [rule]:
-        for dtype in per_axes if isinstance(per_axes, (tuple, list)) else [per_axes]:
-            require_floating_dtype(name, dtype)
+        for dtype in per_axes if isinstance(per_axes, tuple) else [per_axes]:
+            require_floating_dtype("factor_dtype", dtype)
 
 
 def require_layer_rule(rule: LayerRule) -> None:

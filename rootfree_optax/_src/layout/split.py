@@ -65,7 +65,7 @@ def block_count(window: Sequence[Run]) -> int:
 
 
 # Reshards a tensor [*layers, *lengths], or blocks before their counts are merged, [*layers, *counts, *block], so that
-# splitting and joining stay on each device. Called as relayout(array, cuts, first axis of the lengths or of the block).
+# splitting stays on each device. Called as relayout(array, cuts, first axis of the lengths or of the block).
 RelayoutFn: TypeAlias = Callable[[jax.Array, Sequence[Cut], int], jax.Array]
 
 
@@ -83,22 +83,18 @@ def split(array: jax.Array, cuts: Sequence[Cut], relayout: RelayoutFn) -> tuple[
     return tuple(_to_blocks(_slice(array, window), cuts, window, relayout) for window in windows(cuts))
 
 
-def join(blocks: Sequence[jax.Array], cuts: Sequence[Cut], layer_shape: Shape, relayout: RelayoutFn) -> jax.Array:
+def join(blocks: Sequence[jax.Array], cuts: Sequence[Cut], layer_shape: Shape) -> jax.Array:
     """Joins blocks of one dtype: the inverse of `split`.
 
     Args:
       blocks: one array [n, *block] for each window.
       cuts: one per axis of a layer.
       layer_shape: the lengths of the layer axes.
-      relayout: reshards the blocks once their counts are separate axes.
 
     Returns:
       [*layers, *lengths].
     """
-    parts = [
-        _from_blocks(array, cuts, window, layer_shape, relayout)
-        for array, window in zip(blocks, windows(cuts), strict=True)
-    ]
+    parts = [_from_blocks(array, window, layer_shape) for array, window in zip(blocks, windows(cuts), strict=True)]
     for axis in reversed(range(len(cuts))):
         group = len(cuts[axis].runs)
         if group > 1:
@@ -137,11 +133,8 @@ def _to_blocks(array: jax.Array, cuts: Sequence[Cut], window: Sequence[Run], rel
     return relayout(blocks, cuts, blocks.ndim - len(window)).reshape(-1, *block_shape(window))
 
 
-def _from_blocks(
-    blocks: jax.Array, cuts: Sequence[Cut], window: Sequence[Run], layer_shape: Shape, relayout: RelayoutFn
-) -> jax.Array:
+def _from_blocks(blocks: jax.Array, window: Sequence[Run], layer_shape: Shape) -> jax.Array:
     shape, permutation = _interleaved(window, layer_shape)
     inverse = sorted(range(len(permutation)), key=permutation.__getitem__)
     permuted = blocks.reshape(tuple(shape[axis] for axis in permutation))
-    permuted = relayout(permuted, cuts, permuted.ndim - len(window))
     return permuted.transpose(inverse).reshape(*layer_shape, *(run.stop - run.start for run in window))

@@ -50,34 +50,19 @@ def place(parts: Sequence[Stack]) -> tuple[tuple[Stack, ...], tuple[Placement, .
       The stacks, in the order of their first parts, and the place of each part.
     """
     counts: dict[Stack, int] = {}
-    kinds, starts = [dataclasses.replace(part, count=0) for part in parts], []
-    for kind, part in zip(kinds, parts, strict=True):
-        starts.append(counts.get(kind, 0))
-        counts[kind] = starts[-1] + part.count
-    index = {kind: i for i, kind in enumerate(counts)}
-    placements = [
-        Placement(index[kind], start, part.count) for kind, part, start in zip(kinds, parts, starts, strict=True)
-    ]
+    placements = []
+    for part in parts:
+        kind = dataclasses.replace(part, count=0)
+        start = counts.setdefault(kind, 0)
+        placements.append(Placement(list(counts).index(kind), start, part.count))
+        counts[kind] += part.count
     return tuple(dataclasses.replace(kind, count=count) for kind, count in counts.items()), tuple(placements)
 
 
-def padded_lengths(stacks: Sequence[Stack], shapes: Sequence[Shape]) -> tuple[int, ...] | None:
-    """Returns the length of each stack's arrays, or None if arrays of these shapes cannot hold the stacks.
-
-    Lengths may be the counts rounded up to a multiple of one number, as for stacks that are split over devices.
-
-    Args:
-      stacks: the stacks.
-      shapes: the shapes of all parts of all factors, in the order of `Stack.part_shapes`.
-    """
-    expected = [(i, stack.count, shape) for i, stack in enumerate(stacks) for shape in stack.part_shapes]
-    if [tuple(shape[1:]) for shape in shapes] != [shape[1:] for _, _, shape in expected]:
-        return None
-    multiple = math.gcd(*(shape[0] for shape in shapes))
-    if not all(0 <= shape[0] - count < multiple for shape, (_, count, _) in zip(shapes, expected, strict=True)):
-        return None
-    lengths = {i: shape[0] for shape, (i, _, _) in zip(shapes, expected, strict=True)}
-    return tuple(lengths.values())
+def are_padded(counts: Sequence[int], lengths: Sequence[int]) -> bool:
+    """Returns whether lengths are counts rounded up to a multiple of one number, as of stacks split over devices."""
+    multiple = math.gcd(*lengths)
+    return all(0 <= length - count < multiple for count, length in zip(counts, lengths, strict=True))
 
 
 def widest(dtypes: Iterable[DTypeLike]) -> jnp.dtype:

@@ -117,17 +117,13 @@ class Unit:
             return split.split(tensor, self.cuts, relayout)
         return (tensor.reshape(-1, *self.lengths),)
 
-    def from_blocks(
-        self, blocks: Sequence[jax.Array], relayout: split.RelayoutFn = no_relayout
-    ) -> tuple[jax.Array, ...]:
+    def from_blocks(self, blocks: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """Returns one array for each parameter: the inverse of `to_blocks`."""
+        tensor = blocks[0]
         if self.is_cut:
             dtype = widest([array.dtype for array in blocks])
-            blocks = [array.astype(dtype) for array in blocks]
-            tensor = split.join(blocks, self.cuts, self.layer_shape, relayout)
-        else:
-            tensor = blocks[0].reshape(*self.layer_shape, *self.lengths)
-        tensor = relayout(tensor, self.cuts, len(self.layer_shape)).reshape(*self.layer_shape, *self.tensor_shape)
+            tensor = split.join([array.astype(dtype) for array in blocks], self.cuts, self.layer_shape)
+        tensor = tensor.reshape(*self.layer_shape, *self.tensor_shape)
         arrays: tuple[jax.Array, ...] = (tensor,)
         if self.rule is not None:
             shapes = [without_axes(shape, axes) for shape, axes in zip(self.shapes, self.layer_axes, strict=True)]

@@ -39,7 +39,6 @@ class StackStep(NamedTuple):
 
     Attributes:
       stacks: the plan's stacks.
-      axes: the mesh axes that the stacks' arrays are divided over.
       rule: what is done with a block.
       numbers: what the rule is given.
       observe: whether the statistics take in this gradient; None if they never do.
@@ -49,7 +48,6 @@ class StackStep(NamedTuple):
     """
 
     stacks: tuple[Stack, ...]
-    axes: tuple[str, ...]
     rule: BlockRule
     numbers: Step
     observe: Due | None
@@ -87,7 +85,9 @@ def init_stacks(
         # A stack of no blocks still has arrays: each device's state has the same structure.
         momentum = None if momentum_dtype is None else jnp.zeros((length, *stack.shape), momentum_dtype)
         block = jax.tree.map(functools.partial(repeat, length), rule.init(stack.structures, dtypes))
-        size = jnp.where(is_padding(stack, length, axes), 0, jnp.float32(math.prod(stack.shape)))
+        first = jax.lax.axis_index(axes) * length if axes else 0
+        is_padding = first + jnp.arange(length) >= stack.count
+        size = jnp.where(is_padding, 0, jnp.float32(math.prod(stack.shape)))
         return StackState(
             block,
             momentum,
@@ -98,9 +98,3 @@ def init_stacks(
 
     each = zip(stacks, lengths, factor_dtypes, momentum_dtypes or (None,) * len(stacks), strict=True)
     return tuple([init(*of_stack) for of_stack in each])
-
-
-def is_padding(stack: Stack, length: int, axes: tuple[str, ...]) -> jax.Array:
-    """Returns which of this device's blocks of a stack, `length` of them, are padding."""
-    first = jax.lax.axis_index(axes) * length if axes else 0
-    return first + jnp.arange(length) >= stack.count

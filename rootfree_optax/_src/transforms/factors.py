@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import optax
 
+from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.layout import Layout, Stack
-from rootfree_optax._src.layout.stack import padded_lengths
+from rootfree_optax._src.layout.stack import are_padded
 from rootfree_optax._src.transforms.kronecker import find_kronecker_states
 
 
@@ -64,7 +65,7 @@ def _find_factors(state: Any, stacks: Sequence[Stack]) -> list[Any]:
     shapes = [[part.shape for part in jax.tree.leaves(candidate)] for candidate in candidates]
     pairs = list(zip(candidates, shapes, strict=True))
     exact = [candidate for candidate, found in pairs if found == expected]
-    padded = [candidate for candidate, found in pairs if padded_lengths(stacks, found) is not None]
+    padded = [candidate for candidate, found in pairs if _may_hold(found, expected)]
     match exact or padded:
         case []:
             raise ValueError(
@@ -79,6 +80,12 @@ def _find_factors(state: Any, stacks: Sequence[Stack]) -> list[Any]:
                 f"the state must hold one transformation with factors of the shapes {expected}, got {len(several)}. "
                 "Pass the state of one of them, such as state.inner_states['label']."
             )
+
+
+def _may_hold(found: Sequence[Shape], expected: Sequence[Shape]) -> bool:
+    """Returns whether shapes are the expected ones, but for padding along their first axes."""
+    are_alike = [shape[1:] for shape in found] == [shape[1:] for shape in expected]
+    return are_alike and are_padded([count for count, *_ in expected], [length for length, *_ in found])
 
 
 def _dense_factors(factors: Any, stack: Stack, position: int) -> tuple[jax.Array, ...]:

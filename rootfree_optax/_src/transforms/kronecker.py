@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +15,7 @@ from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.common.compat import match_varying_axes
 from rootfree_optax._src.common.schedules import Interval, RefreshEvery, Staggered
 from rootfree_optax._src.layout import Layout, Plan
-from rootfree_optax._src.layout.rules import dtypes_of
-from rootfree_optax._src.layout.stack import Stack
+from rootfree_optax._src.layout.stack import are_padded
 from rootfree_optax._src.mesh.stacks_on_mesh import LocalStacks, MeshAxes, WholeStacks, place_stacks, require_mesh_axes
 from rootfree_optax._src.stacks.state import StackState, StackStep, init_stacks
 from rootfree_optax._src.stacks.step import LazyStacks, measure_largest_scale, step_stacks
@@ -128,23 +126,23 @@ def scale_by_kronecker(
         plan = layout.plan(params)
         count, refreshes = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)  # two buffers, so both can be donated
         rest_state = for_rest.init(_select_rest(plan, params, rest)) if plan.rest else jnp.zeros([0])
-        if not plan.stacks:
-            state = ScaleByKroneckerState(count, jnp.zeros([0]), rest_state, refreshes)
-            report(KroneckerReport(plan, rule, refresh_every, statistics_every, (), state))
-            return state
-        _require_supported(rule, plan)
-        placed = place_stacks(plan, mesh_axes, params)
-        widest = _widest_dtypes(plan, params)
-        factor_dtypes = [
-            dtypes_of(stack.factor_dtypes, len(stack.shape), dtype)
-            for stack, dtype in zip(plan.stacks, widest, strict=True)
-        ]
-        momentum_dtypes = None if momentum is None else [mu_dtype or dtype for dtype in widest]
-        anchor = placed.anchor(params)
-        given = (plan.stacks, placed.own_lengths, rule, factor_dtypes, momentum_dtypes, placed.axes, anchor)
-        states = match_varying_axes(placed.on_shards(init_stacks, len(given))(*given), params, placed.axes)
+        states: Any = jnp.zeros([0])
+        axes: tuple[str, ...] = ()
+        if plan.stacks:
+            _require_supported(rule, plan)
+            placed = place_stacks(plan, mesh_axes, params)
+            axes = placed.axes
+            widest = _widest_dtypes(plan, params)
+            factor_dtypes = [
+                [default if dtype is None else dtype for dtype in stack.factor_dtypes]
+                for stack, default in zip(plan.stacks, widest, strict=True)
+            ]
+            momentum_dtypes = None if momentum is None else [mu_dtype or dtype for dtype in widest]
+            anchor = placed.anchor(params)
+            given = (plan.stacks, placed.own_lengths, rule, factor_dtypes, momentum_dtypes, axes, anchor)
+            states = match_varying_axes(placed.on_shards(init_stacks, len(given))(*given), params, axes)
         state = ScaleByKroneckerState(count, states, rest_state, refreshes)
-        report(KroneckerReport(plan, rule, refresh_every, statistics_every, placed.axes, state))
+        report(KroneckerReport(plan, rule, refresh_every, statistics_every, axes, state))
         return state
 
     def update(
@@ -167,11 +165,10 @@ def scale_by_kronecker(
         if not plan.stacks:
             updates = plan.unpack((), updates, rest=rest_updates)
             return updates, state._replace(count=count, rest=rest_state)
-        placed = _place_state(plan, mesh_axes, rule, state.stacks, updates, params)
+        placed = _place_state(plan, mesh_axes, state.stacks, updates, params)
         gradients = placed.pack(updates, "gradients")
         step = StackStep(
             plan.stacks,
-            placed.axes,
             rule,
             Step(
                 state.count,
@@ -197,13 +194,11 @@ def scale_by_kronecker(
 
 
 def _select_rest(plan: Plan, tree: Any, rest: optax.GradientTransformation | None) -> dict[str, Any]:
-    """Returns the arrays of the parameters without factors, by name.
+    """Returns the arrays of the parameters without factors, of which there are some, by name.
 
     Raises:
-      ValueError: if there are any, but nothing that updates them.
+      ValueError: if there is nothing that updates them, or one is missing.
     """
-    if not plan.rest:
-        return {}
     if rest is None:
         raise ValueError(
             f"the layout gives no factors to {plan.rest[0].path!r}, so rest must update such parameters. "
@@ -229,12 +224,7 @@ def _widest_dtypes(plan: Plan, params: optax.Params) -> list[jnp.dtype]:
 
 
 def _place_state(
-    plan: Plan,
-    mesh_axes: MeshAxes,
-    rule: BlockRule,
-    states: Sequence[StackState],
-    updates: optax.Updates,
-    params: optax.Params | None,
+    plan: Plan, mesh_axes: MeshAxes, states: Sequence[StackState], updates: optax.Updates, params: optax.Params | None
 ) -> WholeStacks:
     """Returns where a state's stacks are.
 
@@ -247,35 +237,23 @@ def _place_state(
     # A parameter without a gradient is not planned for without params, and its blocks could pass for padding.
     if params is None and (mesh_axes is not None or lengths != expected) and trees.has_none(updates):
         raise ValueError("params must be given where a gradient is None: call tx.update(grads, state, params).")
-    pairs = zip(states, plan.stacks, strict=False)
-    if len(lengths) != len(plan.stacks) or not all(_has_shapes(rule, state, stack) for state, stack in pairs):
-        raise ValueError(_describe_misfit(rule, states, plan))
-    if lengths == expected:
-        return placed
-    multiple = math.gcd(*lengths)
-    excess = [length - stack.count for length, stack in zip(lengths, plan.stacks, strict=True)]
-    if placed.shards > 1:
-        raise ValueError(
-            f"the state's stacks must have {expected} blocks on the {placed.shards} devices of "
-            f"mesh_axes={mesh_axes!r}, got {lengths}: it is of another mesh or other parameters. Restore it for this "
-            "one as examples/pod_training.py does."
-        )
-    if mesh_axes is None or not all(0 <= extra < multiple for extra in excess):
-        raise ValueError(_describe_misfit(rule, states, plan))
-    return dataclasses.replace(placed, lengths=lengths)
-
-
-def _has_shapes(rule: BlockRule, state: StackState, stack: Stack) -> bool:
-    factors = jax.tree.leaves(getattr(state.block, "factors", None))
-    return not factors or [part.shape[1:] for part in factors] == [shape[1:] for shape in stack.part_shapes]
-
-
-def _describe_misfit(rule: BlockRule, states: Sequence[StackState], plan: Plan) -> str:
     found = [[part.shape for part in jax.tree.leaves(getattr(state.block, "factors", None))] for state in states]
-    expected = [stack.part_shapes for stack in plan.stacks]
-    return (
+    wanted = [stack.part_shapes for stack in plan.stacks]
+    fits = lambda shapes, wanted: not shapes or [shape[1:] for shape in shapes] == [shape[1:] for shape in wanted]
+    if len(found) == len(wanted) and all(map(fits, found, wanted)):
+        if lengths == expected:
+            return placed
+        if placed.shards > 1:
+            raise ValueError(
+                f"the state's stacks must have {expected} blocks on the {placed.shards} devices of "
+                f"mesh_axes={mesh_axes!r}, got {lengths}: it is of another mesh or other parameters. Restore it for "
+                "this one as examples/pod_training.py does."
+            )
+        if mesh_axes is not None and are_padded([stack.count for stack in plan.stacks], lengths):
+            return dataclasses.replace(placed, lengths=lengths)
+    raise ValueError(
         "the state must come from init on parameters of the shapes that update is given, with the same layout. The "
-        f"factors' arrays have the shapes {found}, but the layout asks for {expected}, and padding if need be."
+        f"factors' arrays have the shapes {found}, but the layout asks for {wanted}, and padding if need be."
     )
 
 
