@@ -1,7 +1,6 @@
 """One step of all stacks: blocks start, take in statistics, are refreshed when it is due, and precondition."""
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -68,6 +67,12 @@ def force(stacks: LazyStacks) -> tuple[jax.Array, ...]:
     return stacks() if callable(stacks) else stacks
 
 
+def _map_stacks(step: StackStep, function: Any, samples: LazyStacks, blocks: Blocks, *others: Any) -> Blocks:
+    """Returns the results of a function of a block, its sample, and what else it takes, for all blocks."""
+    stacks = zip(step.stacks, blocks, force(samples), *others, strict=True)
+    return tuple([map_blocks(function, stack, step.numbers)(*of_stack) for stack, *of_stack in stacks])
+
+
 def start_blocks(step: StackStep, samples: LazyStacks, states: Sequence[StackState]) -> Blocks:
     """Returns the blocks' states after those that see their first gradient have started.
 
@@ -76,10 +81,10 @@ def start_blocks(step: StackStep, samples: LazyStacks, states: Sequence[StackSta
       samples: the stacks that the curvature is estimated from.
       states: of the stacks.
     """
-    blocks = tuple([state.block for state in states])
-    if type(step.rule).start is BlockRule.start:
+    blocks, rule = tuple([state.block for state in states]), step.rule
+    if type(rule).start is BlockRule.start:
         return blocks
-    waiting = [jax.vmap(step.rule.waits)(block) for block in blocks]
+    waiting = [jax.vmap(rule.waits)(block) for block in blocks]
     # Only as long as a block waits: the search is a pass over all gradients. Padding would wait for ever.
     own = [w & (state.size > 0) for w, state in zip(waiting, states, strict=True)]
     search = lambda: tuple(map(jax.vmap(_is_first), force(samples), waiting))
@@ -88,16 +93,10 @@ def start_blocks(step: StackStep, samples: LazyStacks, states: Sequence[StackSta
     def start_block(
         block: BlockState, sample: jax.Array, is_first: jax.Array, structures: Sequence[Any], step: Any
     ) -> BlockState:
-        started = start(block, sample, structures=structures, step=step)
+        started = rule.start(block, sample, structures=structures, step=step)
         return jax.tree.map(lambda new, old: old if new is old else jnp.where(is_first, new, old), started, block)
 
-    start = step.rule.start
-    change = lambda: tuple(
-        [
-            map_blocks(start_block, stack, step.numbers)(*of_stack)
-            for stack, *of_stack in zip(step.stacks, blocks, force(samples), firsts, strict=True)
-        ]
-    )
+    change = functools.partial(_map_stacks, step, start_block, samples, blocks, firsts)
     return jax.lax.cond(_any(firsts), change, lambda: blocks)
 
 
@@ -115,12 +114,7 @@ def observe_when_due(step: StackStep, samples: LazyStacks, blocks: Blocks) -> Bl
     """Returns the blocks' states after their statistics have taken in a gradient, where that is due."""
     if step.observe is None:
         return blocks
-    observe = lambda: tuple(
-        [
-            map_blocks(step.rule.observe, stack, step.numbers)(*of_stack)
-            for stack, *of_stack in zip(step.stacks, blocks, force(samples), strict=True)
-        ]
-    )
+    observe = functools.partial(_map_stacks, step, step.rule.observe, samples, blocks)
     return observe() if step.observe is True else jax.lax.cond(step.observe, observe, lambda: blocks)
 
 
@@ -167,18 +161,15 @@ def _refresh_in_turn(step: StackStep, period: int, samples: tuple[jax.Array, ...
     Of a stack of n blocks it is ⌈n/T⌉ at each step, from one on that differs between stacks, until all have had their
     turn; then none for the rest of the period.
     """
-    sizes = [-(-len(sample) // period) for sample in samples]
-    turns = [-(-len(sample) // size) for sample, size in zip(samples, sizes, strict=True)]
-    begins = itertools.accumulate(turns, initial=0)  # so that stacks of few turns have them at different steps
-    refreshed = []
-    for stack, sample, size, own_turns, begin, block in zip(
-        step.stacks, samples, sizes, turns, list(begins)[:-1], blocks, strict=True
-    ):
+    refreshed, begin = [], 0
+    for stack, sample, block in zip(step.stacks, samples, blocks, strict=True):
+        size = -(-len(sample) // period)
+        turns = -(-len(sample) // size)
         index = (step.numbers.count - begin) % period
+        begin += turns  # so that stacks of few turns have them at different steps
         refresh = map_blocks(step.rule.refresh, stack, step.numbers)
         turn = functools.partial(_take_turn, refresh, size, sample, index)
-        is_due = index < own_turns
-        refreshed.append(turn(block) if own_turns == period else jax.lax.cond(is_due, turn, lambda old: old, block))
+        refreshed.append(turn(block) if turns == period else jax.lax.cond(index < turns, turn, lambda old: old, block))
     return tuple(refreshed)
 
 
