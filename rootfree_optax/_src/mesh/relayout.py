@@ -44,11 +44,11 @@ def split_within_blocks(mesh: AnyMesh, axes: Axes, array: jax.Array, cuts: Seque
     """
     shards = math.prod(mesh.shape[axis] for axis in axes)
     fits = lambda cut: len(cut.runs) == 1 and cut.piece % shards == 0 and shards % cut.runs[0].count == 0
-    # Of a whole axis every device's part is within the block already.
-    within = (
-        min((cut.runs[0].count, index) for index, cut in enumerate(cuts) if fits(cut)) if any(map(fits, cuts)) else None
-    )
-    return array if within is None else move(mesh, array, [_split_only(first + within[1], axes)])
+    fitting = [(cut.runs[0].count, index) for index, cut in enumerate(cuts) if fits(cut)]
+    if not fitting:
+        return array
+    _, within = min(fitting)  # of a whole axis every device's part is within the block already
+    return move(mesh, array, [_split_only(first + within, axes)])
 
 
 def _split_only(dim: int, axes: Axes) -> PartitionSpec:

@@ -46,15 +46,12 @@ class WholeStacks:
     Args:
       plan: the plan.
       lengths: of each stack's arrays.
+      axes: the mesh axes that the stacks are divided over.
     """
 
     plan: Plan
     lengths: tuple[int, ...]
-
-    @property
-    def axes(self) -> Axes:
-        """The mesh axes that the stacks are divided over."""
-        return ()
+    axes: Axes = ()
 
     @property
     def shards(self) -> int:
@@ -68,8 +65,8 @@ class WholeStacks:
 
     @property
     def own_lengths(self) -> tuple[int, ...]:
-        """The lengths of the arrays that `map` gives its function."""
-        return self.lengths
+        """The lengths of the arrays that `on_shards` gives its function."""
+        return tuple(length // self.shards for length in self.lengths)
 
     @property
     def local_axes(self) -> Axes:
@@ -119,27 +116,16 @@ class DividedStacks(WholeStacks):
     Args:
       plan: the plan.
       lengths: of each stack's arrays, at least its count; blocks beyond the count are padding.
-      over: the mesh axes that the stacks are divided over.
+      axes: the mesh axes that the stacks are divided over.
       mesh: the mesh that has them.
     """
 
-    over: Axes
-    mesh: AnyMesh
-
-    @property
-    def axes(self) -> Axes:
-        """The mesh axes that the stacks are divided over."""
-        return self.over
+    mesh: AnyMesh = dataclasses.field(kw_only=True)
 
     @property
     def shards(self) -> int:
         """How many parts each stack is divided into."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
-
-    @property
-    def own_lengths(self) -> tuple[int, ...]:
-        """The lengths of one device's parts."""
-        return tuple(length // self.shards for length in self.lengths)
 
     def anchor(self, params: Any) -> jax.Array:
         """Returns an array without entries, made of a parameter if these are traced.
@@ -180,7 +166,7 @@ class LocalStacks(DividedStacks):
     @property
     def local_axes(self) -> Axes:
         """The mesh axes that the stacks are divided over."""
-        return self.over
+        return self.axes
 
     def anchor(self, params: Any) -> jax.Array:
         """Returns an array without entries."""
@@ -194,12 +180,8 @@ class LocalStacks(DividedStacks):
     def pack(self, tree: Any, name: str, *, sample_axis: bool = False) -> Stacks:
         """Returns this device's parts of the stacks."""
         index = jax.lax.axis_index(self.axes)
-        whole = self._pack_padded(_replicate(tree), name, sample_axis)
-        lengths = self.own_lengths
-        return tuple(
-            jax.lax.dynamic_slice_in_dim(stack, index * length, length)
-            for stack, length in zip(whole, lengths, strict=True)
-        )
+        pairs = zip(self._pack_padded(_replicate(tree), name, sample_axis), self.own_lengths, strict=True)
+        return tuple(jax.lax.dynamic_slice_in_dim(stack, index * length, length) for stack, length in pairs)
 
     def unpack(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] | None = None) -> Any:
         """Returns the whole tree, on every device."""
@@ -215,22 +197,17 @@ class LocalStacks(DividedStacks):
 
 def _replicate(tree: Any) -> Any:
     """Replicates arrays that carry a sharding in their type: blocks are cut across its boundaries."""
-
-    def replicate(leaf: jax.Array) -> jax.Array:
-        spec = jax.typeof(leaf).sharding.spec
-        return leaf if all(axis is None for axis in spec) else jax.sharding.reshard(leaf, PartitionSpec())
-
-    return jax.tree.map(replicate, tree)
+    return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, PartitionSpec()) if any(_spec(leaf)) else leaf, tree)
 
 
 def _shard_like(tree: Any, reference: Any) -> Any:
     """Gives arrays the shardings that others carry in their types."""
-
-    def shard(leaf: jax.Array, like: jax.Array) -> jax.Array:
-        spec = jax.typeof(like).sharding.spec
-        return leaf if all(axis is None for axis in spec) else jax.sharding.reshard(leaf, spec)
-
+    shard = lambda leaf, like: jax.sharding.reshard(leaf, _spec(like)) if any(_spec(like)) else leaf
     return jax.tree.map(shard, tree, reference)
+
+
+def _spec(leaf: jax.Array) -> PartitionSpec:
+    return jax.typeof(leaf).sharding.spec
 
 
 def _pack(plan: Plan, tree: Any, name: str, sample_axis: bool, relayout: RelayoutFn = no_relayout) -> Stacks:
@@ -278,7 +255,7 @@ def _unpack_divided(divided: DividedStacks, stacks: Stacks, like: Any, rest: Map
         # entry: so the compiler lays out the one as the other.
         return tuple(jax.lax.select(jnp.isnan(other), other, leaf) for leaf, other in pairs)
 
-    specs = [jax.typeof(leaf).sharding.spec for leaf in leaves]
+    specs = [_spec(leaf) for leaf in leaves]
     return jax.tree.unflatten(structure, partition(mesh, to_leaves, specs, stacks, like, rest))
 
 
@@ -308,6 +285,6 @@ def place_stacks(plan: Plan, mesh_axes: MeshAxes, tree: Any) -> WholeStacks | Di
     if manual and manual != set(axes):
         raise ValueError(f"mesh_axes must be all mapped by jax.shard_map or none, got {axes}, mapped: {manual}.")
     regime = LocalStacks if manual else DividedStacks
-    shards = regime(plan, counts, axes, mesh).shards
+    shards = regime(plan, counts, axes, mesh=mesh).shards
     even = tuple(-(-count // shards) * shards for count in counts)
-    return regime(plan, even, axes, mesh)
+    return regime(plan, even, axes, mesh=mesh)
