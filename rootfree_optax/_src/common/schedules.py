@@ -96,8 +96,7 @@ def require_step_size(step_size: Any, absolute_damping: Any, batch_size: Any) ->
     require_at_least("absolute_damping", absolute_damping, 0)
     require_constant(batch_size=batch_size)
     require_positive("batch_size", batch_size)
-    given = {"batch_size": batch_size, "absolute_damping": absolute_damping}
-    for name, value in given.items():
+    for name, value in (("batch_size", batch_size), ("absolute_damping", absolute_damping)):
         # An array may be a default of zero that `optax.inject_hyperparams` has traced.
         is_off = value is None or is_zero(value) or isinstance(value, jax.Array)
         if step_size == "adamw" and not is_off:
