@@ -50,7 +50,7 @@ class FactoredSecondMoment(rf.BlockRule):
 
 def make_optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
     """Returns the rule on matrices, in blocks of at most 128×128, and Adam on the other parameters."""
-    layout = rf.Layout(block_size=128, diagonal=rf.EMBEDDINGS)
+    layout = rf.Layout(block_size=128)
     rule = FactoredSecondMoment()
     return optax.chain(
         rf.scale_by_kronecker(rule, momentum=0.9, statistics_every=1, layout=layout, rest=optax.scale_by_adam()),

@@ -69,7 +69,7 @@ def draw(text: np.ndarray, step: int, mesh: jax.sharding.Mesh) -> jax.Array:
 
 def train(steps: int, mesh: jax.sharding.Mesh, folder: pathlib.Path) -> list[float]:
     """Returns the losses of the steps from the last checkpoint in a folder on."""
-    tx = rf.sirf_muon(1e-2, layout=rf.Layout(block_size=64, diagonal=rf.EMBEDDINGS), mesh_axes=("data", "model"))
+    tx = rf.sirf_muon(1e-2, layout=rf.Layout(block_size=64), mesh_axes=("data", "model"))
     # First the shapes and shardings of everything: arrays are made, or restored, on the devices that keep them.
     structure, shapes = nnx.split(nnx.eval_shape(lambda: Transformer(nnx.Rngs(0))))
     shard = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

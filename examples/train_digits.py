@@ -53,7 +53,7 @@ def train_seeds(method: Method, digits: data.ImageData, seeds: int, epochs: int,
         durations.append(time.perf_counter() - begin)
         losses.append(np.asarray(loss))
         if (epoch + 1) % EVALUATE_EVERY == 0 or epoch + 1 == epochs:
-            errors.append(np.asarray(evaluate(digits.test, state.params).error))
+            errors.append(np.asarray(evaluate(digits.test, state.params)))
             evaluated.append(steps_per_epoch * (epoch + 1))
         error = f"{100 * errors[-1].mean():.2f} %" if errors else "–"
         status = f"loss {losses[-1].mean():.4f}, test error {error}"

@@ -21,8 +21,6 @@ class Split(NamedTuple):
 class ImageData(NamedTuple):
     """One split to train on, one to choose hyperparameters on, one to report."""
 
-    name: str
-    classes: int
     train: Split
     validation: Split
     test: Split
@@ -40,14 +38,12 @@ def load(train_size: int = 300, validation_size: int = 500) -> ImageData:
         raise ValueError(f"train_size must be below {len(images) - validation_size}, got {train_size}.")
     order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
     parts = np.split(order, [train_size, train_size + validation_size])
-    return standardize("digits", len(digits.target_names), [(images[part], digits.target[part]) for part in parts])
+    return standardize([(images[part], digits.target[part]) for part in parts])
 
 
-def standardize(name: str, classes: int, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> ImageData:
+def standardize(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> ImageData:
     """Returns training, validation and test images, each channel with the training images' mean 0 and variance 1."""
     train_images, pixels = parts[0][0], (0, 1, 2)
     mean = train_images.mean(pixels, np.float64).astype(np.float32)
     std = train_images.std(pixels, np.float64).astype(np.float32)
-    return ImageData(
-        name, classes, *(Split(jnp.asarray((x - mean) / std), jnp.asarray(y, jnp.int32)) for x, y in parts)
-    )
+    return ImageData(*(Split(jnp.asarray((x - mean) / std), jnp.asarray(y, jnp.int32)) for x, y in parts))

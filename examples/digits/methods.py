@@ -58,6 +58,13 @@ def muon(
     )
 
 
+def rf_rmsprop(
+    learning_rate: optax.ScalarOrSchedule, b1: ArrayLike, b2: ArrayLike, weight_decay: ArrayLike
+) -> optax.GradientTransformation:
+    """Returns RF-RMSProp with AdamW's settings by their names."""
+    return rf.rf_rmsprop(learning_rate, decay=b2, momentum=b1, weight_decay=weight_decay)
+
+
 def sgd(
     learning_rate: optax.ScalarOrSchedule, momentum: ArrayLike, weight_decay: ArrayLike
 ) -> optax.GradientTransformation:
@@ -75,12 +82,7 @@ METHODS = {
     "sirf_shampoo": Method("SIRF-Shampoo", "#E69F00", rf.sirf_shampoo, ADAMW),
     "kl_shampoo": Method("KL-Shampoo", "#F0E442", rf.kl_shampoo, ADAMW),
     "rf_adamw": Method("RF-AdamW", "#56B4E9", rf.rf_adamw, ADAMW),
-    "rf_rmsprop": Method(
-        "RF-RMSProp",
-        "#0072B2",
-        rf.rf_rmsprop,
-        {"learning_rate": 1.476e-2, "decay": 0.9989, "momentum": 0.7547, "weight_decay": 0.8691},
-    ),
+    "rf_rmsprop": Method("RF-RMSProp", "#0072B2", rf_rmsprop, ADAMW),
     "adamw": Method("AdamW", "#009E73", optax.adamw, {**ADAMW, "eps": 2.244e-10}),
     "muon": Method("Muon", "#999999", muon, ADAMW),
     "published_rf_rmsprop": Method(

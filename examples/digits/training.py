@@ -25,13 +25,6 @@ class TrainingState(NamedTuple):
     opt_state: optax.OptState
 
 
-class Evaluation(NamedTuple):
-    """Error rate in [0, 1] and mean cross-entropy on one split."""
-
-    error: jax.Array
-    loss: jax.Array
-
-
 def init_params(key: jax.Array) -> nnx.State:
     """Returns the parameters of a new network."""
     return nnx.state(ConvNet(rngs=nnx.Rngs(key)), nnx.Param)
@@ -74,9 +67,8 @@ def train_epoch(
     return state, losses.mean()
 
 
-def evaluate(split: Split, params: nnx.State) -> Evaluation:
-    """Returns error and loss on a whole split; a network that diverged errs on every image."""
+def evaluate(split: Split, params: nnx.State) -> jax.Array:
+    """Returns the error rate in [0, 1] on a whole split; a network that diverged errs on every image."""
     logits = jax.lax.map(lambda image: apply(params, image[None])[0], split.images, batch_size=EVALUATION_BATCH)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, split.labels).mean()
     error = jnp.mean(logits.argmax(axis=-1) != split.labels, dtype=jnp.float32)
-    return Evaluation(jnp.where(jnp.isfinite(loss), error, 1.0), loss)
+    return jnp.where(jnp.all(jnp.isfinite(logits)), error, 1.0)
