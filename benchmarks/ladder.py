@@ -29,7 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from harness import machine
-from harness.report import table
+from harness.report import table, write_json
 from ladder import data, probe, report
 from ladder.methods import parse
 from ladder.models import MODELS, Decoder, Model
@@ -90,7 +90,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
             results.append(program.train(lambda: progress.advance(bar)))  # noqa: B023  # called within the loop alone
             progress.remove_task(bar)
             records = report.summarize(results, settings["decisive_loss"])
-            report.write(options.output / f"{name}.json", description, settings, records)
+            path = options.output / f"{name}.json"
+            write_json(path, machine=description, settings=settings, records=records)
             report.draw(options.output / f"{name}.png", title, settings, records)
     caption = report.CAPTION.format(**settings) + "\n" + machine.summary(description)
     Console().print(table(title, caption, report.COLUMNS, records))

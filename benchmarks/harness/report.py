@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
@@ -68,15 +70,26 @@ def _empty(title: str, caption: str) -> Table:
 def write_json(
     path: pathlib.Path, *, machine: dict[str, Any], settings: dict[str, Any], records: Sequence[dict[str, Any]]
 ) -> None:
-    """Writes what was measured, how and where, to six digits; folders are made as needed."""
+    """Writes what was measured, how and where, one record a line; folders are made as needed."""
+    lines = ",\n".join(f"  {_json(record)}" for record in records)
+    text = f'{{\n "machine": {_json(machine)},\n "settings": {_json(settings)},\n "records": [\n{lines}\n ]\n}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    rounded = [{key: _six_digits(value) for key, value in record.items()} for record in records]
-    content = {"machine": machine, "settings": settings, "records": rounded}
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    path.write_text(text)
 
 
-def _six_digits(value: Any) -> Any:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def _json(value: Any) -> str:
+    return json.dumps(_rounded(value), ensure_ascii=False, allow_nan=False)
+
+
+def _rounded(value: Any) -> Any:
+    """Returns plain numbers of six digits; None for one that is not finite."""
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_rounded(entry) for entry in value]
+    if isinstance(value, (float, np.floating)):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
 
 
 def show(console: Console, *args: Any, **kwargs: Any) -> None:

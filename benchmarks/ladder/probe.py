@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from harness import machine
-from harness.report import Column, show
+from harness.report import Column, show, write_json
 from rich.console import Console
 
-from ladder import report
 from ladder.methods import parse
 from ladder.references import MatricesState, okls
 from ladder.train import Task
@@ -137,4 +136,4 @@ def run(task: Task, settings: dict[str, Any], options: argparse.Namespace) -> No
     columns = [Column(key, key.replace(" ", "\n"), ".0f" if key == "step" else ".3g") for key in records[0]]
     show(Console(), title, machine.summary(description := machine.describe()), columns, records)
     name = options.name or f"probe_{options.size}_{task.batch}x{task.steps}"
-    report.write(options.output / f"{name}.json", description, settings, records)
+    write_json(options.output / f"{name}.json", machine=description, settings=settings, records=records)

@@ -1,7 +1,6 @@
-"""Tables, figures and records of the ladder."""
+"""Tables and figures of the ladder."""
 
 import collections
-import json
 import math
 import pathlib
 import re
@@ -109,31 +108,6 @@ def _share_to(loss: float, losses: np.ndarray) -> float | None:
         return 0.5 / len(losses)
     part = (losses[last] - loss) / (losses[last] - losses[last + 1])
     return float((last + 0.5 + part) / len(losses))
-
-
-def write(
-    path: pathlib.Path, machine: dict[str, Any], settings: dict[str, Any], records: Sequence[dict[str, Any]]
-) -> None:
-    """Writes machine, settings and records as JSON, one line each."""
-    lines = ",\n".join(f"  {_json(record)}" for record in records)
-    text = f'{{\n "machine": {_json(machine)},\n "settings": {_json(settings)},\n "records": [\n{lines}\n ]\n}}\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(_rounded(value), ensure_ascii=False)
-
-
-def _rounded(value: Any) -> Any:
-    """Returns plain numbers of five digits; None for one that is not finite."""
-    if isinstance(value, dict):
-        return {key: _rounded(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_rounded(entry) for entry in value]
-    if isinstance(value, (float, np.floating)):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    return value
 
 
 def draw(path: pathlib.Path, title: str, settings: dict[str, Any], records: Sequence[dict[str, Any]]) -> None:
