@@ -131,7 +131,7 @@ def apply_transposes(
     samples = tensor.ndim - len(structures)
     for axis, (structure, parts) in enumerate(zip(structures, matrices, strict=True)):
         if axis != but:
-            tensor = structure.apply_transposed(parts, tensor, samples + axis, precision=precision)
+            tensor = structure.apply(parts, tensor, samples + axis, transposed=True, precision=precision)
     return tensor
 
 
