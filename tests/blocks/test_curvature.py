@@ -242,6 +242,22 @@ def test_an_untouched_row_of_a_diagonal_axis_keeps_its_curvature():
     assert np.all(old[jnp.asarray([0, 2, 3])] != new[jnp.asarray([0, 2, 3])])
 
 
+def test_one_refresh_follows_rows_whose_curvature_fades():
+    """K may grow there as far as S has forgotten since the last refresh."""
+    shape, rng, rule, structures = (6, 6), np.random.default_rng(0), RootFree(), [dense(6), dense(6)]
+    state = advance(rule, structures, list(jnp.asarray(rng.standard_normal((30, *shape)), jnp.float32)))
+    fading = rng.standard_normal((10, *shape))
+    fading[:, :3] = 0
+    for gradient in fading:
+        state = rule.observe(state, jnp.asarray(gradient, jnp.float32), structures=structures, step=step(damping=1e-3))
+    np.testing.assert_allclose(state.retained, (1 - WEIGHT) ** 10, rtol=1e-5)
+    after = rule.refresh(state, state.statistics[0][0], structures=structures, step=step(damping=1e-3))
+    assert after.retained == 1
+    s, k = as_matrix(after.statistics[0]), as_matrix(after.factors[0])
+    damped = s + 1e-3 * np.trace(s) / 6 * np.eye(6)
+    np.testing.assert_allclose(k.T @ damped @ k, np.eye(6), rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("observations", [40, 4000])
 def test_factors_are_renewed_however_little_is_left_of_their_curvature(observations):
     # S forgets all of the S of the last refresh, so what it has lost is no bound on how much K may grow.
