@@ -60,7 +60,7 @@ def newton_within_a_radius(
     learning_rate: float, *, weight_decay: float, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
     """Newton's root-free step within a trust radius."""
-    rule = RootFree("newton", trust_radius=2.0)
+    rule = RootFree(step_size="newton", trust_radius=2.0)
     newton = rf.scale_by_kronecker(rule, weight=0.2, momentum=0.9, statistics_every=1, **options)
     return optax.chain(newton, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate))
 
@@ -181,7 +181,7 @@ def test_a_shard_mapped_step_works_on_its_own_blocks() -> None:
 @pytest.mark.parametrize(
     ("structure", "rule"),
     [
-        ("dense", RootFree("newton", trust_radius=2.0)),
+        ("dense", RootFree(step_size="newton", trust_radius=2.0)),
         ("dense", PublishedRefresh(riemannian_momentum=0.5, cache_preconditioner=True)),
         ("triltoeplitz", PublishedRefresh()),
     ],

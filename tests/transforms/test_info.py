@@ -80,7 +80,7 @@ def test_refused_refreshes_and_shortened_steps_are_counted() -> None:
     found = rf.info(state)
     assert found["refused"] == 3 * 4
     assert "shortened" not in found
-    _, state = run(scale_by(RootFree("newton", trust_radius=1e-3)))
+    _, state = run(scale_by(RootFree(step_size="newton", trust_radius=1e-3)))
     assert rf.info(state)["shortened"] == 3 * 13
     assert rf.info(state)["refused"] == 0
 
