@@ -91,7 +91,7 @@ def test_weight_decay_without_parameters_is_refused(case: Case) -> None:
     params = make_params()
     tx = case(weight_decay=0.5)
     with refuses(ValueError, "weight decay", "params"):
-        tx.update(params, tx.init(params))
+        jax.eval_shape(tx.update, params, tx.init(params))
 
 
 @over(ALL, wiring=True)

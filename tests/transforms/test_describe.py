@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checks import quick_jit
 from jax.sharding import AxisType
 from meshes import FSDP, draw, mesh_of, shardings_on
 
@@ -231,8 +232,9 @@ def test_a_mesh_pads_the_state(kind: AxisType, is_set: bool) -> None:
     mesh = mesh_of(kind, 8)
     params = jax.device_put(draw(0), shardings_on(mesh, FSDP))
     tx = published(layout=layout_of(block_size=4), mesh_axes="data", momentum=0.9)
+    compiles = not is_set and kind is AxisType.Explicit
     with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
-        description = rf.describe(tx, params, compile=not is_set)
+        description = rf.describe(tx, params, compile=compiles)
     alone = rf.describe(published(layout=layout_of(block_size=4), momentum=0.9), params)
     assert description.rows == alone.rows
     assert description.mesh_axes == ("data",)
@@ -240,7 +242,7 @@ def test_a_mesh_pads_the_state(kind: AxisType, is_set: bool) -> None:
     # Four blocks of 3×4 become eight, as does one of 16; there are eight blocks of 4×4.
     padding = 4 * (4 * (9 + 16 + 12) + 16) + 7 * (4 * (16 + 16) + 16)
     assert description.state_bytes == alone.state_bytes + padding
-    assert is_set or description.compiled.flops > 0
+    assert not compiles or description.compiled.flops > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +265,7 @@ def test_a_rule_of_ones_own_is_described_as_far_as_it_tells() -> None:
 
 
 def compiled_flops(function: Any, *arguments: Any) -> float:
-    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+    return quick_jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
 
 @pytest.mark.parametrize("structure", ["dense", "block64diagonal"])
