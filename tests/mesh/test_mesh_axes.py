@@ -149,7 +149,8 @@ def test_updates_are_laid_out_as_gradients_are_where_no_type_says_so(block_size:
     shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
     params = {"rows": jnp.ones((16, 24)), "columns": jnp.ones((24, 16)), "vector": jnp.ones(16)}
     params = jax.device_put(params, shardings)
-    tx = rf.published.sirf_shampoo(0.1, batch_size=1, layout=rf.Layout(block_size=block_size), mesh_axes="data")
+    layout, rest = rf.Layout(block_size=block_size), rf.scale_by_rf_adam()
+    tx = rf.scale_by_kronecker(PublishedRefresh(), batch_size=1, layout=layout, rest=rest, mesh_axes="data")
     state = jax.jit(tx.init, out_shardings=rf.state_shardings(tx, params))(params)
     updates, _ = quick_jit(tx.update)(params, state, params)
     for name, update in updates.items():
