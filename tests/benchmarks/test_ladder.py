@@ -217,7 +217,7 @@ def test_the_probe_finds_a_planted_signal_and_ranks():
 
 @pytest.mark.research
 def test_the_probe_compares_directions_along_one_run(tmp_path):
-    task = dataclasses.replace(make_task(), steps=400)
+    task = dataclasses.replace(make_task(), steps=400, weight_decay=0.0)
     options = argparse.Namespace(methods=["adamw", "muon"], learning_rates=[1e-3], name="a", output=tmp_path, size="-")
     probe.run(task, {"size": "-", "steps": 400, "batch": 16}, options)
     records = json.loads((tmp_path / "a.json").read_text())["records"]
