@@ -158,8 +158,9 @@ def test_updates_are_laid_out_as_gradients_are_where_no_type_says_so(block_size:
 
 
 def test_a_shard_mapped_step_works_on_its_own_blocks() -> None:
+    """On three devices some have two blocks of a stack, and some have padding."""
     tx = rf.published.sirf_shampoo(0.1, mesh_axes="data", **SETTINGS)
-    mesh = mesh_of(AxisType.Auto, 8)
+    mesh = mesh_of(AxisType.Auto, 3, devices=3)
     everywhere = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), draw(0))
     params = jax.device_put(draw(0), everywhere)
     specs = jax.tree.map(lambda sharding: sharding.spec, rf.state_shardings(tx, params))
@@ -177,7 +178,7 @@ def test_a_shard_mapped_step_works_on_its_own_blocks() -> None:
         return optax.apply_updates(params, updates), state
 
     state = tx.init(params)
-    offsets = np.float32(np.arange(8) - 3.5)  # each rank's gradient differs, their mean is the gradient
+    offsets = np.float32([-1, 0, 1])  # each rank's gradient differs, their mean is the gradient
     for gradient in GRADIENTS:
         ranks = jax.tree.map(lambda g: np.stack([g * (1 + offset) for offset in offsets]), gradient)
         params, state = step(params, state, ranks)
