@@ -125,7 +125,7 @@ def heavy_ball(
     ) -> tuple[optax.Updates, HeavyBallState]:
         del params, extra_args
         step = optax.safe_increment(state.step)
-        scale = (1 - momentum) / total_weight(momentum, step) if average else None
+        scale = jnp.asarray(1 - momentum, jnp.float32) / total_weight(momentum, step) if average else None
         add = functools.partial(_average, jnp.asarray(momentum), scale)
         updates, velocity = trees.map_steps(add, updates, state.momentum)
         return updates, HeavyBallState(step, velocity)
