@@ -1,5 +1,7 @@
 """The whole Kronecker optimizers: one line in place of AdamW's."""
 
+from fractions import Fraction
+
 import jax
 import optax
 from jax.typing import ArrayLike, DTypeLike
@@ -24,7 +26,7 @@ def sirf_muon(
     momentum: ArrayLike | None = 0.95,
     nesterov: bool = True,
     statistics_decay: optax.ScalarOrSchedule = 0.95,
-    power: float = 0.25,
+    power: float | Fraction = Fraction(1, 4),  # a number that optax.inject_hyperparams leaves alone
     damping: optax.ScalarOrSchedule = 0.1,
     absolute_damping: optax.ScalarOrSchedule = 0.0,
     refresh_every: RefreshEvery = 10,
@@ -59,8 +61,8 @@ def sirf_muon(
       momentum: of the matrices: decay of the gradients' average, in [0, 1). None averages nothing.
       nesterov: whether that average is Nesterov's; ignored without momentum.
       statistics_decay: b₂, in (0, 1), how much of the curvature a step keeps: 0.95 is a memory of 20 steps.
-      power: q, of the curvature on both sides of msign: 1/2, 1/4 or 1/8. 1/2 is the full metric; Muon is the limit of
-        0, and of strong damping.
+      power: q, of the curvature on both sides of msign: 1/2, 1/4 or 1/8, static. 1/2 is the full metric; Muon is the
+        limit of 0, and of strong damping. Under `optax.inject_hyperparams` write a `Fraction`: it traces floats.
       damping: ρ ≥ 0, added to the curvature, relative to its mean eigenvalue along each axis.
       absolute_damping: λ ≥ 0, as the paper's, for `step_size="newton"`.
       refresh_every: T ≥ 1, `staggered(T)`, `growing(T)` or a callable, see `scale_by_kronecker`.

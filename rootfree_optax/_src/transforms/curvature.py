@@ -1,5 +1,6 @@
 """The three scale-free Kronecker transformations: one curvature, three steps from it."""
 
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ def scale_by_sirf_muon(
     *,
     nesterov: bool = True,
     mu_dtype: DTypeLike | None = None,
-    power: float = 0.25,
+    power: float | Fraction = Fraction(1, 4),  # a number that optax.inject_hyperparams leaves alone
     damping: optax.ScalarOrSchedule = 0.1,
     absolute_damping: optax.ScalarOrSchedule = 0.0,
     refresh_every: RefreshEvery = 10,
@@ -45,8 +46,8 @@ def scale_by_sirf_muon(
       statistics_decay: b₂, in (0, 1). A number, a traced scalar or a schedule.
       nesterov: whether M is Nesterov's average; ignored without momentum.
       mu_dtype: floating-point dtype of M, see `scale_by_kronecker`.
-      power: q, of the curvature on both sides of msign: 1/2, 1/4 or 1/8. 1/2 is the full metric; Muon is the limit of
-        0, and of strong damping.
+      power: q, of the curvature on both sides of msign: 1/2, 1/4 or 1/8, static. 1/2 is the full metric; Muon is the
+        limit of 0, and of strong damping. Under `optax.inject_hyperparams` write a `Fraction`: it traces floats.
       damping: ρ ≥ 0. A number, a traced scalar or a schedule.
       absolute_damping: λ ≥ 0, as the paper's, for `step_size="newton"`: added to B·S.
       refresh_every: T ≥ 1, `staggered(T)`, `growing(T)` or a callable, see `scale_by_kronecker`.
@@ -84,10 +85,10 @@ def scale_by_sirf_muon(
     if isinstance(power, jax.Array) or power not in (1 / 2, 1 / 4, 1 / 8):
         raise ValueError(
             f"power must be 1/2, 1/4 or 1/8, as a Python number, got {power!r}. "
-            "Under optax.inject_hyperparams, pass static_args='power'."
+            "Under optax.inject_hyperparams, which traces floats, pass a fractions.Fraction or static_args='power'."
         )
     return _scale_by_curvature(
-        Spectral(power, step_size=step_size, precision=precision),
+        Spectral(float(power), step_size=step_size, precision=precision),
         momentum,
         statistics_decay,
         nesterov=nesterov,
