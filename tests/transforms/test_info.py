@@ -18,7 +18,7 @@ from rootfree_optax._src.blocks.sirf import PublishedRefresh
 
 # Eight blocks of 4×4, four of 3×4 and one vector.
 LAYOUT = rf.Layout(block_size=4, merge_dims=None, diagonal=None)
-NAMES = {"refreshes", "refused", "shortened", "idle_blocks", "update_rms", "scale_min", "scale_max"}
+NAMES = {"refreshes", "refused", "shortened", "agreement", "idle_blocks", "update_rms", "scale_min", "scale_max"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,6 +66,7 @@ class CurvatureState(NamedTuple):
       last_momentum: the root mean square of the momentum, divided by 2ᵉ, at the last step with a gradient.
       refused: how many refreshes were refused, because they came out non-finite.
       shortened: how many steps were shortened.
+      agreement: the moving average of the cosine between a gradient and the momentum before it.
     """
 
     statistics: Factors
@@ -78,6 +79,7 @@ class CurvatureState(NamedTuple):
     last_momentum: jax.Array
     refused: jax.Array
     shortened: jax.Array
+    agreement: jax.Array
 
 
 def root_mean_square(array: jax.Array) -> jax.Array:
@@ -169,11 +171,13 @@ class CurvatureRule(BlockRule):
     Silence is not evidence: a gradient that is all zero, or not finite, leaves the curvature as it was.
 
     With `step_size="adamw"` a step has the length of AdamW's, so that its learning rate serves: D is scaled to a root
-    mean square of `rms`. It is shorter, as AdamW's is, where the momentum is of the past: in proportion to it while a
-    block's gradients are zero, and in inverse proportion where it is larger than they are by far, after they have
-    fallen. So neither moves a block by more than rms/(1 − momentum). It is shorter, too, where a block's gradients are
-    rounding noise beside the tree's. With "newton" it is D itself for the curvature B·S, no longer than the trust
-    radius.
+    mean square of `rms`, and of up to one, as AdamW's is, while gradients agree with the momentum before them. Their
+    average cosine is the slope of the loss in the length of the step (hypergradient descent, arXiv 1703.04782): above a
+    half it gives the full length, in noise `rms`. A step is shorter, as AdamW's is, where the momentum is of the past:
+    in proportion to it while a block's gradients are zero, and in inverse proportion where it is larger than they are
+    by far, after they have fallen. So silence does not move a block by more than rms/(1 − momentum). It is shorter,
+    too, where a block's gradients are rounding noise beside the tree's. With "newton" it is D itself for the curvature
+    B·S, no longer than the trust radius.
 
     Args:
       step_size: "adamw" or "newton".
@@ -184,7 +188,7 @@ class CurvatureRule(BlockRule):
     step_size: StepSize = "adamw"
     trust_radius: ArrayLike | None = None
     precision: jax.lax.PrecisionLike = None
-    rms: ClassVar[float] = 0.4  # of a step beside the learning rate; the ladder chose it, so that AdamW's rate serves
+    rms: ClassVar[float] = 0.4  # of a step in noise, beside the learning rate; the ladder chose it
     applications: ClassVar[int] = 2  # how often a matrix is applied along each axis, for one direction
 
     @property
@@ -240,6 +244,7 @@ class CurvatureRule(BlockRule):
             last_momentum=zero,
             refused=number,
             shortened=number,
+            agreement=zero,
         )
 
     def waits(self, state: CurvatureState) -> jax.Array:
@@ -355,6 +360,8 @@ class CurvatureRule(BlockRule):
         """Returns what to multiply D by, whether that is less than the full length, and the state."""
         size = root_mean_square(momentum)
         is_silent = jnp.all(gradient == 0)
+        agreement = self.average_agreement(state, momentum, gradient, step)
+        rms = self.rms + (1 - self.rms) * jnp.where(is_silent, 0, jnp.clip(2 * agreement, 0, 1)).astype(size.dtype)
         last = jnp.where(is_silent | ~jnp.isfinite(size), state.last_momentum, size.astype(state.last_momentum.dtype))
         positive = lambda number: jnp.where(number > 0, number, 1)
         fading = jnp.where(is_silent, size / positive(last).astype(size.dtype), 1)
@@ -365,8 +372,25 @@ class CurvatureRule(BlockRule):
         below = jnp.where(is_known, scale, 0) - jnp.where(is_known, step.largest_scale, 0)
         part = jnp.exp2(jnp.minimum(below, 0)) / _LEAST_PART
         shortening = jnp.minimum(jnp.minimum(fading, part.astype(size.dtype)), 1 / jnp.maximum(excess, 1))
-        length = shortening * self.rms / positive(root_mean_square(direction))
-        return length, shortening < 1, state._replace(last_momentum=last)
+        length = shortening * rms / positive(root_mean_square(direction))
+        return length, shortening < 1, state._replace(last_momentum=last, agreement=agreement)
+
+    @staticmethod
+    def average_agreement(state: CurvatureState, momentum: jax.Array, gradient: jax.Array, step: Step) -> jax.Array:
+        """Returns the moving average of cos(G, M), M the momentum before G.
+
+        It is minus the slope of the loss along the last step, up to the preconditioner: positive where a longer step
+        would have been better, near zero in noise, and of both signs where steps swing about a minimum, although the
+        momentum and the gradient that has entered it agree there, too.
+        """
+        newest = jnp.asarray(step.newest, momentum.dtype)
+        gradient = scale_by_exponent(upcast(gradient), -state.exponent)
+        before = momentum - newest * gradient
+        squares = jnp.sum(jnp.square(gradient)) * jnp.sum(jnp.square(before))
+        is_known = (squares > 0) & jnp.isfinite(squares)
+        cosine = jnp.where(is_known, jnp.sum(gradient * before), 0) / jnp.sqrt(jnp.where(is_known, squares, 1))
+        weight = jnp.asarray(newest, state.agreement.dtype)
+        return state.agreement + weight * (cosine.astype(state.agreement.dtype) - state.agreement)
 
     def _newton_length(
         self, state: CurvatureState, momentum: jax.Array, direction: jax.Array, step: Step

@@ -25,6 +25,7 @@ class Step(NamedTuple):
       absolute_damping: λ ≥ 0, a scalar, for rules whose damping is relative.
       batch_size: B > 0, how many terms the loss averages. A scalar.
       largest_scale: the base-2 logarithm of the largest `BlockRule.scale` of all blocks, a scalar; −∞ without any.
+      newest: the weight of this step's gradient in the momentum to precondition, a scalar in (0, 1]; 1 without any.
     """
 
     count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
@@ -33,6 +34,7 @@ class Step(NamedTuple):
     absolute_damping: ArrayLike = 0.0
     batch_size: ArrayLike = 1.0
     largest_scale: ArrayLike = -jnp.inf
+    newest: ArrayLike = 1.0
 
 
 class BlockFlops(NamedTuple):

@@ -44,12 +44,14 @@ def step_stacks(
 def _precondition(
     step: StackStep, stack: Stack, gradient: jax.Array, block: BlockState, old: StackState
 ) -> tuple[jax.Array, StackState]:
-    average, momentum = gradient, old.momentum
+    average, momentum, numbers = gradient, old.momentum, step.numbers
     if step.momentum is not None:
         average, momentum = average_heavy_ball(old.momentum, gradient, step.momentum, nesterov=step.nesterov)
-        weight = total_weight(step.momentum, step.numbers.count + (2 if step.nesterov else 1))
-        average = average * (jnp.asarray(1 - step.momentum, average.dtype) / weight.astype(average.dtype))
-    direction, block = map_blocks(step.rule.precondition, stack, step.numbers)(block, average, gradient=gradient)
+        weight = total_weight(step.momentum, numbers.count + (2 if step.nesterov else 1))
+        unit = jnp.asarray(1 - step.momentum, average.dtype) / weight.astype(average.dtype)
+        average = average * unit
+        numbers = numbers._replace(newest=unit * (1 + step.momentum) if step.nesterov else unit)
+    direction, block = map_blocks(step.rule.precondition, stack, numbers)(block, average, gradient=gradient)
     axes = list(range(direction.ndim))
     wide = upcast(direction)
     squared_norm = jnp.einsum(wide, axes, wide, axes, [0]).astype(jnp.float32)

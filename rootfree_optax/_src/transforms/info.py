@@ -32,6 +32,9 @@ def info(state: Any) -> dict[str, jax.Array]:
         shortened    how many directions of a block were shortened so far: below the length of AdamW's step, in silence
                      or where the momentum is far larger than the gradients, or to a trust radius. A rule that never
                      shortens has no such entry.
+        agreement    the averaged cosine between a block's gradient and the momentum before it, mean over all blocks.
+                     Near one, a higher learning rate would be faster; below zero, steps swing to and fro. A rule that
+                     does not average it has no such entry.
         idle_blocks  how many blocks had a gradient of zeros in the last step, or have seen none yet.
         update_rms   the root mean square of the last directions, over all entries of all blocks. Learning rate, weight
                      decay and what else follows in a chain come later.
@@ -70,6 +73,9 @@ def info(state: Any) -> dict[str, jax.Array]:
         counts = [(stack, getattr(stack.block, name, None)) for stack in stacks]
         if kept := [jnp.where(stack.size > 0, count, 0) for stack, count in counts if count is not None]:
             scalars[name] = _sum(kept, jnp.int32)
+    if averaging := [stack for stack in stacks if hasattr(stack.block, "agreement")]:
+        total = _sum([jnp.where(stack.size > 0, stack.block.agreement, 0) for stack in averaging], jnp.float32)
+        scalars["agreement"] = total / jnp.maximum(_sum([stack.size > 0 for stack in averaging], jnp.float32), 1)
     if scales := [(stack, scale) for stack in stacks for scale in _scales(stack)]:
         least = [jnp.min(jnp.where(stack.size > 0, scale, jnp.inf)) for stack, scale in scales]
         most = [jnp.max(jnp.where(stack.size > 0, scale, -jnp.inf)) for stack, scale in scales]
