@@ -389,7 +389,7 @@ class CurvatureRule(BlockRule):
         squares = jnp.sum(jnp.square(gradient)) * jnp.sum(jnp.square(before))
         is_known = (squares > 0) & jnp.isfinite(squares)
         cosine = jnp.where(is_known, jnp.sum(gradient * before), 0) / jnp.sqrt(jnp.where(is_known, squares, 1))
-        weight = jnp.asarray(newest, state.agreement.dtype)
+        weight = (newest * (1 - newest)).astype(state.agreement.dtype)  # zero where there was no gradient before
         return state.agreement + weight * (cosine.astype(state.agreement.dtype) - state.agreement)
 
     def _newton_length(
