@@ -56,7 +56,8 @@ def _require_claims(name: str, printed: str) -> None:
         for of_method in losses.values():
             assert of_method[2] < adamw[2]
             assert of_method[3] < adamw[3]
-        assert all(ours < theirs for ours, theirs in zip(losses["rf.kl_shampoo"], adamw, strict=True))
+        for method in ("rf.kl_shampoo", "rf.sirf_shampoo"):
+            assert all(ours < theirs for ours, theirs in zip(losses[method], adamw, strict=True))
 
 
 @of_each_notebook
