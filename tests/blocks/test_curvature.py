@@ -386,19 +386,42 @@ def test_before_the_first_refresh_a_step_is_as_long_as_after_it(rule):
     np.testing.assert_allclose(factors[0][0], damped * np.eye(4), rtol=1e-5)
 
 
-def test_factors_beyond_float16_end_at_its_range():
-    structures, gradient = [dense(3), dense(3)], jnp.eye(3)
-    rule = RootFree()
-    state = advance(rule, structures, [gradient])
-    narrow = tuple(tuple(part.astype(jnp.float16) for part in k) for k in state.factors)
-    usual = state.statistics
-    state = state._replace(factors=narrow)
+def long_streams():
+    """Returns the names of streams that move S or its scale, and their gradients [streams, steps, 3, 5]."""
+    rng = np.random.default_rng(0)
+    steps, noise = np.arange(2000), rng.standard_normal((2000, 3, 5))
+    sizes = {
+        "fading": 2.0 ** (-steps / 20),
+        "growing": 2.0 ** (steps / 20 - 100),
+        "spikes": np.where(rng.random(2000) < 0.1, 1e18, 1.0),
+        "rare spikes, downward": np.where(steps % 7 == 0, 1e-18, 1.0),
+    }
+    streams = {name: size[:, None, None] * noise for name, size in sizes.items()}
+    rank_one = rng.standard_normal((2000, 1, 1)) * np.outer([1.0, -2.0, 0.5], rng.standard_normal(5))
+    return [*streams, "rank one"], np.float32(np.stack([*streams.values(), rank_one]))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-3), (jnp.float16, 0.05)])
+def test_nothing_drifts_in_thousands_of_refreshes(dtype, tolerance):
+    """c·S₁ and S₂/c act alike, and so do 2ᵉ and a factor of S; a rank of one pushes the two S apart at every step."""
+    rule, structures, given = RootFree(), [dense(3), dense(5)], {"step": step(weight=0.05)}
+    given["structures"] = structures
 
     @quick_jit
-    def refresh(state, statistics):
-        state = state._replace(statistics=statistics, retained=jnp.float32(0.03))
-        return rule.refresh(state, gradient, structures=structures, step=step())
+    @jax.vmap
+    def run(gradients):
+        take_in = lambda state, g: (rule.refresh(rule.observe(state, g, **given), g, **given), None)
+        state = rule.start(rule.init(structures, [dtype] * 2), gradients[0], **given)
+        return jax.lax.scan(take_in, state, gradients)[0]
 
-    for _ in range(12):
-        state = refresh(state, ((1e-10 * jnp.eye(3),), usual[1]))
-    assert np.abs(np.float32(state.factors[0][0])).max() == np.float32(jnp.finfo(jnp.float16).max)
+    names, gradients = long_streams()
+    states = jax.device_get(run(jnp.asarray(gradients)))
+    for index, name in enumerate(names):
+        state = jax.tree.map(lambda leaf, index=index: leaf[index], states)
+        assert state.refused == 0, name
+        for parts, factor in zip(state.statistics, state.factors, strict=True):
+            s, k = as_matrix(parts), as_matrix(factor)
+            mean = np.trace(s) / len(s)
+            assert 2**-4 <= mean <= 2**4, name
+            error = k.T @ (s + DAMPING * mean * np.eye(len(s))) @ k - np.eye(len(s))
+            assert np.abs(error).max() < tolerance, (name, error)

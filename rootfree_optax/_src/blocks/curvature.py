@@ -32,13 +32,15 @@ from rootfree_optax._src.common.schedules import StepSize
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
 from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.numerics.polar import orthogonalize
-from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered, within_range
+from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered
 from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
 
 # A gradient that is this many times larger or smaller than the average, as a power of two, changes the scale.
 _LARGEST_SURPRISE = 2
 # An average of gradients that is longer than this beside them, in rms, is of gradients that are gone.
 _LARGEST_MOMENTUM = 2
+# Where mean(x²), S between two refreshes, and the momentum end, so that their squares are numbers.
+_LARGEST_POWER = 2.0**60
 # A block whose gradients are below this part of the whole tree's is rounding noise.
 _LEAST_PART = 1e-6
 # Products of square matrices: KᵀS̃K, and K times an inverse root.
@@ -295,7 +297,7 @@ class CurvatureRule(BlockRule):
             return state._replace(
                 statistics=tuple(statistics),
                 exponent=scaled.exponent,
-                power=average(state.power, scaled.power),
+                power=jnp.clip(average(state.power, scaled.power), 1 / _LARGEST_POWER, _LARGEST_POWER),
                 seen=state.seen + scaled.is_evidence.astype(state.seen.dtype),
                 retained=state.retained * (1 - weight),
             )
@@ -312,11 +314,12 @@ class CurvatureRule(BlockRule):
             absolute = scale_by_exponent(
                 jnp.asarray(step.absolute_damping / step.batch_size, state.power.dtype), -2 * state.exponent
             )
-            factors, damped = [], []
+            factors, damped, means = [], [], []
             for n, (structure, s, k) in enumerate(zip(structures, state.statistics, state.factors, strict=True)):
                 others = [t.astype(s[0].dtype) for j, t in enumerate(mean_inverse) if j != n]
                 paper = math.prod(others, start=absolute.astype(s[0].dtype))
-                damping = self._damping(structure, s, k, step.damping) + paper
+                means.append(structure.trace(s) / structure.dim)
+                damping = self._damping(structure, s, k, means[-1], step.damping) + paper
                 damped.append(structure.add_identity(s, damping))
                 excess = structure.add_identity(structure.congruence(k, damped[-1]), -shift)
                 factors.append(structure.times_inverse_root(k, excess, shift=shift, precision=self.precision))
@@ -324,19 +327,30 @@ class CurvatureRule(BlockRule):
             sizes = [max_abs(parts) for parts in (*kept, *(derived or ()))]
             is_finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, sizes))
             keep = is_finite & (state.seen > 0)
-            rounded = lambda new, old: round_dithered(within_range(new, old.dtype), old.dtype, step.count)
-            select = lambda new, old: jax.tree.map(lambda n, o: jnp.where(keep, rounded(n, o), o), new, old)
+            # c·S₁ and S₂/c act alike, so that nothing holds c, and gradients that fade or grow take S with them. So its
+            # powers of two go to 2ᵉ.
+            shifts = [jnp.where(keep, (exponent_of(mean) + 4) // 8, 0) for mean in means]
+            total = functools.reduce(jnp.add, shifts)
+            rescale = lambda factors, degree: tuple(
+                [tuple([scale_by_exponent(p, degree * n) for p in k]) for k, n in zip(factors, shifts, strict=True)]
+            )
+            store = lambda new, old: jnp.where(keep, round_dithered(new, old.dtype, step.count), old)
+            degree = round(8 * self.degrees[1])
             return state._replace(
-                factors=select(kept, state.factors),
-                preconditioners=None if derived is None else select(derived, state.preconditioners),
+                statistics=rescale(state.statistics, -8),
+                factors=jax.tree.map(store, rescale(kept, 4), state.factors),
+                preconditioners=derived and jax.tree.map(store, rescale(derived, degree), state.preconditioners),
+                exponent=state.exponent + 4 * total,
+                power=scale_by_exponent(state.power, -8 * total),
                 retained=jnp.where(keep, 1, state.retained),
+                last_momentum=scale_by_exponent(state.last_momentum, -4 * total),
                 refused=state.refused + (~is_finite).astype(jnp.int32),
             )
 
     @staticmethod
-    def _damping(structure: Structure, s: Parts, k: Parts, damping: ArrayLike) -> jax.Array:
+    def _damping(structure: Structure, s: Parts, k: Parts, mean: jax.Array, damping: ArrayLike) -> jax.Array:
         """Returns ρ·tr(S)/d, a scalar, or the least that the dtypes of K and S need."""
-        relative = jnp.asarray(damping, s[0].dtype) * structure.trace(s) / structure.dim
+        relative = jnp.asarray(damping, s[0].dtype) * mean
         resolution = float(jnp.finfo(s[0].dtype).eps) / 8
         floor = _LOW_PRECISION_FLOOR if is_low_precision(k[0].dtype) else resolution
         return jnp.maximum(relative, floor * jnp.sqrt(structure.squared_norm(s)))
@@ -346,7 +360,10 @@ class CurvatureRule(BlockRule):
     ) -> tuple[jax.Array, CurvatureState]:
         """Returns D at the length that `step_size` says."""
         with jax.named_scope("apply"):
-            scaled = scale_by_exponent(upcast(momentum), -state.exponent)
+            wide = upcast(momentum)
+            scaled = scale_by_exponent(wide, -state.exponent)
+            # A momentum of gradients that are gone may be as much larger as the step will be shorter.
+            scaled = jnp.where(jnp.isfinite(wide), jnp.clip(scaled, -_LARGEST_POWER, _LARGEST_POWER), wide)
             direction = self.precondition_momentum(state, scaled, structures)
             if self.step_size == "newton":
                 length, is_short = self._newton_length(state, scaled, direction, step)

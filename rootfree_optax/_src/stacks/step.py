@@ -19,6 +19,8 @@ from rootfree_optax._src.stacks.state import StackState, StackStep
 Blocks: TypeAlias = tuple[BlockState, ...]
 LazyStacks: TypeAlias = tuple[jax.Array, ...] | Callable[[], tuple[jax.Array, ...]]
 
+# Momentum adds gradients up, so that larger ones might overflow.
+_LARGEST = 2.0**100
 # Numbers in the factors that are refreshed at once: below that, products are too small to be fast.
 _MIN_ENTRIES_PER_REFRESH = 2**18
 
@@ -46,7 +48,8 @@ def _precondition(
 ) -> tuple[jax.Array, StackState]:
     average, momentum, numbers = gradient, old.momentum, step.numbers
     if step.momentum is not None:
-        average, momentum = average_heavy_ball(old.momentum, gradient, step.momentum, nesterov=step.nesterov)
+        limited = jnp.where(jnp.isfinite(gradient), jnp.clip(gradient, -_LARGEST, _LARGEST), gradient)
+        average, momentum = average_heavy_ball(old.momentum, limited, step.momentum, nesterov=step.nesterov)
         weight = total_weight(step.momentum, numbers.count + (2 if step.nesterov else 1))
         unit = jnp.asarray(1 - step.momentum, average.dtype) / weight.astype(average.dtype)
         average = average * unit
