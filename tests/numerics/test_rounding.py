@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rootfree_optax._src.numerics.rounding import round_dithered, saturate
+from rootfree_optax._src.numerics.rounding import round_dithered, saturate, truncate
 
 
 @given(
@@ -57,6 +57,17 @@ def test_saturation(value):
         limit = float(jnp.finfo(dtype).max)
         expected = np.clip(np.float32(value), -limit, limit)
         np.testing.assert_array_equal(np.float32(saturate(jnp.float32(value), dtype)), np.float32(expected))
+
+
+def test_an_average_in_float16_decays_to_zero():
+    """Rounded to nearest, 0.9 times five of the smallest numbers is five of them again."""
+    average = jnp.array([1.0, -1.0, 5 * 2.0**-24, -6e4, np.inf, 0.0], jnp.float16)
+    first = truncate(0.9 * average.astype(jnp.float32), jnp.float16)
+    np.testing.assert_array_equal(
+        np.float32(first), np.float32([0.89990234, -0.89990234, 4 * 2.0**-24, -53984, 65504, 0])
+    )
+    last = jax.lax.fori_loop(0, 400, lambda _, a: truncate(0.9 * a.astype(jnp.float32), jnp.float16), average)
+    np.testing.assert_array_equal(np.float32(last), 0)
 
 
 def test_no_dither_without_fewer_bits():

@@ -165,6 +165,24 @@ def test_half_precision_accumulators_follow_a_slow_average(dtype):
     np.testing.assert_allclose(np.float64(state.nu), expected, rtol=0.01)
 
 
+def test_a_square_beyond_float32_counts_as_the_largest_number():
+    """Kept as it was, s would make the step 1e18 times as long as a usual one."""
+    tx = rf.published.scale_by_rf_rms(batch_size=1e6)
+    direction, state = tx.update(jnp.array([1e18, 1.0, np.nan]), tx.init(jnp.zeros(3)))
+    np.testing.assert_allclose(state.nu, [np.finfo(np.float32).max, 0.8 + 0.2e6, 1.0], rtol=1e-6)
+    assert float(direction[0]) < 1e-19
+
+
+@pytest.mark.parametrize("make", [rf.published.scale_by_rf_rms, rf.published.scale_by_rf_adam])
+def test_undamped_zero_over_zero_is_zero(make):
+    """s reaches zero after 391 steps of RF-RMSProp, and 828 of RF-Adam."""
+    tx, zero = make(damping=0.0, batch_size=8), jnp.zeros(2)
+    step = lambda _, carry: tx.update(zero, carry[1])
+    direction, state = jax.lax.fori_loop(0, 2000, step, (zero, tx.init(zero)))
+    assert float(state.nu.max()) == 0
+    np.testing.assert_array_equal(direction, 0)
+
+
 def test_spike_is_forgotten():
     """A gradient of 10⁶ raises s at once, so the step stays bounded, and s returns at the rate of decay."""
     tx = rf.published.scale_by_rf_rms(decay=0.9, damping=0.0, batch_size=1)

@@ -30,7 +30,7 @@ from rootfree_optax._src.blocks.apply import apply_factors, apply_transposes
 from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step, Structures
 from rootfree_optax._src.common.schedules import StepSize
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
-from rootfree_optax._src.numerics.finite import max_abs
+from rootfree_optax._src.numerics.finite import max_abs, root_mean_square
 from rootfree_optax._src.numerics.polar import orthogonalize
 from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered
 from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
@@ -84,13 +84,6 @@ class CurvatureState(NamedTuple):
     agreement: jax.Array
 
 
-def root_mean_square(array: jax.Array) -> jax.Array:
-    """Returns √mean(a²), a scalar, where neither over- nor underflows."""
-    largest = jnp.max(jnp.abs(array))
-    unit = jnp.where(largest > 0, largest, 1)
-    return jnp.sqrt(jnp.mean(jnp.square(array / unit))) * unit
-
-
 class Scaled(NamedTuple):
     """A gradient in units in which a block's gradients are near one.
 
@@ -132,7 +125,7 @@ def scale_gradient(gradient: jax.Array, exponent: jax.Array, power: jax.Array, *
     is_evidence = (mean_square > 0) & jnp.isfinite(largest)
     mean_square = jnp.where(is_evidence, mean_square, 1)
     surprise = (top - exponent).astype(g.dtype) + 0.5 * (jnp.log2(mean_square) - jnp.log2(power.astype(g.dtype)))
-    excess = jnp.round(surprise - jnp.clip(surprise, -largest_surprise, largest_surprise)).astype(exponent.dtype)
+    excess = jnp.where(jnp.abs(surprise) > largest_surprise, jnp.round(surprise), 0).astype(exponent.dtype)
     new_exponent = jnp.where(is_evidence, exponent + excess, exponent)
     shift = jnp.clip(top - new_exponent, -60, 60)
     return Scaled(

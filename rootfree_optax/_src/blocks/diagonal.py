@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from rootfree_optax._src.blocks.momentum import keep_finite
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, upcast
+from rootfree_optax._src.numerics.finite import root_mean_square
 from rootfree_optax._src.numerics.rounding import round_dithered
 
 _LARGEST_SQUARED = 2.0**50
@@ -34,7 +35,9 @@ def moving_average(average: jax.Array, value: jax.Array, decay: ArrayLike) -> ja
 def second_moment(
     s: jax.Array, curvature: jax.Array, *, decay: ArrayLike, batch_size: ArrayLike, count: jax.Array
 ) -> jax.Array:
-    """Returns s ← decay·s + (1 − decay)·B·|c|², entries that would come out non-finite left as they were.
+    """Returns s ← decay·s + (1 − decay)·B·|c|²; entries whose c is not finite stay as they were.
+
+    What is beyond the range counts as the largest number.
 
     Args:
       s: the accumulator, real, any shape.
@@ -46,6 +49,9 @@ def second_moment(
     """
     square = _mean_square(curvature, s)
     average = moving_average(upcast(s), jnp.asarray(batch_size, square.dtype) * square, decay)
+    is_finite = jnp.isfinite(curvature)
+    is_finite = jnp.all(is_finite, axis=0) if curvature.ndim > s.ndim else is_finite
+    average = jnp.where(is_finite, jnp.minimum(average, jnp.asarray(jnp.finfo(s.dtype).max, average.dtype)), jnp.nan)
     return _round_finite(average, s, count)
 
 
@@ -68,11 +74,11 @@ def first_moment(m: jax.Array, gradient: jax.Array, *, decay: ArrayLike) -> tupl
 
 
 def root_free_direction(gradient: jax.Array, s: jax.Array, *, damping: ArrayLike) -> jax.Array:
-    """Returns g / (s + λ), of g's dtype. A non-finite entry of g stays non-finite."""
+    """Returns g / (s + λ), of g's dtype; zero over zero is zero. A non-finite entry of g stays non-finite."""
     wide = upcast(gradient)
     real = accumulation_dtype(gradient.dtype)
     curvature = s.astype(real) + jnp.asarray(damping, real)
-    return (wide / curvature.astype(wide.dtype)).astype(gradient.dtype)
+    return _divide(wide, curvature).astype(gradient.dtype)
 
 
 def averaged_direction(
@@ -143,12 +149,13 @@ def root_free_step(m: jax.Array, s: jax.Array, *, damping: ArrayLike) -> jax.Arr
       s: an average of their squares, of m's shape.
       damping: ρ ≥ 0, relative to the mean of s.
     """
-    relative, _ = damp_relatively(s, damping=damping)
-    direction = _divide(m, relative)
+    # From Adam's step, which is near one: m / s itself may leave the range.
+    relative, mean = damp_relatively(s, damping=damping)
     adam = _divide(m, jnp.sqrt(upcast(s)))
-    rms = lambda array: jnp.sqrt(jnp.mean(squared_magnitude(array)))
-    size = rms(direction)
-    return direction * (rms(adam) / jnp.where(size == 0, 1, size)).astype(direction.dtype)
+    root = jnp.sqrt(upcast(s) / jnp.where(mean == 0, 1, mean))
+    direction = _divide(adam * root.astype(adam.dtype), relative)
+    size = root_mean_square(direction)
+    return direction * (root_mean_square(adam) / jnp.where(size == 0, 1, size)).astype(direction.dtype)
 
 
 def newton_step(

@@ -1,4 +1,4 @@
-"""The largest entry of an array, and tests for finite entries."""
+"""The largest entry of an array and its root mean square, and tests for finite entries."""
 
 import functools
 
@@ -15,6 +15,14 @@ def max_abs(parts: tuple[jax.Array, ...]) -> jax.Array:
     of_bits = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[parts[0].dtype.itemsize]
     largest = [jnp.max(jax.lax.bitcast_convert_type(jnp.abs(part), of_bits), initial=0) for part in parts]
     return jax.lax.bitcast_convert_type(functools.reduce(jnp.maximum, largest), parts[0].dtype)
+
+
+def root_mean_square(array: jax.Array) -> jax.Array:
+    """Returns √mean(|a|²), a scalar, where neither over- nor underflows."""
+    size = jnp.abs(array)
+    largest = jnp.max(size)
+    unit = jnp.where(largest > 0, largest, 1)
+    return jnp.sqrt(jnp.mean(jnp.square(size / unit))) * unit
 
 
 def all_finite(tree: object) -> jax.Array:

@@ -38,6 +38,17 @@ def saturate(array: jax.Array, dtype: DTypeLike) -> jax.Array:
     return array.astype(dtype) if jnp.iscomplexobj(array) else within_range(array, dtype).astype(dtype)
 
 
+def truncate(array: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Casts a real array to float16 or float32, towards zero; entries outside of its range become the end of it.
+
+    A decaying average, rounded to nearest, would end at a few times the smallest number and stay there for ever.
+    """
+    nearest = saturate(array, dtype)
+    is_beyond = jnp.abs(nearest).astype(array.dtype) > jnp.abs(array)
+    bits = jax.lax.bitcast_convert_type(nearest, {2: jnp.int16, 4: jnp.int32}[nearest.dtype.itemsize])
+    return jax.lax.bitcast_convert_type(bits - is_beyond.astype(bits.dtype), dtype)
+
+
 def round_dithered(array: jax.Array, dtype: DTypeLike, count: jax.Array) -> jax.Array:
     """Rounds to a dtype of fewer bits so that the error averages to zero over consecutive steps.
 

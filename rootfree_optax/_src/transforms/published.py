@@ -32,8 +32,8 @@ def scale_by_rf_rms(
     and the direction is a damped Newton-like step, unaffected by a rescaling of the parameters as λ → 0. Complex
     gradients use |g|². All arithmetic is in at least float32.
 
-    A non-finite gradient leaves its entries of s as they were, as does a B·g² that overflows; the direction shows the
-    non-finite gradient, so that `optax.apply_if_finite` works.
+    A non-finite gradient leaves its entries of s as they were, and shows in the direction, so that
+    `optax.apply_if_finite` works. A B·g² that overflows counts as the largest number.
 
     Args:
       decay: 1 − β₂, in [0, 1): how much of s is kept at each step. A number, a traced scalar or a schedule.
