@@ -109,7 +109,7 @@ def test_a_gradient_is_limited_to_what_has_a_square():
 
 
 def test_an_undamped_step_of_huge_gradients_is_as_long_as_adams():
-    """m / s is 1e24 beside an entry of which s knows little: its square is no float32."""
+    """The quotient m / s is 1e24 beside an entry of which s knows little: its square is no float32."""
     m, s = jnp.asarray([1e12, 1e15, 3e14]), jnp.asarray([1e-12, 1e30, 1e28])
     root_free, adam = (np.float64(step) for step in (root_free_step(m, s, damping=0.0), adam_step(m, s, eps=0.0)))
     np.testing.assert_allclose(rms(root_free), rms(adam), rtol=1e-5)

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 import rootfree_optax as rf
 from rootfree_optax._src.structures.names import STRUCTURE_NAMES
 
-# 0.4 is the length of a block's step; a diagonal method's is at most Adam's, and rounded to bfloat16 once or twice.
-RMS = {"kronecker": 0.41, "diagonal": 1.5}
+# A block's step is 0.4 long in noise and 1 where gradients agree; a diagonal method's is at most Adam's.
+RMS = {"kronecker": 1.01, "diagonal": 1.5}
 KRONECKER = {"sirf_muon": rf.sirf_muon, "sirf_shampoo": rf.sirf_shampoo, "kl_shampoo": rf.kl_shampoo}
 OPTIMIZERS = {**KRONECKER, "rf_adamw": rf.rf_adamw, "rf_rmsprop": rf.rf_rmsprop}
 EVENTS = ("silence", "spike", "whisper", "nan", "inf", "rank one", "rows", "one entry", "change", "fade", "largest")

@@ -175,7 +175,7 @@ def test_a_square_beyond_float32_counts_as_the_largest_number():
 
 @pytest.mark.parametrize("make", [rf.published.scale_by_rf_rms, rf.published.scale_by_rf_adam])
 def test_undamped_zero_over_zero_is_zero(make):
-    """s reaches zero after 391 steps of RF-RMSProp, and 828 of RF-Adam."""
+    """The average s reaches zero after 391 steps of RF-RMSProp, and 828 of RF-Adam."""
     tx, zero = make(damping=0.0, batch_size=8), jnp.zeros(2)
     step = lambda _, carry: tx.update(zero, carry[1])
     direction, state = jax.lax.fori_loop(0, 2000, step, (zero, tx.init(zero)))
