@@ -217,10 +217,9 @@ def scale_by_sirf_shampoo(
     References:
       Lin et al. 2024, inverse-free Shampoo; the official code is the package `sirfshampoo`.
     """
-    validate.require_at_least("preconditioner_lr", preconditioner_lr, 0)
-    validate.require_constant(riemannian_momentum=riemannian_momentum, initial_scale=initial_scale)
-    validate.require_fraction("riemannian_momentum", riemannian_momentum)
-    validate.require_positive("initial_scale", initial_scale)
+    validate.require_number("preconditioner_lr", preconditioner_lr, validate.NON_NEGATIVE)
+    validate.require_number("riemannian_momentum", riemannian_momentum, validate.FRACTION, schedule=False)
+    validate.require_number("initial_scale", initial_scale, validate.POSITIVE, schedule=False)
     kept = None if validate.is_zero(riemannian_momentum) else riemannian_momentum
     return scale_by_kronecker(
         PublishedRefresh(kept, initial_scale, cache_preconditioner, precision),
@@ -361,8 +360,7 @@ def scale_by_rf_shampoo(
     References:
       Lin et al. 2024, Algorithm "RF-Shampoo".
     """
-    validate.require_at_least("preconditioner_lr", preconditioner_lr, 0)
-    validate.require_at_most("preconditioner_lr", preconditioner_lr, 1)
+    validate.require_number("preconditioner_lr", preconditioner_lr, validate.AT_MOST_ONE)
     return scale_by_kronecker(
         CholeskyInverse(precision),
         weight=preconditioner_lr,

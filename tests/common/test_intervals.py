@@ -46,9 +46,9 @@ def test_the_last_counts_do_not_overflow():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"maximum": 0}, "maximum must be at least one, got 0"),
-        ({"maximum": 3, "base": 1.0}, r"base must be greater than one, got 1\.0"),
-        ({"maximum": 3, "base": float("nan")}, "base must be greater than one, got nan"),
+        ({"maximum": 0}, "maximum must be a whole number of at least 1, as a Python int, got 0"),
+        ({"maximum": 3, "base": 1.0}, r"base must be finite and above 1, got 1\.0"),
+        ({"maximum": 3, "base": float("nan")}, "base must be finite and above 1, got nan"),
     ],
 )
 def test_numbers_out_of_range_are_refused(arguments, message):

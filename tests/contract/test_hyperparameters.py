@@ -10,19 +10,32 @@ import numpy as np
 import optax
 import pytest
 from checks import assert_close, make_gradients, make_params, quick_jit, refuses, run, scan
-from contract import ALL, CONSTRUCTORS, HYPERPARAMETERS, OPTIMIZERS, Case, numeric_parameters, over, tolerance_of
+from contract import (
+    ALL,
+    CONSTRUCTORS,
+    HYPERPARAMETERS,
+    INTERVALS,
+    OPTIMIZERS,
+    Case,
+    numeric_parameters,
+    over,
+    tolerance_of,
+)
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.contract)], ids=["float32", "bfloat16"]
 )
 FRACTION = (-0.1, 1.0, 1.5, math.nan)
-NON_NEGATIVE = (-1e-3, math.nan)
+NON_NEGATIVE = (-1e-3, math.nan, math.inf, np.float32("nan"), np.array(-1))
 REFUSED = {
     **dict.fromkeys(("decay", "b1", "b2", "momentum", "riemannian_momentum"), FRACTION),
-    **dict.fromkeys(("damping", "absolute_damping", "eps", "weight_decay", "initial_scale"), NON_NEGATIVE),
+    **dict.fromkeys(("learning_rate", "preconditioner_lr", "damping", "absolute_damping"), NON_NEGATIVE),
+    **dict.fromkeys(("eps", "weight_decay", "initial_scale"), NON_NEGATIVE),
     "statistics_decay": (0, 1.0, math.nan),
-    **dict.fromkeys(("batch_size", "trust_radius"), (0, -4, math.nan)),
+    **dict.fromkeys(("batch_size", "trust_radius"), (0, -4, math.nan, math.inf)),
 }
+# What a configuration file or a data pipeline gives in place of a number.
+NO_NUMBERS = ("1e-3", "cosine", [0.5], True, np.True_, 0.5j, np.array([0.5, 0.5]), jnp.ones(1), {})
 
 
 def first_values(case: Case) -> dict[str, float]:
@@ -169,6 +182,38 @@ def test_vmap_over_hyperparameters_equals_a_loop(case: Case) -> None:
 def test_python_numbers_out_of_range_are_refused_at_construction(case: Case, name: str, value: float) -> None:
     with refuses(ValueError, name, str(value)):
         case(**{name: value})
+
+
+@over(CONSTRUCTORS)
+def test_what_is_no_number_is_refused_at_construction_by_name(case: Case) -> None:
+    for name in (*numeric_parameters(case.make), *set(INTERVALS) & set(case.parameters)):
+        for value in NO_NUMBERS:
+            with refuses(TypeError, f"{name} must be", repr(value)):
+                case(**{name: value})
+    with refuses(TypeError, "0.001 without quotes"):
+        case(damping="1e-3")
+    for name in {"nesterov", "bias_correction"} & set(case.parameters):
+        with refuses(ValueError, name, "'false'"):
+            case(**{name: "false"})
+
+
+@over(CONSTRUCTORS)
+def test_numbers_of_numpy_and_arrays_without_axes_are_numbers(case: Case) -> None:
+    for make in (np.float32, np.float64, np.array, jnp.asarray):
+        # An array of a number without effect would pass for one that inject_hyperparams has traced.
+        case(**{name: make(HYPERPARAMETERS[name][0]) for name in case.numeric})
+    for make in (int, np.int64, np.array, jnp.asarray):
+        case(**{name: make(3) for name in set(INTERVALS) & set(case.parameters)})
+
+
+@over(CONSTRUCTORS)
+def test_a_schedule_that_returns_no_number_is_refused_by_name_at_the_first_trace(case: Case) -> None:
+    params = make_params()
+    for name in case.schedulable:
+        for schedule in (lambda count: jnp.ones(2), lambda count: "1e-3", lambda count: optax.constant_schedule(0.1)):
+            tx = case(**{name: schedule})
+            with refuses(TypeError, "the schedule", "must be a real number"):
+                jax.eval_shape(tx.update, params, tx.init(params), params)
 
 
 @over(CONSTRUCTORS)

@@ -227,7 +227,7 @@ def test_a_rule_that_cannot_be_undone_is_an_error() -> None:
         (lambda: Group(("a", "a"), jnp.add, jnp.split), r"must be distinct, got \('a', 'a'\)"),
         (lambda: flatten("("), r"pattern must be a regular expression, got '\('"),
         (lambda: weight_and_bias(output_axis=1), r"output_axis must be -1 \(the last axes\) or 0 .* got 1"),
-        (lambda: as_matrix("q", 0), "rows must be at least 1, got 0"),
+        (lambda: as_matrix("q", 0), "rows must be a whole number of at least 1, as a Python int, got 0"),
     ],
 )
 def test_bad_rules_are_refused_at_construction(make: object, message: str) -> None:

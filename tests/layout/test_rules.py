@@ -152,11 +152,23 @@ def test_factor_dtypes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"max_dense_dim": 0}, ValueError, "max_dense_dim must be at least 1, got 0"),
-        ({"max_dense_dim": None}, TypeError, "max_dense_dim must be an integer, got None"),
-        ({"block_size": 0}, ValueError, "block_size must be at least 1, got 0"),
-        ({"block_size": 2.0}, TypeError, r"block_size must be an integer, got 2\.0"),
-        ({"merge_dims": -1}, ValueError, "merge_dims must be at least 1, got -1"),
+        (
+            {"max_dense_dim": 0},
+            ValueError,
+            "max_dense_dim must be a whole number of at least 1, as a Python int, got 0",
+        ),
+        (
+            {"max_dense_dim": None},
+            ValueError,
+            "max_dense_dim must be a whole number of at least 1, as a Python int, got None",
+        ),
+        ({"block_size": 0}, ValueError, "block_size must be a whole number of at least 1, as a Python int, got 0"),
+        (
+            {"block_size": 2.0},
+            ValueError,
+            r"block_size must be a whole number of at least 1, as a Python int, got 2\.0",
+        ),
+        ({"merge_dims": -1}, ValueError, "merge_dims must be a whole number of at least 1, as a Python int, got -1"),
         ({"structure": "dance"}, ValueError, "unknown structure 'dance'"),
         ({"structure": ("dense", "dance")}, ValueError, "unknown structure 'dance'"),
         ({"structure": {2: "dance"}}, ValueError, "unknown structure 'dance'.*given for parameters of 2 axes"),

@@ -72,9 +72,9 @@ def test_what_is_no_rule_is_refused():
     ("setting", "message"),
     [
         ({"refresh_every": 0}, "refresh_every must be a whole number of at least 1, got 0"),
-        ({"preconditioner_lr": -0.1}, r"preconditioner_lr must be at least 0, got -0\.1"),
-        ({"damping": float("nan")}, "damping must be at least 0, got nan"),
-        ({"batch_size": 0}, "batch_size must be positive, got 0"),
+        ({"preconditioner_lr": -0.1}, r"preconditioner_lr must be .*, got -0\.1"),
+        ({"damping": float("nan")}, "damping must be a finite number of at least 0, got nan"),
+        ({"batch_size": 0}, "batch_size must be a finite positive number, got 0"),
     ],
     ids=str,
 )
@@ -84,5 +84,5 @@ def test_numbers_out_of_range_are_refused_at_construction(make, setting, message
 
 
 def test_more_than_the_newest_curvature_is_refused_with_inverses():
-    with pytest.raises(ValueError, match=r"preconditioner_lr must be at most 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"preconditioner_lr must be in \[0, 1\], got 1\.5"):
         rf.published.scale_by_rf_shampoo(1.5)

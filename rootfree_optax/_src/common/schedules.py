@@ -13,13 +13,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.common.validate import (
-    is_zero,
-    require_at_least,
-    require_choice,
-    require_constant,
-    require_positive,
-)
+from rootfree_optax._src.common import validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +37,12 @@ _MISSING_BATCH_SIZE = (
 _LARGEST_COUNT = np.iinfo(np.int32).max
 
 
-def value_at(hyperparameter: optax.ScalarOrSchedule, count: jax.Array) -> ArrayLike:
+def value_at(name: str, hyperparameter: optax.ScalarOrSchedule, count: jax.Array) -> ArrayLike:
     """Returns a hyperparameter's value at step `count`: a schedule is called, anything else is its own value."""
-    value: ArrayLike = hyperparameter(count) if callable(hyperparameter) else hyperparameter
+    if not callable(hyperparameter):
+        return hyperparameter
+    value: ArrayLike = hyperparameter(count)
+    validate.require_scalar(f"what the schedule {name} returns", value)
     return value
 
 
@@ -57,7 +54,7 @@ def is_due(interval: RefreshEvery, count: jax.Array) -> jax.Array | bool | Stagg
     """
     if isinstance(interval, Staggered):
         return interval
-    if isinstance(interval, int):
+    if isinstance(interval, numbers.Integral):
         return True if interval == 1 else count % interval == 0
     due = jnp.asarray(interval(count) if callable(interval) else interval)
     return due if due.dtype == jnp.bool_ else count % due.astype(count.dtype) == 0
@@ -80,9 +77,7 @@ def staggered(period: int) -> Staggered:
       >>> import jax.numpy as jnp, rootfree_optax as rf
       >>> tx = rf.sirf_shampoo(1e-3, refresh_every=rf.staggered(10))
     """
-    if not isinstance(period, int) or isinstance(period, bool) or period < 1:
-        raise ValueError(f"period must be a whole number of at least 1, as a Python int, got {period!r}.")
-    return Staggered(period)
+    return Staggered(validate.whole_number("period", period))
 
 
 def require_step_size(step_size: Any, absolute_damping: Any, batch_size: Any) -> None:
@@ -92,13 +87,12 @@ def require_step_size(step_size: Any, absolute_damping: Any, batch_size: Any) ->
       ValueError: for a number out of range, or for a number without effect on a step of AdamW's length.
       TypeError: for a batch size that is a schedule.
     """
-    require_choice("step_size", step_size, ("adamw", "newton"))
-    require_at_least("absolute_damping", absolute_damping, 0)
-    require_constant(batch_size=batch_size)
-    require_positive("batch_size", batch_size)
+    validate.require_choice("step_size", step_size, ("adamw", "newton"))
+    validate.require_number("absolute_damping", absolute_damping, validate.NON_NEGATIVE)
+    require_batch_size(batch_size)
     for name, value in (("batch_size", batch_size), ("absolute_damping", absolute_damping)):
         # An array may be a default of zero that `optax.inject_hyperparams` has traced.
-        is_off = value is None or is_zero(value) or isinstance(value, jax.Array)
+        is_off = value is None or validate.is_zero(value) or isinstance(value, jax.Array)
         if step_size == "adamw" and not is_off:
             raise ValueError(
                 f"{name} takes effect with step_size='newton' alone, got {value!r}: AdamW's length depends on "
@@ -106,16 +100,20 @@ def require_step_size(step_size: Any, absolute_damping: Any, batch_size: Any) ->
             )
 
 
+def require_batch_size(batch_size: Any) -> None:
+    """Raises a ValueError or TypeError unless B is a positive number, a traced scalar or None."""
+    validate.require_number("batch_size", batch_size, validate.POSITIVE, schedule=False, optional=True)
+
+
 def resolve_batch_size(at_update: ArrayLike | None, at_construction: ArrayLike | None) -> ArrayLike:
     """Returns the batch size of this step; the one given to `update` wins.
 
     Raises:
-      ValueError: if neither is given, or if the one given to `update` is a Python number that is not positive.
-      TypeError: if that is a schedule.
+      ValueError: if neither is given, or if the one given to `update` is known not to be positive.
+      TypeError: if that is no number.
     """
     if at_update is not None:
-        require_constant(batch_size=at_update)
-        require_positive("batch_size", at_update)
+        require_batch_size(at_update)
         return at_update
     if at_construction is None:
         raise ValueError(_MISSING_BATCH_SIZE)
@@ -135,7 +133,7 @@ def complement(decay: optax.ScalarOrSchedule, every: Interval) -> optax.ScalarOr
     elif not callable(every) and jnp.result_type(every) != jnp.bool_:
         power = jnp.asarray(every, jnp.float32)
     if callable(decay):
-        return lambda count: 1 - decay(count) ** power
+        return lambda count: 1 - value_at("statistics_decay", decay, count) ** power
     return 1 - decay**power
 
 
@@ -162,10 +160,10 @@ def growing(maximum: int, *, base: float = 4.0) -> Callable[[jax.Array], jax.Arr
       >>> [step for step in range(26) if due(jnp.int32(step))]
       [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 19, 21, 23, 25]
     """
-    if maximum < 1:
-        raise ValueError(f"maximum must be at least one, got {maximum}.")
-    if not base > 1:
-        raise ValueError(f"base must be greater than one, got {base}.")
+    maximum = validate.whole_number("maximum", maximum)
+    validate.require_number(
+        "base", base, validate.Range("finite and above 1", lambda x: 1 < x < math.inf), schedule=False
+    )
     # The interval n is in force from its first refresh to that of n + 1: a multiple of n steps later, and the first
     # such at which ⌊log_base(k + 1)⌋ has reached n + 1.
     starts = [0]

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -27,30 +28,49 @@ def has_none(tree: Any) -> bool:
 
 
 def require_inexact(params: Any) -> None:
-    """Raises a TypeError for a parameter that is neither real nor complex floating point."""
+    """Raises a TypeError for a parameter that is neither real nor complex floating point of 16 bits at least."""
     for path, leaf in named_leaves(params).items():
-        if leaf is not None and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            raise TypeError(
-                f"parameters must be floating point, got {jnp.result_type(leaf)} at {path!r}. Exclude it from the "
-                "optimizer with optax.masked or optax.partition."
-            )
+        if leaf is not None and not _is_of_kind(leaf, jnp.inexact):
+            raise _refusal(path, leaf, "floating point")
 
 
-def real_shapes(params: Any) -> tuple[tuple[str, Shape], ...]:
+def _is_of_kind(leaf: Any, kind: Any) -> bool:
+    """Returns whether a leaf is an array or a number of such a dtype, of 16 bits at least."""
+    dtype = getattr(leaf, "dtype", None) or np.dtype(type(leaf))
+    return jnp.issubdtype(dtype, kind) and dtype.itemsize > 1
+
+
+def _refusal(path: str, leaf: Any, kind: str) -> TypeError:
+    dtype = getattr(leaf, "dtype", None)
+    remedy = "Exclude it from the optimizer with optax.masked or optax.partition."
+    if dtype is None:
+        remedy += " Of an Equinox model, give init eqx.filter(model, eqx.is_inexact_array)."
+    elif jnp.issubdtype(dtype, jnp.complexfloating):
+        remedy = "Wrap the optimizer in optax.contrib.split_real_and_imaginary, or use optax.partition."
+    found = repr(leaf) if dtype is None else dtype
+    return TypeError(f"parameters must be {kind} of at least 16 bits, got {found} at {path!r}. {remedy}")
+
+
+def real_shapes(params: Any, gradients: Any = None) -> tuple[tuple[str, Shape], ...]:
     """Returns the parameters' key paths and shapes.
+
+    Args:
+      params: the parameters.
+      gradients: a tree like them. What is no array of real floating point and has no gradient, such as a function in a
+        model, is no parameter.
 
     Raises:
       TypeError: for a parameter that is not real floating point.
       ValueError: for two parameters with the same key path, as in {'a/b': x, 'a': {'b': y}}.
     """
     shapes: dict[str, Shape] = {}
+    others = named_leaves(gradients)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = path_of(keys)
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(
-                f"parameters must be real floating point, got {jnp.result_type(leaf)} at {path!r}. Give it to another "
-                "optimizer with optax.partition."
-            )
+        if not _is_of_kind(leaf, jnp.floating):
+            if gradients is not None and others.get(path) is None:
+                continue
+            raise _refusal(path, leaf, "real floating point")
         if path in shapes:
             raise ValueError(f"parameters must have distinct key paths, but two of them have {path!r}.")
         shapes[path] = jnp.shape(leaf)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rootfree_optax._src.common.trees import Shape
+from rootfree_optax._src.common.validate import whole_number
 from rootfree_optax._src.layout.paths import require_expression, require_match
 
 # What layers call a weight and its bias: in Flax, Haiku, Equinox.
@@ -366,6 +367,5 @@ def as_matrix(pattern: str, rows: int) -> Group:
       >>> [stack.shape for stack in plan.stacks]
       [(16, 16)]
     """
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, got {rows}.")
+    rows = whole_number("rows", rows)
     return Group((), _ToMatrix(rows), _reshape, pattern, _HasMoreAxes(rows))

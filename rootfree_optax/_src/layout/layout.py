@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rootfree_optax._src.common import trees
 from rootfree_optax._src.common.trees import Shape
-from rootfree_optax._src.common.validate import require_at_least
+from rootfree_optax._src.common.validate import whole_number
 from rootfree_optax._src.layout import rules
 from rootfree_optax._src.layout.group import Assignment, Group, assign, join_shapes, require_groups
 from rootfree_optax._src.layout.paths import EMBEDDINGS, plain_paths, require_match
@@ -117,17 +117,16 @@ class Layout:
             value = getattr(self, name)
             if value is None and name != "max_dense_dim":
                 continue
-            if not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {value!r}.")
-            require_at_least(name, value, 1)
+            object.__setattr__(self, name, whole_number(name, value))
         if not isinstance(self.group, tuple) or not all(isinstance(rule, Group) for rule in self.group):
             raise TypeError(f"group must be a tuple of Group rules, got {self.group!r}.")
 
-    def plan(self, params: Any) -> Plan:
+    def plan(self, params: Any, gradients: Any = None) -> Plan:
         """Returns the plan of a tree of parameters, without any computation; cached by key paths and shapes.
 
         Args:
           params: a tree of arrays, `jax.ShapeDtypeStruct`s or tracers. None stands for no parameter.
+          gradients: a tree like the parameters. What is no floating-point array and has no gradient is no parameter.
 
         Returns:
           The plan.
@@ -137,7 +136,7 @@ class Layout:
           ValueError: for a rule that does not fit a parameter, a regular expression that matches none, or two
             parameters with the same key path. The message names the key path, or the nearest ones.
         """
-        return _plan(self, trees.real_shapes(params))
+        return _plan(self, trees.real_shapes(params, gradients))
 
 
 class _Parameter(NamedTuple):

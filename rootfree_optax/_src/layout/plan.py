@@ -85,7 +85,7 @@ class Plan:
         """Packs a tree like the parameters into stacks.
 
         Args:
-          tree: arrays of the parameters' shapes. None, for a parameter without a gradient, becomes NaN. Parameters
+          tree: arrays of the parameters' shapes. None, for a parameter without a gradient, becomes −∞. Parameters
             without factors (`rest`) are skipped.
           name: the tree's name in an error message.
           relayout: reshards arrays on their way to blocks, see `Unit.to_blocks`.

@@ -1,6 +1,7 @@
 """The user's rules: which axes index layers, which parameters have factors, and their structures and dtypes."""
 
 import dataclasses
+import numbers
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -62,7 +63,7 @@ def require_structure_rule(rule: StructureRule) -> None:
     """Raises a ValueError or TypeError for an invalid rule or an unknown structure."""
     if isinstance(rule, Mapping):
         for ndim, structure in rule.items():
-            if not isinstance(ndim, int) or ndim < 1:
+            if not isinstance(ndim, numbers.Integral) or ndim < 1:
                 raise ValueError(
                     f"structure must map numbers of axes, at least 1, to structures; got the key {ndim!r}."
                 )
@@ -145,7 +146,7 @@ def factor_dtypes_of(rule: DTypeRule, owner: str, axes: int) -> tuple[jnp.dtype 
 
 def require_dtype_rule(rule: DTypeRule) -> None:
     """Raises a ValueError for a dtype that is not real floating point, or a key that is not a number of axes."""
-    if isinstance(rule, Mapping) and not all(isinstance(ndim, int) and ndim >= 1 for ndim in rule):
+    if isinstance(rule, Mapping) and not all(isinstance(ndim, numbers.Integral) and ndim >= 1 for ndim in rule):
         raise ValueError(f"factor_dtype must map numbers of axes, at least 1, to dtypes; got the keys {list(rule)}.")
     for per_axes in rule.values() if isinstance(rule, Mapping) else [rule]:
         for dtype in per_axes if isinstance(per_axes, tuple) else [per_axes]:
@@ -170,7 +171,7 @@ def require_layer_rule(rule: LayerRule) -> None:
 
 def _are_positions(value: Any) -> bool:
     positions = value if isinstance(value, tuple) else (value,)
-    return all(isinstance(position, int) and not isinstance(position, bool) for position in positions)
+    return all(isinstance(position, numbers.Integral) and not isinstance(position, bool) for position in positions)
 
 
 def layer_axes_of(rule: LayerRule, path: str, shape: Shape) -> tuple[int, ...]:

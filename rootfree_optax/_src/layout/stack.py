@@ -79,7 +79,7 @@ def stack(
     """Concatenates arrays of blocks into stacks.
 
     Args:
-      pieces: one array [n, *block] for each placement, or None for blocks of NaN.
+      pieces: one array [n, *block] for each placement, or None for blocks of −∞.
       placements: the places of the pieces, as returned by `place`.
       stacks: the stacks to fill.
 
@@ -93,7 +93,7 @@ def stack(
     for target, parts in zip(stacks, members, strict=True):
         dtype = widest([piece.dtype for piece, _ in parts if piece is not None])
         filled = [
-            jnp.full((count, *target.shape), jnp.nan, dtype) if piece is None else piece.astype(dtype)
+            jnp.full((count, *target.shape), -jnp.inf, dtype) if piece is None else piece.astype(dtype)
             for piece, count in parts
         ]
         arrays.append(filled[0] if len(filled) == 1 else jax.lax.concatenate(filled, 0))

@@ -1,38 +1,22 @@
 """Functions of each device's part of an array, and functions that the compiler partitions."""
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
+from rootfree_optax._src.common.compiled import Static, take_arrays
 from rootfree_optax._src.mesh.state_shardings import AnyMesh
 
 Axes = tuple[str, ...]
-_ARRAY = object()
 
 
 def axes_of_type(mesh: AnyMesh, *kinds: AxisType) -> Axes:
     """Returns the names of the mesh's axes of the given types."""
     return tuple(axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind in kinds)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """A tree without its arrays. It is hashable, so that compiled programs are found by it."""
-
-    structure: Any
-    values: tuple[Any, ...]  # _ARRAY where an array was
-
-    def insert(self, arrays: Sequence[jax.Array]) -> Any:
-        """Returns the tree with arrays in their places."""
-        remaining = iter(arrays)
-        leaves = [next(remaining) if value is _ARRAY else value for value in self.values]
-        return jax.tree.unflatten(self.structure, leaves)
 
 
 def map_shards(mesh: AnyMesh, axes: Axes, function: Callable[..., Any], replicated: int, *arguments: Any) -> Any:
@@ -45,16 +29,14 @@ def map_shards(mesh: AnyMesh, axes: Axes, function: Callable[..., Any], replicat
       replicated: how many of the first arguments every device has whole: trees of arrays and of hashable values.
       *arguments: trees of arrays, and in the first ones of hashable values.
     """
-    leaves, structure = jax.tree.flatten(arguments[:replicated])
-    values = tuple(_ARRAY if isinstance(leaf, jax.Array | np.ndarray) else leaf for leaf in leaves)
-    arrays = [leaf for leaf, value in zip(leaves, values, strict=True) if value is _ARRAY]
-    return _map_shards(mesh, axes, function, _Static(structure, values), arrays, arguments[replicated:])
+    static, arrays = take_arrays(arguments[:replicated])
+    return _map_shards(mesh, axes, function, static, arrays, arguments[replicated:])
 
 
 # Compiled even when called outside `jax.jit`: eagerly, jax.shard_map compiles each small operation by itself.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
 def _map_shards(
-    mesh: AnyMesh, axes: Axes, function: Callable[..., Any], static: _Static, arrays: list[jax.Array], parts: Any
+    mesh: AnyMesh, axes: Axes, function: Callable[..., Any], static: Static, arrays: list[jax.Array], parts: Any
 ) -> Any:
     spec = PartitionSpec(axes)
     return jax.shard_map(

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rootfree_optax._src.layout import Plan
 from rootfree_optax._src.layout.split import RelayoutFn
@@ -197,13 +197,18 @@ class LocalStacks(DividedStacks):
 
 def _replicate(tree: Any) -> Any:
     """Replicates arrays that carry a sharding in their type: blocks are cut across its boundaries."""
-    return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, PartitionSpec()) if any(_spec(leaf)) else leaf, tree)
+    return jax.tree.map(lambda leaf: _reshard(leaf, leaf, PartitionSpec()), tree)
 
 
 def _shard_like(tree: Any, reference: Any) -> Any:
     """Gives arrays the shardings that others carry in their types."""
-    shard = lambda leaf, like: jax.sharding.reshard(leaf, _spec(like)) if any(_spec(like)) else leaf
-    return jax.tree.map(shard, tree, reference)
+    return jax.tree.map(lambda leaf, like: _reshard(leaf, like, _spec(like)), tree, reference)
+
+
+def _reshard(leaf: jax.Array, reference: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Returns an array with a sharding on the mesh of another's type, if that is sharded; no mesh need be set."""
+    sharding = jax.typeof(reference).sharding
+    return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, spec)) if any(sharding.spec) else leaf
 
 
 def _spec(leaf: jax.Array) -> PartitionSpec:

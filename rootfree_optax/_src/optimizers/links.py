@@ -59,7 +59,7 @@ def add_decayed_weights(
       >>> updates.dtype
       dtype(bfloat16)
     """
-    validate.require_at_least("weight_decay", weight_decay, 0)
+    validate.require_number("weight_decay", weight_decay, validate.NON_NEGATIVE)
 
     def update(
         updates: optax.Updates, state: LinkState, params: optax.Params | None = None, **extra_args: Any
@@ -67,7 +67,9 @@ def add_decayed_weights(
         del extra_args
         if params is None:
             raise ValueError("weight decay needs the parameters: call tx.update(grads, state, params).")
-        factor = jnp.asarray(schedules.value_at(weight_decay, state.step))  # once in the program, for all parameters
+        factor = jnp.asarray(
+            schedules.value_at("weight_decay", weight_decay, state.step)
+        )  # once in the program, for all parameters
         updates = trees.map_gradients(functools.partial(_add_scaled, factor), updates, params)
         return updates, LinkState(optax.safe_increment(state.step))
 
@@ -111,8 +113,7 @@ def heavy_ball(
       >>> print(velocity)
       1.75
     """
-    validate.require_constant(momentum=momentum)
-    validate.require_fraction("momentum", momentum)
+    validate.require_number("momentum", momentum, validate.FRACTION, schedule=False, optional=True)
     validate.require_floating_dtype("mu_dtype", mu_dtype)
     if momentum is None:
         return optax.with_extra_args_support(optax.identity())
@@ -137,14 +138,19 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
     """Multiplies updates by −learning_rate, keeping their dtype.
 
     Args:
-      learning_rate: a number, a traced scalar or a schedule. The state is the same for all of these.
+      learning_rate: at least 0. A number, a traced scalar or a schedule. The state is the same for all of these.
+
+    Raises:
+      ValueError: for a negative or infinite number.
+      TypeError: for anything else, such as a string.
     """
+    validate.require_number("learning_rate", learning_rate, validate.NON_NEGATIVE)
 
     def update(
         updates: optax.Updates, state: LinkState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, LinkState]:
         del params, extra_args
-        factor = -jnp.asarray(schedules.value_at(learning_rate, state.step))
+        factor = -jnp.asarray(schedules.value_at("learning_rate", learning_rate, state.step))
         updates = trees.map_gradients(functools.partial(_multiply, factor), updates)
         return updates, LinkState(optax.safe_increment(state.step))
 

@@ -45,6 +45,7 @@ class StackStep(NamedTuple):
       refresh: whether preconditioners are refreshed, or how in turn.
       momentum: the decay of the gradients' average; None without momentum.
       nesterov: whether that average is Nesterov's.
+      has_missing: whether there may be blocks of −∞, of parameters without a gradient.
     """
 
     stacks: tuple[Stack, ...]
@@ -54,6 +55,7 @@ class StackStep(NamedTuple):
     refresh: Due
     momentum: ArrayLike | None
     nesterov: bool
+    has_missing: bool = False
 
 
 def init_stacks(

@@ -37,7 +37,9 @@ def step_stacks(
       states: of the stacks.
     """
     blocks = start_blocks(step, samples, states)
-    blocks = observe_when_due(step, samples, blocks)
+    if step.observe is not None:
+        observe = functools.partial(_map_stacks, step, step.rule.observe, samples, blocks)
+        blocks = observe() if step.observe is True else jax.lax.cond(step.observe, observe, lambda old=blocks: old)
     blocks = refresh_when_due(step, samples, blocks)
     stepped = [_precondition(step, *of_stack) for of_stack in zip(step.stacks, gradients, blocks, states, strict=True)]
     return tuple([direction for direction, _ in stepped]), tuple([state for _, state in stepped])
@@ -59,6 +61,10 @@ def _precondition(
     wide = upcast(direction)
     squared_norm = jnp.einsum(wide, axes, wide, axes, [0]).astype(jnp.float32)
     largest = jnp.max(jnp.abs(gradient), tuple(axes[1:])).astype(jnp.float32)
+    if step.has_missing:
+        is_missing = jnp.max(gradient, tuple(axes[1:])) == -jnp.inf
+        squared_norm = jnp.where(is_missing, old.squared_norm, squared_norm)
+        largest = jnp.where(is_missing, old.largest_gradient, largest)
     return direction, StackState(block, momentum, squared_norm, largest, old.size)
 
 
@@ -113,14 +119,6 @@ def _is_first(sample: jax.Array, waits: jax.Array) -> jax.Array:
 
 def _any(flags: Sequence[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.logical_or, map(jnp.any, flags))
-
-
-def observe_when_due(step: StackStep, samples: LazyStacks, blocks: Blocks) -> Blocks:
-    """Returns the blocks' states after their statistics have taken in a gradient, where that is due."""
-    if step.observe is None:
-        return blocks
-    observe = functools.partial(_map_stacks, step, step.rule.observe, samples, blocks)
-    return observe() if step.observe is True else jax.lax.cond(step.observe, observe, lambda: blocks)
 
 
 def refresh_when_due(step: StackStep, samples: LazyStacks, blocks: Blocks) -> Blocks:

@@ -58,10 +58,9 @@ def scale_by_relative_adam(
       >>> print(direction.round(3))
       [1. 1.]
     """
-    validate.require_constant(b1=b1)
-    validate.require_fraction("b1", b1)
-    validate.require_fraction("b2", b2)
-    validate.require_at_least("eps", eps, 0)
+    validate.require_number("b1", b1, validate.FRACTION, schedule=False)
+    validate.require_number("b2", b2, validate.FRACTION)
+    validate.require_number("eps", eps, validate.NON_NEGATIVE)
     validate.require_floating_dtype("mu_dtype", mu_dtype)
 
     def init(params: optax.Params) -> RelativeAdamState:
@@ -72,7 +71,7 @@ def scale_by_relative_adam(
     ) -> tuple[optax.Updates, RelativeAdamState]:
         del params, extra_args
         step = optax.safe_increment(state.step)
-        decay, epsilon = schedules.value_at(b2, state.step), schedules.value_at(eps, state.step)
+        decay, epsilon = schedules.value_at("b2", b2, state.step), schedules.value_at("eps", eps, state.step)
         numbers = _Numbers(
             b1=jnp.asarray(b1),
             b2=jnp.asarray(decay),

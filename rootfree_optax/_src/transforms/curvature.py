@@ -278,10 +278,11 @@ def _scale_by_curvature(
     **others: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the transformation of a rule, its numbers checked."""
-    validate.require_below_one("statistics_decay", statistics_decay)
+    validate.require_number("statistics_decay", statistics_decay, validate.BELOW_ONE)
+    validate.require_interval("statistics_every", statistics_every)
+    validate.require_choice("nesterov", nesterov, (False, True))
     schedules.require_step_size(rule.step_size, absolute_damping, batch_size)
-    validate.require_constant(trust_radius=rule.trust_radius)
-    validate.require_positive("trust_radius", rule.trust_radius)
+    validate.require_number("trust_radius", rule.trust_radius, validate.POSITIVE, schedule=False, optional=True)
     if rule.trust_radius is not None and rule.step_size == "adamw":
         raise ValueError(
             f"trust_radius takes effect with step_size='newton' alone, got {rule.trust_radius!r}: AdamW's length is "

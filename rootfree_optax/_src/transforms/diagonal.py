@@ -100,7 +100,7 @@ def scale_by_rf_rms(
       https://arxiv.org/abs/2402.03496
     """
     at_construction = batch_size
-    validate.require_fraction("decay", decay)
+    validate.require_number("decay", decay, validate.FRACTION)
     _require_valid(damping, absolute_damping, step_size, batch_size, nu_dtype=nu_dtype)
 
     def init(params: optax.Params) -> ScaleByRfRmsState:
@@ -119,7 +119,7 @@ def scale_by_rf_rms(
         del params, extra_args
         count = optax.safe_increment(state.count)
         updates, curvature = jax.tree.map(limit_to_squares, (updates, curvature))
-        average = functools.partial(average_square, decay=schedules.value_at(decay, state.count), count=count)
+        average = functools.partial(average_square, decay=schedules.value_at("decay", decay, state.count), count=count)
         nu = update_squares(average, state.nu, updates, curvature)
         step = _step(step_size, damping, absolute_damping, batch_size, at_construction, state.count)
         direction = trees.map_gradients(lambda g, s: step(upcast(g), s).astype(g.dtype), updates, nu)
@@ -179,9 +179,8 @@ def scale_by_rf_adam(
       https://arxiv.org/abs/2402.03496
     """
     at_construction = batch_size
-    validate.require_constant(b1=b1)
-    validate.require_fraction("b1", b1)
-    validate.require_fraction("b2", b2)
+    validate.require_number("b1", b1, validate.FRACTION, schedule=False)
+    validate.require_number("b2", b2, validate.FRACTION)
     _require_valid(damping, absolute_damping, step_size, batch_size, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
 
     def init(params: optax.Params) -> ScaleByRfAdamState:
@@ -201,7 +200,7 @@ def scale_by_rf_adam(
         del params, extra_args
         count = optax.safe_increment(state.count)
         updates, curvature = jax.tree.map(limit_to_squares, (updates, curvature))
-        average = functools.partial(average_square, decay=schedules.value_at(b2, state.count), count=count)
+        average = functools.partial(average_square, decay=schedules.value_at("b2", b2, state.count), count=count)
         nu = update_squares(average, state.nu, updates, curvature)
         averages, mu = trees.map_steps(lambda g, m: first_moment(m, g, decay=b1), updates, state.mu)
         step = _step(step_size, damping, absolute_damping, batch_size, at_construction, state.count)
@@ -215,7 +214,7 @@ def scale_by_rf_adam(
 def _require_valid(
     damping: Any, absolute_damping: Any, step_size: Any, batch_size: Any, **dtypes: DTypeLike | None
 ) -> None:
-    validate.require_at_least("damping", damping, 0)
+    validate.require_number("damping", damping, validate.NON_NEGATIVE)
     schedules.require_step_size(step_size, absolute_damping, batch_size)
     for name, dtype in dtypes.items():
         validate.require_floating_dtype(name, dtype)
@@ -230,12 +229,12 @@ def _step(
     count: jax.Array,
 ) -> Any:
     """Returns the function of an average and an accumulator that makes a step."""
-    rho = schedules.value_at(damping, count)
+    rho = schedules.value_at("damping", damping, count)
     if step_size == "adamw":
         return functools.partial(root_free_step, damping=rho)
     return functools.partial(
         newton_step,
         damping=rho,
-        absolute_damping=schedules.value_at(absolute_damping, count),
+        absolute_damping=schedules.value_at("absolute_damping", absolute_damping, count),
         batch_size=schedules.resolve_batch_size(batch_size, at_construction),
     )

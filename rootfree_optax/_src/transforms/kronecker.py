@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from rootfree_optax._src.blocks.rule import BlockRule, Step
 from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.common.compat import match_varying_axes
+from rootfree_optax._src.common.compiled import call_compiled, has_tracer
 from rootfree_optax._src.common.schedules import Interval, RefreshEvery, Staggered
 from rootfree_optax._src.layout import Layout, Plan
 from rootfree_optax._src.layout.stack import are_padded
@@ -108,15 +109,17 @@ def scale_by_kronecker(
     at_construction = batch_size
     if not isinstance(rule, BlockRule):
         raise TypeError(f"rule must be a BlockRule, got {rule!r}.")
-    validate.require_at_least("weight", weight, 0)
-    validate.require_at_least("damping", damping, 0)
-    validate.require_at_least("absolute_damping", absolute_damping, 0)
-    validate.require_constant(batch_size=batch_size, momentum=momentum)
-    validate.require_positive("batch_size", batch_size)
-    validate.require_fraction("momentum", momentum)
+    validate.require_number("weight", weight, validate.NON_NEGATIVE)
+    validate.require_number("damping", damping, validate.NON_NEGATIVE)
+    validate.require_number("absolute_damping", absolute_damping, validate.NON_NEGATIVE)
+    schedules.require_batch_size(batch_size)
+    validate.require_number("momentum", momentum, validate.FRACTION, schedule=False, optional=True)
     validate.require_floating_dtype("mu_dtype", mu_dtype)
-    validate.require_interval("refresh_every", refresh_every)
-    validate.require_interval("statistics_every", statistics_every)
+    if not isinstance(refresh_every, Staggered):
+        validate.require_interval("refresh_every", refresh_every)
+    validate.require_interval("statistics_every", statistics_every, optional=True)
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout must be an rf.Layout, got {layout!r}.")
     require_mesh_axes(mesh_axes)
     for_rest = optax.with_extra_args_support(optax.identity() if rest is None else rest)
     if momentum is None and nesterov:
@@ -140,7 +143,8 @@ def scale_by_kronecker(
             momentum_dtypes = None if momentum is None else [mu_dtype or dtype for dtype in widest]
             anchor = placed.anchor(params)
             given = (plan.stacks, placed.own_lengths, rule, factor_dtypes, momentum_dtypes, axes, anchor)
-            states = match_varying_axes(placed.on_shards(init_stacks, len(given))(*given), params, axes)
+            states = placed.on_shards(init_stacks, len(given))(*given) if axes else call_compiled(init_stacks, given)
+            states = match_varying_axes(states, params, axes)
         state = ScaleByKroneckerState(count, states, rest_state, refreshes)
         report(KroneckerReport(plan, rule, refresh_every, statistics_every, axes, state))
         return state
@@ -156,7 +160,7 @@ def scale_by_kronecker(
     ) -> tuple[optax.Updates, ScaleByKroneckerState]:
         batch_size = schedules.resolve_batch_size(batch_size, at_construction)
         count = optax.safe_increment(state.count)
-        plan = layout.plan(updates if params is None else params)
+        plan = layout.plan(updates) if params is None else layout.plan(params, updates)
         rest_updates, rest_state = {}, state.rest
         if plan.rest:
             others = None if params is None else _select_rest(plan, params, rest)
@@ -166,31 +170,50 @@ def scale_by_kronecker(
             updates = plan.unpack((), updates, rest=rest_updates)
             return updates, state._replace(count=count, rest=rest_state)
         placed = _place_state(plan, mesh_axes, state.stacks, updates, params)
-        gradients = placed.pack(updates, "gradients")
         step = StackStep(
             plan.stacks,
             rule,
             Step(
                 state.count,
-                schedules.value_at(weight, state.count),
-                schedules.value_at(damping, state.count),
-                schedules.value_at(absolute_damping, state.count),
+                schedules.value_at("weight", weight, state.count),
+                schedules.value_at("damping", damping, state.count),
+                schedules.value_at("absolute_damping", absolute_damping, state.count),
                 batch_size,
-                measure_largest_scale(rule, state.stacks, placed.local_axes),
             ),
             observe=None if statistics_every is None else schedules.is_due(statistics_every, state.count),
             refresh=schedules.is_due(refresh_every, state.count),
             momentum=momentum,
             nesterov=nesterov,
+            has_missing=trees.has_none(updates),
         )
-        samples = _pack_samples(placed, curvature, updates, gradients)
-        directions, states = placed.on_shards(step_stacks)(step, gradients, samples, state.stacks)
+        arrays = (updates, curvature, rest_updates, state.stacks)
+        if has_tracer((step, arrays)):
+            new_updates, states = _step_tree(placed, step, *arrays)
+        else:  # each small operation would be compiled by itself
+            step = step._replace(numbers=Step(*map(jnp.asarray, step.numbers)))
+            new_updates, states = call_compiled(_step_tree, (placed, step), *arrays)
         is_done = count % step.refresh.period == 0 if isinstance(step.refresh, Staggered) else step.refresh
         refreshes = state.refreshes + jnp.asarray(is_done, state.refreshes.dtype)
-        updates = placed.unpack(directions, updates, rest_updates)
-        return updates, ScaleByKroneckerState(count, states, rest_state, refreshes)
+        return new_updates, ScaleByKroneckerState(count, states, rest_state, refreshes)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _step_tree(
+    placed: WholeStacks,
+    step: StackStep,
+    updates: optax.Updates,
+    curvature: optax.Updates | None,
+    rest_updates: Mapping[str, jax.Array],
+    states: tuple[StackState, ...],
+) -> tuple[optax.Updates, tuple[StackState, ...]]:
+    """Returns the directions of all parameters, and the new states of the stacks."""
+    gradients = placed.pack(updates, "gradients")
+    samples = _pack_samples(placed, curvature, updates, gradients)
+    largest = measure_largest_scale(step.rule, states, placed.local_axes)
+    step = step._replace(numbers=step.numbers._replace(largest_scale=largest))
+    directions, states = placed.on_shards(step_stacks)(step, gradients, samples, states)
+    return placed.unpack(directions, updates, rest_updates), states
 
 
 def _select_rest(plan: Plan, tree: Any, rest: optax.GradientTransformation | None) -> dict[str, Any]:

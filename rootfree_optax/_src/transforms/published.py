@@ -87,10 +87,13 @@ def scale_by_rf_rms(
         del params, extra_args
         batch_size = schedules.resolve_batch_size(batch_size, at_construction)
         average = functools.partial(
-            second_moment, decay=schedules.value_at(decay, state.count), batch_size=batch_size, count=state.count
+            second_moment,
+            decay=schedules.value_at("decay", decay, state.count),
+            batch_size=batch_size,
+            count=state.count,
         )
         nu = update_squares(average, state.nu, updates, curvature)
-        step = functools.partial(root_free_direction, damping=schedules.value_at(damping, state.count))
+        step = functools.partial(root_free_direction, damping=schedules.value_at("damping", damping, state.count))
         return trees.map_gradients(step, updates, nu), ScaleByRfRmsState(optax.safe_increment(state.count), nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -146,8 +149,8 @@ def scale_by_rf_adam(
       https://arxiv.org/abs/2402.03496
     """
     at_construction = batch_size
-    validate.require_constant(b1=b1)
-    validate.require_fraction("b1", b1)
+    validate.require_number("b1", b1, validate.FRACTION, schedule=False)
+    validate.require_choice("bias_correction", bias_correction, (False, True))
     _require_valid(b2=b2, damping=damping, batch_size=batch_size, initial_scale=initial_scale)
     validate.require_floating_dtype("mu_dtype", mu_dtype)
     validate.require_floating_dtype("nu_dtype", nu_dtype)
@@ -171,14 +174,14 @@ def scale_by_rf_adam(
         del params, extra_args
         batch_size = schedules.resolve_batch_size(batch_size, at_construction)
         average = functools.partial(
-            second_moment, decay=schedules.value_at(b2, state.count), batch_size=batch_size, count=state.count
+            second_moment, decay=schedules.value_at("b2", b2, state.count), batch_size=batch_size, count=state.count
         )
         nu = update_squares(average, state.nu, updates, curvature)
         averages, mu = trees.map_steps(lambda g, m: first_moment(m, g, decay=b1), updates, state.mu)
         count = optax.safe_increment(state.count)
         step = functools.partial(
             averaged_direction,
-            damping=schedules.value_at(damping, state.count),
+            damping=schedules.value_at("damping", damping, state.count),
             m_weight=total_weight(b1, count) if bias_correction else 1.0,
             s_weight=total_weight(b2, count) if bias_correction else 1.0,
         )
@@ -189,11 +192,10 @@ def scale_by_rf_adam(
 
 def _require_valid(*, damping: Any, batch_size: Any, initial_scale: Any, **decay: Any) -> None:
     for name, value in decay.items():
-        validate.require_fraction(name, value)
-    validate.require_constant(initial_scale=initial_scale, batch_size=batch_size)
-    validate.require_at_least("damping", damping, 0)
-    validate.require_at_least("initial_scale", initial_scale, 0)
-    validate.require_positive("batch_size", batch_size)
+        validate.require_number(name, value, validate.FRACTION)
+    validate.require_number("damping", damping, validate.NON_NEGATIVE)
+    validate.require_number("initial_scale", initial_scale, validate.NON_NEGATIVE, schedule=False)
+    schedules.require_batch_size(batch_size)
 
 
 def _initial_nu(params: optax.Params, initial_scale: ArrayLike, dtype: DTypeLike | None) -> Any:
