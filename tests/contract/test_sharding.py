@@ -1,5 +1,6 @@
 """Sharded equals replicated, and the state's types and shardings are those of `init`, on meshes of both kinds."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -43,13 +44,14 @@ def assert_sharded_like(tree: Any, reference: Any) -> None:
 
 
 @over(ALL)
-def test_on_an_explicit_mesh_the_state_and_updates_have_their_types(case: Case) -> None:
-    """Of shapes alone: nothing needs to be compiled."""
-    tx = case()
+@pytest.mark.parametrize("is_set", [True, False], ids=["set", "not set"])
+def test_on_an_explicit_mesh_the_state_and_updates_have_their_types(case: Case, is_set: bool) -> None:
+    """Of shapes alone: nothing needs to be compiled. The mesh of the arrays serves where none is set."""
+    tx = optax.partition({"all": case()}, "all")
     mesh = make_mesh(AxisType.Explicit)
     placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     params = jax.tree.map(placed, replicated_params(), shardings_on(mesh))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
         state = jax.eval_shape(tx.init, params)
         updates, after = jax.eval_shape(tx.update, params, state, params)
     # A count that is made of no argument is on no mesh before its first step: its spec is the same.

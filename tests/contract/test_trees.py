@@ -84,13 +84,53 @@ def test_numpy_parameters_and_gradients(case: Case) -> None:
 
 
 @over(ALL, wiring=True)
-@pytest.mark.parametrize("dtype", ["int32", "bool"])
+@pytest.mark.parametrize("dtype", ["int32", "bool", "float8_e4m3fn"])
 def test_parameters_that_are_not_floating_point_are_refused_by_path(case: Case, dtype: str) -> None:
     params = make_params()
     params["layer"]["steps"] = jnp.zeros(2, dtype)
     for init in (case().init, jax.jit(case().init)):
-        with refuses(TypeError, "'layer/steps'", dtype, "floating point"):
+        with refuses(TypeError, "'layer/steps'", dtype, "floating point", "optax.masked"):
             init(params)
+
+
+@over(ALL, wiring=True)
+def test_a_model_may_hold_functions_and_nothing_where_there_is_no_gradient(case: Case) -> None:
+    """As `update` is given an Equinox model; `init` takes its arrays, and says so."""
+    params = make_params()
+    gradients = make_gradients(params, 2)
+    other = {"activation": jax.nn.relu, "steps": jnp.zeros(2, jnp.int32), "name": "mlp"}
+    with refuses(TypeError, "'other/activation'", "eqx.filter", "optax.masked"):
+        case().init({**params, "other": {"activation": jax.nn.relu}})
+    tx, empty = case(), dict.fromkeys(other)
+    expected, _ = run(tx, params, gradients)
+    state = tx.init({**params, "other": empty})
+    update = quick_jit(lambda gradient, state, params: tx.update(gradient, state, {**params, "other": other}))
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        updates, state = update({**gradient, "other": empty}, state, params)
+        params = jax.tree.map(jnp.add, params, wanted)
+        assert_close(updates, {**wanted, "other": empty}, tolerance_alone(case))
+
+
+@over(ALL, wiring=True)
+def test_python_numbers_are_parameters_and_gradients(case: Case) -> None:
+    params, gradient = {"w": jnp.ones((4, 3)), "t": 0.5}, {"w": jnp.ones((4, 3)), "t": 2.0}
+    arrays = lambda tree: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
+    expected, _ = run(case(), arrays(params), [arrays(gradient)])
+    for update in (case().update, quick_jit(case().update)):
+        updates, _ = update(gradient, case().init(params), params)
+        assert_close(arrays(updates), expected[0], tolerance_alone(case))
+
+
+@over(ALL, wiring=True)
+def test_a_gradient_of_none_makes_no_nan(case: Case) -> None:
+    params = make_params()
+    gradient = {"layer": {**params["layer"], "kernel": None}, "scale": params["scale"]}
+    with jax.debug_nans(True):
+        for update in (case().update, quick_jit(case().update)):
+            state = case().init(params)
+            for _ in range(2):
+                updates, state = update(gradient, state, params)
+            assert updates["layer"]["kernel"] is None
 
 
 @over(ALL, wiring=True)

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -58,6 +59,51 @@ def test_masked_and_partition_equal_the_subtree_alone(case: Case) -> None:
     partitioned, _ = run(partition, params, gradients, batch_size=8)
     expected = [{"layer": layer, "scale": -0.5 * scale} for layer, scale in zip(alone, scale_alone, strict=True)]
     assert_close(partitioned, expected, tolerance=1e-6)
+
+
+@over(ALL, wiring=True)
+def test_inside_lookahead_which_passes_no_extra_arguments_on(case: Case) -> None:
+    params = make_params()
+    gradients = make_gradients(params, 2)
+    expected, _ = run(case(), params, gradients)
+    looking = optax.lookahead(case(), 3, 0.5)
+    both = optax.LookaheadParams.init_synced(params)
+    state, update = looking.init(both), quick_jit(looking.update)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        updates, state = update(gradient, state, both)
+        both = optax.apply_updates(both, updates)
+        assert_close(updates.fast, wanted, tolerance_of(case))
+
+
+@over(ALL, wiring=True)
+def test_an_exported_step_goes_on_from_a_state(case: Case) -> None:
+    """The state crosses as its leaves: `jax.export` knows no tuples with names."""
+    pytest.importorskip("flatbuffers")
+    params = make_params()
+    (gradient,) = make_gradients(params, 1)
+    tx = case()
+    leaves, structure = jax.tree.flatten(tx.init(params))
+
+    @jax.jit
+    def step(params: Any, leaves: Any, gradient: Any) -> Any:
+        updates, state = tx.update(gradient, jax.tree.unflatten(structure, leaves), params)
+        return optax.apply_updates(params, updates), jax.tree.leaves(state)
+
+    exported = jax.export.deserialize(jax.export.export(step)(params, leaves, gradient).serialize())
+    expected = actual = (params, leaves)
+    for _ in range(2):
+        expected, actual = step(*expected, gradient), exported.call(*actual, gradient)
+    assert_close(actual, expected, tolerance_of(case))
+
+
+@over(ALL, having="batch_size", wiring=True)
+def test_the_gradient_of_a_sum_is_scaled_to_that_of_a_mean(case: Case) -> None:
+    params = make_params()
+    gradients = make_gradients(params, 2)
+    expected, _ = run(case(batch_size=16), params, gradients)
+    of_sum = optax.chain(optax.scale(1 / 16), case(batch_size=16))
+    actual, _ = run(of_sum, params, jax.tree.map(lambda g: 16 * g, gradients))
+    assert_close(actual, expected, tolerance_of(case))
 
 
 @over(ALL, wiring=True)

@@ -98,6 +98,12 @@ def test_a_bias_that_does_not_fit_its_weight_is_an_error(
         names(params, weight_and_bias(output_axis=output_axis))
 
 
+def test_the_output_of_a_square_weight_is_told_by_its_name() -> None:
+    tree = {"weight": jnp.arange(9.0).reshape(3, 3), "bias": -jnp.ones(3)}
+    (matrix,) = whole(group=(weight_and_bias("weight"),)).plan(tree).pack(tree)
+    np.testing.assert_array_equal(matrix[0], np.concatenate([tree["weight"], -np.ones((3, 1))], axis=1))
+
+
 @pytest.mark.parametrize("output_axis", [-1, 0])
 def test_normalization_layers_stay_apart(output_axis: int) -> None:
     params = {"a": {"scale": struct(4), "bias": struct(4)}, "b": {"scale": struct(4, 5), "bias": struct(4, 5)}}
@@ -227,6 +233,7 @@ def test_a_rule_that_cannot_be_undone_is_an_error() -> None:
         (lambda: Group(("a", "a"), jnp.add, jnp.split), r"must be distinct, got \('a', 'a'\)"),
         (lambda: flatten("("), r"pattern must be a regular expression, got '\('"),
         (lambda: weight_and_bias(output_axis=1), r"output_axis must be -1 \(the last axes\) or 0 .* got 1"),
+        (lambda: weight_and_bias("scale"), r"output_axis must be -1 .* for weights called 'scale', got None"),
         (lambda: as_matrix("q", 0), "rows must be a whole number of at least 1, as a Python int, got 0"),
     ],
 )

@@ -103,6 +103,7 @@ def limit_to_squares(gradient: jax.Array) -> jax.Array:
 
     Otherwise an average of squares would miss a larger entry, which the average of gradients would have.
     """
+    gradient = jnp.asarray(gradient)
     wide = upcast(gradient)
     size = jnp.abs(wide)
     is_large = (size > _LARGEST_SQUARED) & jnp.isfinite(size)

@@ -118,13 +118,15 @@ def require_shapes(
 def map_gradients(function: Callable[..., Any], gradients: Any, *rest: Any) -> Any:
     """Maps `function(gradient, *others)` over trees; a gradient of None gives None."""
     return jax.tree.map(
-        lambda g, *others: None if g is None else function(g, *others), gradients, *rest, is_leaf=is_none
+        lambda g, *others: None if g is None else function(jnp.asarray(g), *others), gradients, *rest, is_leaf=is_none
     )
 
 
 def map_accumulators(function: Callable[..., Any], accumulators: Any, gradients: Any) -> Any:
     """Maps `function(accumulator, gradient)` over trees; a gradient of None leaves the accumulator as it was."""
-    return jax.tree.map(lambda g, a: a if g is None else function(a, g), gradients, accumulators, is_leaf=is_none)
+    return jax.tree.map(
+        lambda g, a: a if g is None else function(a, jnp.asarray(g)), gradients, accumulators, is_leaf=is_none
+    )
 
 
 def map_steps(function: Callable[..., tuple[Any, ...]], gradients: Any, *accumulators: Any) -> tuple[Any, ...]:
@@ -135,5 +137,5 @@ def map_steps(function: Callable[..., tuple[Any, ...]], gradients: Any, *accumul
     structure: Any
     leaves, structure = jax.tree.flatten(gradients, is_leaf=is_none)
     old = zip(leaves, *map(structure.flatten_up_to, accumulators), strict=True)
-    new = [(None, *kept) if g is None else function(g, *kept) for g, *kept in old]
+    new = [(None, *kept) if g is None else function(jnp.asarray(g), *kept) for g, *kept in old]
     return tuple(jax.tree.unflatten(structure, [each[i] for each in new]) for i in range(1 + len(accumulators)))

@@ -20,8 +20,10 @@ from rootfree_optax._src.layout.paths import require_expression, require_match
 _WEIGHTS_AND_BIASES = {
     ("kernel", "bias"): "weight_and_bias()",
     ("w", "b"): "weight_and_bias('w', 'b')",
-    ("weight", "bias"): "weight_and_bias('weight', 'bias', output_axis=0)",
+    ("weight", "bias"): "weight_and_bias('weight')",
 }
+# Which axes of a weight are the outputs, by what layers call it: the last in Flax, Haiku and Keras, else the first.
+_OUTPUT_AXES = {"kernel": -1, "w": -1, "weight": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +261,7 @@ class _WeightFitsBias:
 
 
 def weight_and_bias(
-    weight: str = "kernel", bias: str = "bias", pattern: str | None = None, *, output_axis: int = -1
+    weight: str = "kernel", bias: str = "bias", pattern: str | None = None, *, output_axis: int | None = None
 ) -> Group:
     """Joins a layer's weight and its bias into one matrix.
 
@@ -273,14 +275,16 @@ def weight_and_bias(
       weight: the weight's last key.
       bias: the bias's last key.
       pattern: a regular expression to find in the weight's key path. None matches every path.
-      output_axis: which axes of the weight are the outputs: -1, the last ones (Flax, Haiku), or 0, the first ones
-        (Equinox, PyTorch). Shapes are checked against it; for a square weight they cannot tell.
+      output_axis: which axes of the weight are the outputs: -1, the last ones, or 0, the first ones. None: the last of
+        a "kernel" or "w" (Flax, Haiku, Keras), the first of a "weight" (Equinox, PyTorch). Shapes are checked against
+        it; for a square weight they cannot tell.
 
     Returns:
       A rule for `Layout(group=(…,))`.
 
     Raises:
-      ValueError: for an invalid regular expression or another output axis. `Layout.plan` raises one for shapes that do
+      ValueError: for an invalid regular expression or another output axis, and for None where the weight has another
+        name. `Layout.plan` raises one for shapes that do
         not fit.
 
     Example:
@@ -290,16 +294,20 @@ def weight_and_bias(
       >>> [stack.shape for stack in plan.stacks]
       [(4, 4)]
       >>> params = {"linear": {"weight": jnp.zeros((4, 3)), "bias": jnp.zeros(4)}}
-      >>> plan = rf.Layout(group=(rf.weight_and_bias("weight", output_axis=0),)).plan(params)
+      >>> plan = rf.Layout(group=(rf.weight_and_bias("weight"),)).plan(params)
       >>> [stack.shape for stack in plan.stacks]
       [(4, 4)]
     """
     members = (weight, bias)
+    output_axis = _OUTPUT_AXES.get(weight) if output_axis is None else output_axis
     if output_axis == -1:
         return Group(members, _join_bias_as_row, _split_bias_as_row, pattern, _WeightFitsBias(-1))
     if output_axis == 0:
         return Group(members, _join_bias_as_column, _split_bias_as_column, pattern, _WeightFitsBias(0))
-    raise ValueError(f"output_axis must be -1 (the last axes) or 0 (the first axes), got {output_axis!r}.")
+    raise ValueError(
+        f"output_axis must be -1 (the last axes) or 0 (the first axes) for weights called {weight!r}, got "
+        f"{output_axis!r}."
+    )
 
 
 def _flatten(array: jax.Array) -> jax.Array:

@@ -14,13 +14,13 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from rootfree_optax._src.layout import Plan
 from rootfree_optax._src.layout.split import RelayoutFn
 from rootfree_optax._src.layout.stack import Stack
 from rootfree_optax._src.layout.unit import no_relayout
-from rootfree_optax._src.mesh.relayout import move, route, split_within_blocks
+from rootfree_optax._src.mesh.relayout import move, reshard, route, split_within_blocks
 from rootfree_optax._src.mesh.shard_map import Axes, axes_of_type, map_shards, partition
 from rootfree_optax._src.mesh.state_shardings import AnyMesh, mesh_in_use
 
@@ -197,18 +197,12 @@ class LocalStacks(DividedStacks):
 
 def _replicate(tree: Any) -> Any:
     """Replicates arrays that carry a sharding in their type: blocks are cut across its boundaries."""
-    return jax.tree.map(lambda leaf: _reshard(leaf, leaf, PartitionSpec()), tree)
+    return jax.tree.map(lambda leaf: reshard(leaf, leaf, PartitionSpec()), tree)
 
 
 def _shard_like(tree: Any, reference: Any) -> Any:
     """Gives arrays the shardings that others carry in their types."""
-    return jax.tree.map(lambda leaf, like: _reshard(leaf, like, _spec(like)), tree, reference)
-
-
-def _reshard(leaf: jax.Array, reference: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Returns an array with a sharding on the mesh of another's type, if that is sharded; no mesh need be set."""
-    sharding = jax.typeof(reference).sharding
-    return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, spec)) if any(sharding.spec) else leaf
+    return jax.tree.map(lambda leaf, like: reshard(leaf, like, _spec(like)), tree, reference)
 
 
 def _spec(leaf: jax.Array) -> PartitionSpec:

@@ -6,20 +6,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.common import trees
+from rootfree_optax._src.mesh.relayout import reshard
 from rootfree_optax._src.numerics.dtypes import dtype_like, dtype_of_squares
 
 
 def init_average(params: optax.Params, dtype: DTypeLike | None) -> Any:
     """Returns averages of zero gradients, of a real dtype; None for each parameter's own."""
-    return jax.tree.map(lambda param: jnp.zeros_like(param, dtype_like(param, dtype)), params)
+    return jax.tree.map(lambda param: fill_like(param, 0, dtype_like(param, dtype)), params)
 
 
 def init_squares(params: optax.Params, dtype: DTypeLike | None = None) -> Any:
     """Returns averages of zero squares, of a real dtype; None for each parameter's own, see `dtype_of_squares`."""
-    return jax.tree.map(lambda param: jnp.zeros_like(param, dtype or dtype_of_squares(param)), params)
+    return jax.tree.map(lambda param: fill_like(param, 0, dtype or dtype_of_squares(param)), params)
+
+
+def fill_like(param: Any, value: ArrayLike, dtype: DTypeLike) -> jax.Array:
+    """Returns an array of one value, of a parameter's shape, and sharded as that is."""
+    array = jnp.full_like(param, value, dtype)
+    # In a program that is compiled without `jax.set_mesh`, a constant has no mesh in its type.
+    return reshard(array, param, jax.typeof(param).sharding.spec) if isinstance(param, jax.core.Tracer) else array
 
 
 def update_squares(

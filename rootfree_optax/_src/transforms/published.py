@@ -12,7 +12,7 @@ from rootfree_optax._src.blocks.diagonal import averaged_direction, first_moment
 from rootfree_optax._src.blocks.momentum import total_weight
 from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.numerics.dtypes import real_dtype
-from rootfree_optax._src.transforms.accumulators import init_average, update_squares
+from rootfree_optax._src.transforms.accumulators import fill_like, init_average, update_squares
 from rootfree_optax._src.transforms.diagonal import ScaleByRfAdamState, ScaleByRfRmsState
 
 
@@ -200,4 +200,4 @@ def _require_valid(*, damping: Any, batch_size: Any, initial_scale: Any, **decay
 
 def _initial_nu(params: optax.Params, initial_scale: ArrayLike, dtype: DTypeLike | None) -> Any:
     dtype_of = lambda param: real_dtype(jnp.result_type(param)) if dtype is None else dtype
-    return jax.tree.map(lambda param: jnp.full_like(param, initial_scale, dtype_of(param)), params)
+    return jax.tree.map(lambda param: fill_like(param, initial_scale, dtype_of(param)), params)
