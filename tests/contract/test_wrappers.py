@@ -11,6 +11,7 @@ import optax
 import pytest
 from checks import assert_close, make_gradients, make_params, quick_jit, refuses, run
 from contract import ALL, CONSTRUCTORS, OPTIMIZERS, Case, over, tolerance_alone, tolerance_of
+from flax.training.train_state import TrainState
 
 
 def loss(params: Any, inputs: jax.Array) -> jax.Array:
@@ -62,6 +63,7 @@ def test_masked_and_partition_equal_the_subtree_alone(case: Case) -> None:
 
 
 @over(ALL, wiring=True)
+@pytest.mark.usefixtures("standard_promotion")
 def test_inside_lookahead_which_passes_no_extra_arguments_on(case: Case) -> None:
     params = make_params()
     gradients = make_gradients(params, 2)
@@ -94,6 +96,24 @@ def test_an_exported_step_goes_on_from_a_state(case: Case) -> None:
     for _ in range(2):
         expected, actual = step(*expected, gradient), exported.call(*actual, gradient)
     assert_close(actual, expected, tolerance_of(case))
+
+
+@over(OPTIMIZERS, having="batch_size", wiring=True)
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_flax_train_state_has_a_batch_size_for_each_step(case: Case) -> None:
+    """`apply_gradients` passes no arguments on to `update`: the batch size is part of the state."""
+    params = make_params()
+    gradients = make_gradients(params, 2)
+    tx = optax.inject_hyperparams(case.make, static_args=case.static)(**{**case.settings, "batch_size": 4})
+    train_state = TrainState.create(apply_fn=None, params=params, tx=tx)
+    step = quick_jit(lambda state, gradient: state.apply_gradients(grads=gradient))
+    update, expected, state = quick_jit(case().update), params, case().init(params)
+    for batch_size, gradient in zip((4.0, 6.0), gradients, strict=True):
+        train_state.opt_state.hyperparams["batch_size"] = jnp.float32(batch_size)
+        train_state = step(train_state, gradient)
+        updates, state = update(gradient, state, expected, batch_size=batch_size)
+        expected = optax.apply_updates(expected, updates)
+        assert_close(train_state.params, expected, tolerance_of(case))
 
 
 @over(ALL, having="batch_size", wiring=True)
