@@ -113,3 +113,12 @@ def test_an_undamped_step_of_huge_gradients_is_as_long_as_adams():
     m, s = jnp.asarray([1e12, 1e15, 3e14]), jnp.asarray([1e-12, 1e30, 1e28])
     root_free, adam = (np.float64(step) for step in (root_free_step(m, s, damping=0.0), adam_step(m, s, eps=0.0)))
     np.testing.assert_allclose(rms(root_free), rms(adam), rtol=1e-5)
+
+
+def test_gradients_whose_squares_vanish_make_no_long_step():
+    """Beside others whose squares do not: those are what ε is relative to."""
+    for size in (1e-22, 3e-20, 1e-19, 3e-19, 1e-18, 1e-15):
+        m = size * jnp.asarray([0.1, 1.0, 3.0])
+        found = adam_step(m, jnp.square(m), eps=1e-8)
+        assert np.all(np.abs(found) <= 1), size
+    np.testing.assert_allclose(found, 1, rtol=0.02)

@@ -174,7 +174,6 @@ WRAPPERS = {
         {"ours": tx, "frozen": optax.set_to_zero()},
         lambda tree: jax.tree.map(lambda leaf: "ours" if leaf.ndim > 1 else "frozen", tree),
     ),
-    "ema": lambda tx: optax.chain(tx, optax.ema(0.9)),
 }
 
 

@@ -35,7 +35,7 @@ from rootfree_optax._src.numerics.polar import orthogonalize
 from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered
 from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
 
-# A gradient that is this many times larger or smaller than the average, as a power of two, changes the scale.
+# A gradient that is this many times larger or smaller than the average, as a power of two, counts as a usual one.
 _LARGEST_SURPRISE = 2
 # An average of gradients that is longer than this beside them, in rms, is of gradients that are gone.
 _LARGEST_MOMENTUM = 2
@@ -115,7 +115,8 @@ def scale_gradient(gradient: jax.Array, exponent: jax.Array, power: jax.Array, *
       gradient: G, any shape.
       exponent: e so far, an int32.
       power: the average of mean(x²) so far, positive.
-      largest_surprise: by how many powers of two the root of mean(x²) may differ from the average's.
+      largest_surprise: by how many powers of two the root of mean(x²) may differ from the average's. Beyond it, e makes
+        them equal to half a power, so that the next gradient of the usual size finds e as it was.
     """
     g = upcast(gradient)
     largest = jnp.max(jnp.abs(g))

@@ -15,6 +15,7 @@ from rootfree_optax._src.numerics.finite import root_mean_square
 from rootfree_optax._src.numerics.rounding import round_dithered
 
 _LARGEST_SQUARED = 2.0**50
+_LEAST_ROOT = 2.0**-60
 
 
 def squared_magnitude(array: jax.Array) -> jax.Array:
@@ -169,9 +170,10 @@ def newton_step(
 
 
 def adam_step(m: jax.Array, v: jax.Array, *, eps: ArrayLike) -> jax.Array:
-    """Returns m / (√v + ε·√mean(v)); an entry of zero over zero is zero."""
+    """Returns m / max(√v + ε·√mean(v), 2⁻⁶⁰): squares of gradients below that vanish, and m does not."""
     wide = upcast(v)
-    return _divide(m, jnp.sqrt(wide) + jnp.asarray(eps, wide.dtype) * jnp.sqrt(jnp.mean(wide)))
+    root = jnp.sqrt(wide) + jnp.asarray(eps, wide.dtype) * jnp.sqrt(jnp.mean(wide))
+    return m / jnp.maximum(root, _LEAST_ROOT).astype(m.dtype)
 
 
 def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:

@@ -34,8 +34,8 @@ def scale_by_relative_adam(
 
         m ← b1·m + (1 − b1)·g,   v ← b2·v + (1 − b2)·g²,   direction = m̂ / (√v̂ + ε·√mean(v̂))
 
-    So a multiple of the loss has the same directions. A non-finite gradient shows in one direction, and leaves its
-    entries of m and v as they were.
+    So a multiple of the loss has the same directions, as long as float32 holds the squares: above 1e-18.
+    A non-finite gradient shows in one direction, and leaves its entries of m and v as they were.
 
     Args:
       b1: decay of m, in [0, 1). A number or a traced scalar.
