@@ -13,6 +13,8 @@ from rootfree_optax._src.mesh.state_shardings import state_shardings
 from rootfree_optax._src.optimizers.diagonal import rf_adamw, rf_rmsprop
 from rootfree_optax._src.optimizers.kronecker import kl_shampoo, sirf_muon, sirf_shampoo
 from rootfree_optax._src.structures import Structure
+from rootfree_optax._src.transforms.check import check
+from rootfree_optax._src.transforms.checksum import checksum
 from rootfree_optax._src.transforms.curvature import scale_by_kl_shampoo, scale_by_sirf_muon, scale_by_sirf_shampoo
 from rootfree_optax._src.transforms.describe import describe
 from rootfree_optax._src.transforms.diagonal import (
@@ -24,6 +26,7 @@ from rootfree_optax._src.transforms.diagonal import (
 from rootfree_optax._src.transforms.factors import factors
 from rootfree_optax._src.transforms.info import info
 from rootfree_optax._src.transforms.kronecker import ScaleByKroneckerState, scale_by_kronecker
+from rootfree_optax._src.transforms.migrate import migrate
 
 __version__ = "0.1.0"
 
@@ -40,12 +43,15 @@ __all__ = [
     "Step",
     "Structure",
     "as_matrix",
+    "check",
+    "checksum",
     "describe",
     "factors",
     "flatten",
     "growing",
     "info",
     "kl_shampoo",
+    "migrate",
     "published",
     "rf_adamw",
     "rf_rmsprop",

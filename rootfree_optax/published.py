@@ -218,7 +218,9 @@ def scale_by_sirf_shampoo(
       Lin et al. 2024, inverse-free Shampoo; the official code is the package `sirfshampoo`.
     """
     validate.require_number("preconditioner_lr", preconditioner_lr, validate.NON_NEGATIVE)
-    validate.require_number("riemannian_momentum", riemannian_momentum, validate.FRACTION, schedule=False)
+    validate.require_number(
+        "riemannian_momentum", riemannian_momentum, validate.FRACTION, schedule=False, optional=True
+    )
     validate.require_number("initial_scale", initial_scale, validate.POSITIVE, schedule=False)
     kept = None if validate.is_zero(riemannian_momentum) else riemannian_momentum
     return scale_by_kronecker(

@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 
+from rootfree_optax._src.transforms.origin import Origin
+
 # Programs of a few steps take longer to compile than to run: they are compiled without most optimizations.
 SHORT = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 quick_jit = functools.partial(jax.jit, compiler_options=SHORT)
@@ -75,6 +77,12 @@ def types(tree: Any) -> Any:
 def shapes_and_dtypes(tree: Any) -> Any:
     """Returns the tree with each array replaced by its shape and dtype."""
     return jax.tree.map(lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype)), tree)
+
+
+def without_origins(state: Any) -> Any:
+    """Returns a state without what says which optimizer and parameters it belongs to."""
+    is_origin = lambda node: isinstance(node, Origin)
+    return jax.tree.map(lambda node: None if is_origin(node) else node, state, is_leaf=is_origin)
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:

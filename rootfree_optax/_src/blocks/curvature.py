@@ -19,8 +19,8 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -509,6 +509,10 @@ class Spectral(CurvatureRule):
     """
 
     power: float = 0.25
+
+    def options(self) -> Mapping[str, Any]:
+        """Returns the power: preconditioners are of it until the next refresh."""
+        return {"power": float(self.power)}
 
     @property
     def root_products(self) -> int:

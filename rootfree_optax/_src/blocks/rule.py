@@ -1,7 +1,7 @@
 """What a block rule is: the mathematics of one block, from its first gradient to its direction."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -132,6 +132,13 @@ class BlockRule(abc.ABC):
           structures: the structure of each axis.
           step: the numbers of this step.
         """
+
+    def options(self) -> Mapping[str, Any]:
+        """Returns the options that decide what a state means, by name, as texts, numbers, Booleans or None.
+
+        A state that was made with others is refused. Numbers that may change in training are not among them.
+        """
+        return {}
 
     def supports(self, structure: Structure) -> str | None:
         """Returns why an axis may not have a structure, as the end of a sentence, or None if it may."""

@@ -10,7 +10,7 @@ resolution.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 
 from rootfree_optax._src.blocks.apply import apply_factors, apply_transposes, fold, fold_axes, unfold_means
 from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step
+from rootfree_optax._src.common.validate import kind_of
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
 from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered, saturate
@@ -289,6 +290,11 @@ class PublishedRefresh(BlockRule):
             refresh=curvature + (1 + self.cache_preconditioner) * products,
             precondition=applied if self.cache_preconditioner else 2 * applied,
         )
+
+    def options(self) -> Mapping[str, Any]:
+        """Returns which arrays are kept."""
+        kept = kind_of(self.riemannian_momentum)
+        return {"riemannian_momentum": kept, "cache_preconditioner": self.cache_preconditioner}
 
     def supports(self, structure: Structure) -> str | None:
         """Returns why K Kᵀ cannot be kept, where it is to be and the structure is not closed under transposition."""

@@ -41,6 +41,11 @@ def is_zero(value: Any) -> bool:
     return isinstance(value, int | float | np.generic) and value == 0
 
 
+def kind_of(value: Any) -> str | None:
+    """Returns what a state depends on where a number may change in training, but not be left out or added."""
+    return None if value is None else "a number"
+
+
 def require_scalar(name: str, value: Any) -> None:
     """Raises a TypeError for anything but a real number: of Python or NumPy, or an array or tracer without axes."""
     is_array = isinstance(value, np.generic | np.ndarray | jax.Array)

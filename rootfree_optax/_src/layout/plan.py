@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -152,6 +153,17 @@ class Plan:
         results = [None if leaf is None else arrays[path].astype(leaf.dtype) for path, leaf in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(like, is_leaf=trees.is_none), results)
 
+    @functools.cached_property
+    def summary(self) -> str:
+        """What decides where blocks are and what they keep: JSON, by unit and parameter, with the names of `Layout`.
+
+        The units come in the order of their blocks, with a number and a shape of blocks for each of their stacks.
+        """
+        units: dict[str, dict[str, Any]] = {unit.name: _summarize(unit) for unit in self.units}
+        units |= {entry.path: {"shape": [entry.shape], "diagonal": True} for entry in self.rest}
+        units |= {path: {"shape": [shape]} for path, shape in self.empty}
+        return json.dumps(units)
+
     def _named_leaves(self, tree: Any, name: str) -> dict[str, Any]:
         """Returns the leaves by key path, after checking their paths and shapes."""
         leaves = trees.named_leaves(tree)
@@ -194,6 +206,20 @@ class Plan:
             for place, indices in zip(places, unit.block_indices(), strict=True)
             for offset, (layer, index) in enumerate(indices)
         )
+
+
+def _summarize(unit: Unit) -> dict[str, Any]:
+    join = None if unit.rule is None else unit.rule.join
+    return {
+        "shape": unit.shapes,
+        "diagonal": False,
+        "layer_axes": unit.layer_axes,
+        "group": getattr(join, "__qualname__", repr(join)),
+        "merge_dims": unit.lengths,
+        "structure": [[structure.name for structure in stack.structures] for stack in unit.stacks],
+        "block_size": [[stack.count, stack.shape] for stack in unit.stacks],
+        "factor_dtype": [dtype and dtype.name for dtype in unit.stacks[0].factor_dtypes],
+    }
 
 
 def _suffix(unit: Unit, layer: Shape, index: Shape) -> str:

@@ -4,6 +4,7 @@ Sharding is part of an array's type on a mesh of explicit axes. So the state's s
 `init` is traced once on such a mesh, and what its results' types say is what they are.
 """
 
+import contextlib
 from typing import Any, TypeAlias
 
 import jax
@@ -26,6 +27,30 @@ def mesh_in_use(tree: Any) -> AnyMesh | None:
         return context
     shardings = (_named_sharding(leaf) for leaf in jax.tree.leaves(tree))
     return next((sharding.mesh for sharding in shardings if sharding is not None), None)
+
+
+def use_mesh_of(params: Any) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which the parameters' mesh is in use: tracers do not show it on automatic axes."""
+    mesh = mesh_in_use(params)
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh)
+
+
+def sharding_beside(params: Any) -> Any:
+    """Returns the sharding of what every device of the parameters has whole; None where no device is asked for."""
+    first = next(iter(jax.tree.leaves(params)), None)
+    sharding = None if isinstance(first, jax.core.Tracer) else getattr(first, "sharding", None)
+    if sharding is None or not getattr(first, "committed", True):
+        return None
+    mesh = getattr(sharding, "mesh", None)
+    return sharding if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
+def on_devices_of(params: Any) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context that makes arrays on the parameters' device, if they are on a single one."""
+    device = getattr(sharding_beside(params), "device_set", ())
+    return jax.default_device(next(iter(device))) if len(device) == 1 else contextlib.nullcontext()
 
 
 def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> Any:

@@ -19,6 +19,14 @@ from rootfree_optax._src.blocks.momentum import add_scaled, average_heavy_ball, 
 from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.numerics.dtypes import upcast
 from rootfree_optax._src.transforms.accumulators import init_average
+from rootfree_optax._src.transforms.origin import (
+    Origin,
+    describe_tree,
+    dtype_name,
+    make_origin,
+    nan_unless,
+    require_origin,
+)
 
 MaskOrFn = Any | Callable[[optax.Params], Any] | None
 
@@ -35,17 +43,19 @@ def _init_step(params: optax.Params) -> LinkState:
 
 
 def add_decayed_weights(
-    weight_decay: optax.ScalarOrSchedule, mask: MaskOrFn = None
+    weight_decay: optax.ScalarOrSchedule | None, mask: MaskOrFn = None
 ) -> optax.GradientTransformationExtraArgs:
     """Adds weight_decay·θ to the updates, as `optax.add_decayed_weights`, for arrays of any dtype.
 
+    The state is the same whatever the decay and the mask are, so that both may change in training.
+
     Args:
-      weight_decay: κ ≥ 0. A number, a traced scalar or a schedule.
+      weight_decay: κ ≥ 0. A number, a traced scalar or a schedule. None adds nothing and needs no parameters.
       mask: which parameters decay: a tree of booleans like the parameters (or a prefix), or a callable that makes one
         from the parameters. None decays all.
 
     Returns:
-      A transformation whose `update` needs `params`.
+      A transformation whose `update` needs `params`, if something decays.
 
     Raises:
       ValueError: for a negative Python number; at `update` without parameters.
@@ -59,29 +69,39 @@ def add_decayed_weights(
       >>> updates.dtype
       dtype(bfloat16)
     """
-    validate.require_number("weight_decay", weight_decay, validate.NON_NEGATIVE)
+    validate.require_number("weight_decay", weight_decay, validate.NON_NEGATIVE, optional=True)
 
     def update(
         updates: optax.Updates, state: LinkState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, LinkState]:
         del extra_args
+        after = LinkState(optax.safe_increment(state.step))
+        if weight_decay is None:
+            return updates, after
         if params is None:
             raise ValueError("weight decay needs the parameters: call tx.update(grads, state, params).")
-        factor = jnp.asarray(
-            schedules.value_at("weight_decay", weight_decay, state.step)
-        )  # once in the program, for all parameters
-        updates = trees.map_gradients(functools.partial(_add_scaled, factor), updates, params)
-        return updates, LinkState(optax.safe_increment(state.step))
+        # Once in the program, for all parameters.
+        factor = jnp.asarray(schedules.value_at("weight_decay", weight_decay, state.step))
+        decay = optax.stateless(functools.partial(trees.map_gradients, functools.partial(_add_scaled, factor)))
+        if mask is not None:
+            decay = optax.masked(decay, mask)
+        return decay.update(updates, decay.init(params), params)[0], after
 
-    transformation = optax.GradientTransformationExtraArgs(_init_step, update)
-    return transformation if mask is None else optax.masked(transformation, mask)
+    return optax.GradientTransformationExtraArgs(_init_step, update)
 
 
 class HeavyBallState(NamedTuple):
-    """State of `heavy_ball`: how many updates there have been, and the momentum, a tree like the parameters."""
+    """State of `heavy_ball`.
+
+    Attributes:
+      step: how many updates there have been.
+      momentum: a tree like the parameters; None without momentum.
+      origin: what the state belongs to, see `rf.check`.
+    """
 
     step: jax.Array
     momentum: Any
+    origin: Any
 
 
 def heavy_ball(
@@ -92,7 +112,7 @@ def heavy_ball(
     A non-finite update shows in one step, and leaves its entries of v as they were.
 
     Args:
-      momentum: α₁, in [0, 1). A number or a traced scalar; None changes nothing and keeps no state.
+      momentum: α₁, in [0, 1). A number or a traced scalar; None changes nothing and keeps no v.
       average: whether the update is divided by the sum of its weights, which makes it an average that starts right.
       mu_dtype: floating-point dtype of v; by default each parameter's own.
 
@@ -115,21 +135,27 @@ def heavy_ball(
     """
     validate.require_number("momentum", momentum, validate.FRACTION, schedule=False, optional=True)
     validate.require_floating_dtype("mu_dtype", mu_dtype)
-    if momentum is None:
-        return optax.with_extra_args_support(optax.identity())
+    options = {"momentum": validate.kind_of(momentum), "mu_dtype": dtype_name(mu_dtype)}
+    text_if = lambda has_parameters: describe_tree(options, jnp.zeros([]) if has_parameters else None)
 
     def init(params: optax.Params) -> HeavyBallState:
-        return HeavyBallState(jnp.zeros([], jnp.int32), init_average(params, mu_dtype))
+        velocity = None if momentum is None else init_average(params, mu_dtype)
+        origin = make_origin(text_if(jax.tree.leaves(params)), params)
+        return HeavyBallState(jnp.zeros([], jnp.int32), velocity, origin)
 
     def update(
         updates: optax.Updates, state: HeavyBallState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, HeavyBallState]:
         del params, extra_args
+        # The keys of the momentum are the parameters' names, if there is one.
+        is_own = require_origin(state.origin, text_if(isinstance(state.origin, Origin)))
         step = optax.safe_increment(state.step)
+        if momentum is None:
+            return updates, state._replace(step=step)
         scale = jnp.asarray(1 - momentum, jnp.float32) / total_weight(momentum, step) if average else None
-        add = functools.partial(_average, jnp.asarray(momentum), scale)
+        add = functools.partial(_average, jnp.asarray(nan_unless(is_own, momentum)), scale)
         updates, velocity = trees.map_steps(add, updates, state.momentum)
-        return updates, HeavyBallState(step, velocity)
+        return updates, HeavyBallState(step, velocity, state.origin)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -167,12 +193,12 @@ def descend(
 
     Args:
       learning_rate: a number, a traced scalar or a schedule.
-      weight_decay: κ ≥ 0; None adds nothing, and keeps no state.
+      weight_decay: κ ≥ 0; None adds nothing.
       mask: which parameters decay.
       momentum: averages D + κθ before the learning rate, so that decay is coupled with it; None averages nothing.
     """
     return (
-        optax.identity() if weight_decay is None else add_decayed_weights(weight_decay, mask),
+        add_decayed_weights(weight_decay, mask),
         optax.identity() if momentum is None else momentum,
         scale_by_learning_rate(learning_rate),
     )

@@ -1,7 +1,6 @@
 """What an optimizer keeps and computes for given parameters, found by tracing its `init`."""
 
 import collections
-import contextlib
 import dataclasses
 import inspect
 import math
@@ -12,14 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from rootfree_optax._src.blocks.rule import BlockFlops
 from rootfree_optax._src.common import trees
 from rootfree_optax._src.common.schedules import RefreshEvery, Staggered
 from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.layout.paths import plain_paths
-from rootfree_optax._src.mesh.state_shardings import mesh_in_use, state_shardings
+from rootfree_optax._src.mesh.state_shardings import state_shardings, use_mesh_of
 from rootfree_optax._src.stacks.state import StackState
 from rootfree_optax._src.transforms.description import Compiled, Description, Row
 from rootfree_optax._src.transforms.kronecker import find_kronecker_states
@@ -54,16 +53,16 @@ def describe(tx: optax.GradientTransformation, params: optax.Params, *, compile:
       layer_*/bias    12 of 48     12 of 48     diagonal   f32    7.1kB
       layer_*/kernel  12 of 64×48  12 of 64×48  dense      f32    762kB
       ─────────────────────────────────────────────────────────────────
-      total           37.4k        24                             769kB
+      total           37.4k        24                             771kB
       State: 2.57 times Adam's 300kB of two numbers for each entry of the parameters.
       Step: 16.5M FLOPs of products, without refresh and statistics.
       Refresh: 34.4M FLOPs, every 10 steps.
       >>> description.state_bytes, description.flops.refresh
-      (769168, 34411008)
+      (771220, 34411008)
     """
     # Not tx.init itself: JAX does not call again what it has traced.
     init = lambda params: tx.init(params)
-    with collect_reports() as reports, _mesh_of(params):
+    with collect_reports() as reports, use_mesh_of(params):
         state = jax.eval_shape(init, params)
     if (found := len(find_kronecker_states(state))) != len(reports):
         raise ValueError(
@@ -197,7 +196,7 @@ def _compile(tx: optax.GradientTransformation, gradients: Any, state: Any, param
     if is_sharded:
         with_sharding = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         state = jax.tree.map(with_sharding, state, state_shardings(tx, params))
-    with _mesh_of(params):
+    with use_mesh_of(params):
         update = jax.jit(lambda gradients, state, params: tx.update(gradients, state, params, **extra))
         compiled = update.lower(gradients, state, params).compile()
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
@@ -205,14 +204,6 @@ def _compile(tx: optax.GradientTransformation, gradients: Any, state: Any, param
         temporary_bytes=getattr(memory, "temp_size_in_bytes", None),
         flops=int(costs["flops"]) if "flops" in costs else None,
     )
-
-
-def _mesh_of(params: Any) -> contextlib.AbstractContextManager[Any]:
-    """Returns a context in which the parameters' mesh is in use: tracers do not show it on automatic axes."""
-    mesh = mesh_in_use(params)
-    if mesh is None:
-        return contextlib.nullcontext()
-    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh)
 
 
 def _total(costs: Sequence[tuple[BlockFlops | None, int]]) -> BlockFlops | None:

@@ -20,6 +20,7 @@ from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.common.schedules import StepSize
 from rootfree_optax._src.numerics.dtypes import upcast
 from rootfree_optax._src.transforms.accumulators import init_average, init_squares, update_squares
+from rootfree_optax._src.transforms.origin import describe_tree, dtype_name, make_origin, nan_unless, require_origin
 
 
 class ScaleByRfRmsState(NamedTuple):
@@ -28,10 +29,12 @@ class ScaleByRfRmsState(NamedTuple):
     Attributes:
       count: how many updates there have been.
       nu: the accumulator s, a tree like the parameters.
+      origin: what the state belongs to, see `rf.check`.
     """
 
     count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
     nu: Any
+    origin: Any
 
 
 class ScaleByRfAdamState(NamedTuple):
@@ -41,11 +44,13 @@ class ScaleByRfAdamState(NamedTuple):
       count: how many updates there have been.
       mu: the gradient's average m, a tree like the parameters.
       nu: the accumulator s, a tree like the parameters.
+      origin: what the state belongs to, see `rf.check`.
     """
 
     count: jax.Array  # type: ignore[assignment]
     mu: Any
     nu: Any
+    origin: Any
 
 
 def scale_by_rf_rms(
@@ -102,10 +107,12 @@ def scale_by_rf_rms(
     at_construction = batch_size
     validate.require_number("decay", decay, validate.FRACTION)
     _require_valid(damping, absolute_damping, step_size, batch_size, nu_dtype=nu_dtype)
+    options = {"transformation": "scale_by_rf_rms", "nu_dtype": dtype_name(nu_dtype)}
 
     def init(params: optax.Params) -> ScaleByRfRmsState:
         trees.require_inexact(params)
-        return ScaleByRfRmsState(jnp.zeros([], jnp.int32), init_squares(params, nu_dtype))
+        nu = init_squares(params, nu_dtype)
+        return ScaleByRfRmsState(jnp.zeros([], jnp.int32), nu, make_origin(describe_tree(options, nu), params))
 
     def update(
         updates: optax.Updates,
@@ -119,11 +126,13 @@ def scale_by_rf_rms(
         del params, extra_args
         count = optax.safe_increment(state.count)
         updates, curvature = jax.tree.map(limit_to_squares, (updates, curvature))
+        is_own = require_origin(state.origin, describe_tree(options, state.nu))
         average = functools.partial(average_square, decay=schedules.value_at("decay", decay, state.count), count=count)
         nu = update_squares(average, state.nu, updates, curvature)
-        step = _step(step_size, damping, absolute_damping, batch_size, at_construction, state.count)
+        rho = nan_unless(is_own, schedules.value_at("damping", damping, state.count))
+        step = _step(step_size, rho, absolute_damping, batch_size, at_construction, state.count)
         direction = trees.map_gradients(lambda g, s: step(upcast(g), s).astype(g.dtype), updates, nu)
-        return direction, ScaleByRfRmsState(count, nu)
+        return direction, ScaleByRfRmsState(count, nu, state.origin)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -182,11 +191,14 @@ def scale_by_rf_adam(
     validate.require_number("b1", b1, validate.FRACTION, schedule=False)
     validate.require_number("b2", b2, validate.FRACTION)
     _require_valid(damping, absolute_damping, step_size, batch_size, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    dtypes = {"mu_dtype": dtype_name(mu_dtype), "nu_dtype": dtype_name(nu_dtype)}
+    options = {"transformation": "scale_by_rf_adam", **dtypes}
 
     def init(params: optax.Params) -> ScaleByRfAdamState:
         trees.require_inexact(params)
         mu, nu = init_average(params, mu_dtype), init_squares(params, nu_dtype)
-        return ScaleByRfAdamState(jnp.zeros([], jnp.int32), mu, nu)
+        origin = make_origin(describe_tree(options, nu), params)
+        return ScaleByRfAdamState(jnp.zeros([], jnp.int32), mu, nu, origin)
 
     def update(
         updates: optax.Updates,
@@ -200,13 +212,15 @@ def scale_by_rf_adam(
         del params, extra_args
         count = optax.safe_increment(state.count)
         updates, curvature = jax.tree.map(limit_to_squares, (updates, curvature))
+        is_own = require_origin(state.origin, describe_tree(options, state.nu))
         average = functools.partial(average_square, decay=schedules.value_at("b2", b2, state.count), count=count)
         nu = update_squares(average, state.nu, updates, curvature)
         averages, mu = trees.map_steps(lambda g, m: first_moment(m, g, decay=b1), updates, state.mu)
-        step = _step(step_size, damping, absolute_damping, batch_size, at_construction, state.count)
+        rho = nan_unless(is_own, schedules.value_at("damping", damping, state.count))
+        step = _step(step_size, rho, absolute_damping, batch_size, at_construction, state.count)
         weight = total_weight(b1, count)
         direct = lambda g, m, s: step(m / weight.astype(m.dtype), s).astype(g.dtype)
-        return trees.map_gradients(direct, updates, averages, nu), ScaleByRfAdamState(count, mu, nu)
+        return trees.map_gradients(direct, updates, averages, nu), ScaleByRfAdamState(count, mu, nu, state.origin)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -222,14 +236,13 @@ def _require_valid(
 
 def _step(
     step_size: StepSize,
-    damping: optax.ScalarOrSchedule,
+    rho: ArrayLike,
     absolute_damping: optax.ScalarOrSchedule,
     batch_size: ArrayLike | None,
     at_construction: ArrayLike | None,
     count: jax.Array,
 ) -> Any:
     """Returns the function of an average and an accumulator that makes a step."""
-    rho = schedules.value_at("damping", damping, count)
     if step_size == "adamw":
         return functools.partial(root_free_step, damping=rho)
     return functools.partial(

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.stacks.state import StackState
 from rootfree_optax._src.transforms.kronecker import find_kronecker_states
+from rootfree_optax._src.transforms.origin import find_origins, require_origin
 
 
 def info(state: Any) -> dict[str, jax.Array]:
@@ -43,7 +44,8 @@ def info(state: Any) -> dict[str, jax.Array]:
                      that keeps factors, the two are missing.
 
     Raises:
-      ValueError: if the state holds no Kronecker transformation.
+      ValueError: if the state holds no Kronecker transformation, or was restored into a template that it does not fit,
+        see `rf.check`.
 
     Example:
       >>> import jax, jax.numpy as jnp, rootfree_optax as rf
@@ -55,6 +57,8 @@ def info(state: Any) -> dict[str, jax.Array]:
       >>> print(*[f"{name} {scalars[name]}" for name in ("refreshes", "refused", "idle_blocks")], sep=", ")
       refreshes 1, refused 0, idle_blocks 1
     """
+    for origin in find_origins(state):
+        require_origin(origin, origin.text)  # restored into a template of other options or parameters
     nodes = find_kronecker_states(state)
     if not nodes:
         raise ValueError(

@@ -18,9 +18,19 @@ from rootfree_optax._src.common.schedules import Interval, RefreshEvery, Stagger
 from rootfree_optax._src.layout import Layout, Plan
 from rootfree_optax._src.layout.stack import are_padded
 from rootfree_optax._src.mesh.stacks_on_mesh import LocalStacks, MeshAxes, WholeStacks, place_stacks, require_mesh_axes
+from rootfree_optax._src.mesh.state_shardings import on_devices_of
 from rootfree_optax._src.stacks.state import StackState, StackStep, init_stacks
 from rootfree_optax._src.stacks.step import LazyStacks, measure_largest_scale, step_stacks
+from rootfree_optax._src.transforms.origin import (
+    describe_origin,
+    dtype_name,
+    make_origin,
+    nan_unless,
+    require_origin,
+)
 from rootfree_optax._src.transforms.reports import KroneckerReport, report
+
+_MISSING_PARAMS = "params must be given where a gradient is None: call tx.update(grads, state, params)."
 
 
 class ScaleByKroneckerState(NamedTuple):
@@ -33,12 +43,14 @@ class ScaleByKroneckerState(NamedTuple):
         stacks of a real state.
       rest: what is kept for the parameters without factors, by their names in `Plan.rest`; likewise without any.
       refreshes: how many times a refresh of all blocks has been due; with `staggered`, how many rounds are over.
+      origin: what the state belongs to, see `rf.check`.
     """
 
     count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
     stacks: Any
     rest: Any
     refreshes: jax.Array
+    origin: Any
 
 
 def find_kronecker_states(tree: Any) -> list[ScaleByKroneckerState]:
@@ -124,6 +136,13 @@ def scale_by_kronecker(
     for_rest = optax.with_extra_args_support(optax.identity() if rest is None else rest)
     if momentum is None and nesterov:
         raise ValueError("momentum must be given for nesterov=True, got None. Pass a number, such as 0.9.")
+    options = {
+        "rule": type(rule).__qualname__,
+        **rule.options(),
+        "momentum": validate.kind_of(momentum),
+        "mu_dtype": dtype_name(mu_dtype),
+        "statistics_every": validate.kind_of(statistics_every),
+    }
 
     def init(params: optax.Params) -> ScaleByKroneckerState:
         plan = layout.plan(params)
@@ -143,9 +162,13 @@ def scale_by_kronecker(
             momentum_dtypes = None if momentum is None else [mu_dtype or dtype for dtype in widest]
             anchor = placed.anchor(params)
             given = (plan.stacks, placed.own_lengths, rule, factor_dtypes, momentum_dtypes, axes, anchor)
-            states = placed.on_shards(init_stacks, len(given))(*given) if axes else call_compiled(init_stacks, given)
+            with on_devices_of(params):
+                states = (
+                    placed.on_shards(init_stacks, len(given))(*given) if axes else call_compiled(init_stacks, given)
+                )
             states = match_varying_axes(states, params, axes)
-        state = ScaleByKroneckerState(count, states, rest_state, refreshes)
+        origin = make_origin(describe_origin(options, plan.summary), params)
+        state = ScaleByKroneckerState(count, states, rest_state, refreshes, origin)
         report(KroneckerReport(plan, rule, refresh_every, statistics_every, axes, state))
         return state
 
@@ -161,6 +184,7 @@ def scale_by_kronecker(
         batch_size = schedules.resolve_batch_size(batch_size, at_construction)
         count = optax.safe_increment(state.count)
         plan = layout.plan(updates) if params is None else layout.plan(params, updates)
+        is_own = _require_own(state, describe_origin(options, plan.summary), updates, params)
         rest_updates, rest_state = {}, state.rest
         if plan.rest:
             others = None if params is None else _select_rest(plan, params, rest)
@@ -186,7 +210,7 @@ def scale_by_kronecker(
             nesterov=nesterov,
             has_missing=trees.has_none(updates),
         )
-        arrays = (updates, curvature, rest_updates, state.stacks)
+        arrays = (updates, curvature, rest_updates, state.stacks, is_own)
         if has_tracer((step, arrays)):
             new_updates, states = _step_tree(placed, step, *arrays)
         else:  # each small operation would be compiled by itself
@@ -194,7 +218,7 @@ def scale_by_kronecker(
             new_updates, states = call_compiled(_step_tree, (placed, step), *arrays)
         is_done = count % step.refresh.period == 0 if isinstance(step.refresh, Staggered) else step.refresh
         refreshes = state.refreshes + jnp.asarray(is_done, state.refreshes.dtype)
-        return new_updates, ScaleByKroneckerState(count, states, rest_state, refreshes)
+        return new_updates, ScaleByKroneckerState(count, states, rest_state, refreshes, state.origin)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -206,6 +230,7 @@ def _step_tree(
     curvature: optax.Updates | None,
     rest_updates: Mapping[str, jax.Array],
     states: tuple[StackState, ...],
+    is_own: jax.Array | None,
 ) -> tuple[optax.Updates, tuple[StackState, ...]]:
     """Returns the directions of all parameters, and the new states of the stacks."""
     gradients = placed.pack(updates, "gradients")
@@ -213,7 +238,20 @@ def _step_tree(
     largest = measure_largest_scale(step.rule, states, placed.local_axes)
     step = step._replace(numbers=step.numbers._replace(largest_scale=largest))
     directions, states = placed.on_shards(step_stacks)(step, gradients, samples, states)
+    directions = tuple([nan_unless(is_own, direction) for direction in directions])
     return placed.unpack(directions, updates, rest_updates), states
+
+
+def _require_own(
+    state: ScaleByKroneckerState, text: str, updates: optax.Updates, params: optax.Params | None
+) -> jax.Array | None:
+    """Returns what `require_origin` does."""
+    try:
+        return require_origin(state.origin, text)
+    except ValueError:
+        if params is None and trees.has_none(updates):  # it is not known which are parameters without a gradient
+            raise ValueError(_MISSING_PARAMS) from None
+        raise
 
 
 def _select_rest(plan: Plan, tree: Any, rest: optax.GradientTransformation | None) -> dict[str, Any]:
@@ -259,7 +297,7 @@ def _place_state(
     expected = placed.own_lengths if isinstance(placed, LocalStacks) else placed.lengths
     # A parameter without a gradient is not planned for without params, and its blocks could pass for padding.
     if params is None and (mesh_axes is not None or lengths != expected) and trees.has_none(updates):
-        raise ValueError("params must be given where a gradient is None: call tx.update(grads, state, params).")
+        raise ValueError(_MISSING_PARAMS)
     found = [[part.shape for part in jax.tree.leaves(getattr(state.block, "factors", None))] for state in states]
     wanted = [stack.part_shapes for stack in plan.stacks]
     fits = lambda shapes, wanted: not shapes or [shape[1:] for shape in shapes] == [shape[1:] for shape in wanted]

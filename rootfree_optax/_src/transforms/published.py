@@ -14,6 +14,7 @@ from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.numerics.dtypes import real_dtype
 from rootfree_optax._src.transforms.accumulators import fill_like, init_average, update_squares
 from rootfree_optax._src.transforms.diagonal import ScaleByRfAdamState, ScaleByRfRmsState
+from rootfree_optax._src.transforms.origin import describe_tree, dtype_name, make_origin, nan_unless, require_origin
 
 
 def scale_by_rf_rms(
@@ -70,10 +71,12 @@ def scale_by_rf_rms(
     at_construction = batch_size
     _require_valid(decay=decay, damping=damping, batch_size=batch_size, initial_scale=initial_scale)
     validate.require_floating_dtype("nu_dtype", nu_dtype)
+    options = {"transformation": "published.scale_by_rf_rms", "nu_dtype": dtype_name(nu_dtype)}
 
     def init(params: optax.Params) -> ScaleByRfRmsState:
         trees.require_inexact(params)
-        return ScaleByRfRmsState(jnp.zeros([], jnp.int32), _initial_nu(params, initial_scale, nu_dtype))
+        nu = _initial_nu(params, initial_scale, nu_dtype)
+        return ScaleByRfRmsState(jnp.zeros([], jnp.int32), nu, make_origin(describe_tree(options, nu), params))
 
     def update(
         updates: optax.Updates,
@@ -93,8 +96,12 @@ def scale_by_rf_rms(
             count=state.count,
         )
         nu = update_squares(average, state.nu, updates, curvature)
-        step = functools.partial(root_free_direction, damping=schedules.value_at("damping", damping, state.count))
-        return trees.map_gradients(step, updates, nu), ScaleByRfRmsState(optax.safe_increment(state.count), nu)
+        is_own = require_origin(state.origin, describe_tree(options, state.nu))
+        step = functools.partial(
+            root_free_direction, damping=nan_unless(is_own, schedules.value_at("damping", damping, state.count))
+        )
+        count = optax.safe_increment(state.count)
+        return trees.map_gradients(step, updates, nu), ScaleByRfRmsState(count, nu, state.origin)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -156,11 +163,18 @@ def scale_by_rf_adam(
     validate.require_floating_dtype("nu_dtype", nu_dtype)
     if bias_correction and callable(b2):
         raise ValueError("bias_correction assumes a constant b2, got a schedule. Pass bias_correction=False.")
+    options = {
+        "transformation": "published.scale_by_rf_adam",
+        "bias_correction": bias_correction,
+        "mu_dtype": dtype_name(mu_dtype),
+        "nu_dtype": dtype_name(nu_dtype),
+    }
 
     def init(params: optax.Params) -> ScaleByRfAdamState:
         trees.require_inexact(params)
         mu, nu = init_average(params, mu_dtype), _initial_nu(params, initial_scale, nu_dtype)
-        return ScaleByRfAdamState(jnp.zeros([], jnp.int32), mu, nu)
+        origin = make_origin(describe_tree(options, nu), params)
+        return ScaleByRfAdamState(jnp.zeros([], jnp.int32), mu, nu, origin)
 
     def update(
         updates: optax.Updates,
@@ -178,14 +192,15 @@ def scale_by_rf_adam(
         )
         nu = update_squares(average, state.nu, updates, curvature)
         averages, mu = trees.map_steps(lambda g, m: first_moment(m, g, decay=b1), updates, state.mu)
+        is_own = require_origin(state.origin, describe_tree(options, state.nu))
         count = optax.safe_increment(state.count)
         step = functools.partial(
             averaged_direction,
-            damping=schedules.value_at("damping", damping, state.count),
+            damping=nan_unless(is_own, schedules.value_at("damping", damping, state.count)),
             m_weight=total_weight(b1, count) if bias_correction else 1.0,
             s_weight=total_weight(b2, count) if bias_correction else 1.0,
         )
-        return trees.map_gradients(step, updates, averages, nu), ScaleByRfAdamState(count, mu, nu)
+        return trees.map_gradients(step, updates, averages, nu), ScaleByRfAdamState(count, mu, nu, state.origin)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
