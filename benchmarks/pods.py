@@ -111,7 +111,6 @@ def run_trees(options: argparse.Namespace, *, whole_step: bool) -> None:
     """Compiles the update, or a whole step, of the decoders."""
     for tree in options.trees:
         decoder = DECODERS[tree]
-        layout = rf.Layout(block_size=decoder.block_size, layer_axes={"^layers/": 0}, factor_dtype=jnp.bfloat16)
         for topology, sizes in pods.PODS[tree]:
             across = "x".join(map(str, sizes))
             if options.meshes and across not in options.meshes:
@@ -119,6 +118,7 @@ def run_trees(options: argparse.Namespace, *, whole_step: bool) -> None:
             mesh = pods.mesh_of(topology, sizes)
             specs = decoder.specs("data", "model" if len(sizes) > 1 else None)
             params = pods.placed(decoder.shapes, specs, mesh)
+            layout = rf.Layout(layer_axes={"^layers/": 0}, factor_dtype=jnp.bfloat16, specs=params)
             by_sequence = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
             tokens = jax.ShapeDtypeStruct((mesh.size, pods.LENGTH + 1), jnp.int32, sharding=by_sequence)
             records = []
@@ -130,7 +130,7 @@ def run_trees(options: argparse.Namespace, *, whole_step: bool) -> None:
                 "topology": topology,
                 "mesh": across.replace("x", "×"),
                 "parameters": trees.size(decoder.shapes) / 1e9,
-                "block_size": decoder.block_size,
+                "block_size": ", ".join("×".join(map(str, stack.shape)) for stack in layout.plan(params).stacks),
             }
             for method in _watch(options.methods, f"{tree} on {topology} {settings['mesh']}"):
                 of_plan = pods.factors_everywhere(layout) if method.startswith("published") else None

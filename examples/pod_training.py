@@ -4,8 +4,9 @@
     python examples/pod_training.py --distributed --mesh 64 4 --output SHARED_FOLDER    # in every process of a pod
 
 The mesh has two axes: over "data" go mini-batches and all matrices (FSDP), over "model" heads and hidden units. The
-blocks of SIRF-Muon are divided over both. Run it again and it goes on from its last checkpoint, on any mesh. The 200
-steps of the first command take about a minute on two processor cores.
+blocks of SIRF-Muon follow the shards: each belongs to one of the devices that hold a part of it. Run it again and it
+goes on from its last checkpoint, on any mesh. The 200 steps of the first command take about a minute on two processor
+cores.
 """
 
 import argparse
@@ -69,13 +70,14 @@ def draw(text: np.ndarray, step: int, mesh: jax.sharding.Mesh) -> jax.Array:
 
 def train(steps: int, mesh: jax.sharding.Mesh, folder: pathlib.Path) -> list[float]:
     """Returns the losses of the steps from the last checkpoint in a folder on."""
-    tx = rf.sirf_muon(1e-2, layout=rf.Layout(block_size=64), mesh_axes=("data", "model"))
     # First the shapes and shardings of everything: arrays are made, or restored, on the devices that keep them.
     structure, shapes = nnx.split(nnx.eval_shape(lambda: Transformer(nnx.Rngs(0))))
     shard = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     params = jax.tree.map_with_path(lambda path, leaf: shard(leaf, sharding_of(mesh, path, leaf)), shapes)
-    abstract = params, jax.tree.map(shard, jax.eval_shape(tx.init, params), rf.state_shardings(tx, params))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
+    layout = rf.Layout(block_size=64, specs=specs)  # the number pins the cuts: they are the same on every mesh
+    tx = rf.sirf_muon(1e-2, layout=layout, mesh_axes=mesh.axis_names)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params), rf.state_shardings(tx, params)
 
     def mean_loss(params: nnx.State, tokens: jax.Array) -> jax.Array:
         logits = nnx.merge(structure, params)(tokens[:, :-1])
@@ -87,19 +89,30 @@ def train(steps: int, mesh: jax.sharding.Mesh, folder: pathlib.Path) -> list[flo
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss
 
+    def restore(manager: ocp.CheckpointManager, step: int):
+        """Returns parameters and state of a checkpoint. Where blocks are depends on the mesh that it was saved on."""
+        [sizes] = manager.restore(step, args=ocp.args.Composite(mesh=ocp.args.JsonRestore())).values()
+        then = jax.sharding.AbstractMesh(tuple(sizes), mesh.axis_names, axis_types=mesh.axis_types)
+        with jax.sharding.use_abstract_mesh(then):
+            state = jax.eval_shape(tx.init, shapes)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        saved = params, jax.tree.map(lambda leaf: shard(leaf, everywhere), state)
+        found = manager.restore(step, args=ocp.args.Composite(training=ocp.args.StandardRestore(saved)))["training"]
+        return found[0], rf.move_state(found[1], tx, found[0])
+
     start = lambda: (params := nnx.state(Transformer(nnx.Rngs(0))), tx.init(params))
     files = sorted(pathlib.Path(argparse.__file__).parent.glob("*.py"))  # the standard library's
     text, losses = np.frombuffer(b"".join(path.read_bytes() for path in files), np.uint8), []
     with ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(SAVE_EVERY)) as manager:
         first = manager.latest_step() or 0
-        saved = ocp.args.StandardRestore(abstract, strict=False)  # how many blocks pad a stack depends on the mesh
-        params, state = manager.restore(first, args=saved) if first else jax.jit(start, out_shardings=shardings)()
+        params, state = restore(manager, first) if first else jax.jit(start, out_shardings=shardings)()
         for step in range(first + 1, steps + 1):
             params, state, loss = train_step(params, state, draw(text, step, mesh))
             losses.append(float(loss))
             if jax.process_index() == 0 and step % 10 == 0:
                 print(f"step {step}: loss {losses[-1]:.3f}", flush=True)
-            manager.save(step, args=ocp.args.StandardSave((params, state)), force=step == steps)
+            saved = {"training": ocp.args.StandardSave((params, state)), "mesh": ocp.args.JsonSave(mesh.devices.shape)}
+            manager.save(step, args=ocp.args.Composite(**saved), force=step == steps)
     return losses
 
 

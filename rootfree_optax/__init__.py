@@ -27,6 +27,7 @@ from rootfree_optax._src.transforms.factors import factors
 from rootfree_optax._src.transforms.info import info
 from rootfree_optax._src.transforms.kronecker import ScaleByKroneckerState, scale_by_kronecker
 from rootfree_optax._src.transforms.migrate import migrate
+from rootfree_optax._src.transforms.move_state import move_state
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ __all__ = [
     "info",
     "kl_shampoo",
     "migrate",
+    "move_state",
     "published",
     "rf_adamw",
     "rf_rmsprop",

@@ -27,9 +27,10 @@ SPECS = {"up": (None, "data"), "down": ("data",), "odd": ("data",), "bias": ("da
 SAVE_EVERY = 2
 
 
-def optimizer(mesh_axes: str | tuple[str, ...] = "data") -> optax.GradientTransformationExtraArgs:
-    """Returns the optimizer: 4×4 blocks, of which no stack but one divides by eight."""
-    layout = rf.Layout(block_size=4)
+def optimizer(mesh_axes: str | tuple[str, ...] = "data", told: bool = False) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer: 4×4 blocks, of which no stack but one divides by eight; told the shards, if that is so."""
+    specs = {name: PartitionSpec(*spec) for name, spec in SPECS.items()} if told else None
+    layout = rf.Layout(block_size=4, specs=specs)
     return rf.sirf_shampoo(0.05, refresh_every=2, layout=layout, mesh_axes=mesh_axes, weight_decay=0.1)
 
 
@@ -69,9 +70,10 @@ def train(
     specs: dict[str, tuple[Any, ...]] = SPECS,
     mesh_axes: str | tuple[str, ...] = "data",
     before_save: Any = lambda step: None,
+    told: bool = False,
 ) -> dict[str, Any]:
     """Trains from the last checkpoint in a folder on, saving every second step; returns parameters and state."""
-    tx, shapes = optimizer(mesh_axes), shapes_on(mesh, specs)
+    tx, shapes = optimizer(mesh_axes, told), shapes_on(mesh, specs)
     shardings = jax.tree.map(lambda struct: struct.sharding, target_of(tx, shapes))
 
     @functools.partial(quick_jit, donate_argnums=0, out_shardings=shardings)
@@ -124,12 +126,13 @@ def main() -> None:
     parser.add_argument("--coordinator", required=True)
     parser.add_argument("--process", type=int, required=True)
     parser.add_argument("--fall", type=int, default=0, help="the step at whose save this process ends")
+    parser.add_argument("--told", action="store_true", help="blocks follow the shards")
     options = parser.parse_args()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(options.coordinator, num_processes=2, process_id=options.process)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     before_save = fall_at(options.fall, options.folder)
-    train(options.folder, options.steps, mesh, before_save=before_save)
+    train(options.folder, options.steps, mesh, before_save=before_save, told=options.told)
 
 
 if __name__ == "__main__":

@@ -198,14 +198,21 @@ def _of_plan(layout: rf.Layout, params: Any, state: Any) -> dict[str, Any]:
     has_factors = lambda node: hasattr(node, "factors")
     blocks = [node for node in jax.tree.leaves(state, is_leaf=has_factors) if has_factors(node)]
     chips = jax.tree.leaves(blocks[0].factors)[0].sharding.num_devices
-    told = balance(layout.plan(params), chips)
+    owned = [len(jax.tree.leaves(block.factors)[0]) // chips for block in blocks]
+    told = balance(layout.plan(params), chips, owned)
     kept = chip_bytes([(block.factors, block.momenta) for block in blocks])
     assert kept == told["factor_bytes"], f"a chip has {kept} bytes of factors, the padding tells {told['factor_bytes']}"
     return told
 
 
-def balance(plan: rf.Plan, chips: int) -> dict[str, Any]:
-    """Returns what the published method's factors, momenta and work are after padding to a multiple of the chips."""
+def balance(plan: rf.Plan, chips: int, owned: Sequence[int] = ()) -> dict[str, Any]:
+    """Returns what the published method's factors, momenta and work are, with the padding of stacks.
+
+    Args:
+      plan: how parameters become blocks.
+      chips: over which the blocks are divided.
+      owned: how many blocks of each stack a chip has; by default as few as fit, whoever holds them.
+    """
     rule = PublishedRefresh(riemannian_momentum=0.5)
 
     def kept(stack: Stack) -> int:
@@ -214,8 +221,9 @@ def balance(plan: rf.Plan, chips: int) -> dict[str, Any]:
         return stack.count * program.tree_bytes((state.factors, state.momenta))
 
     work = lambda stack: stack.count * sum(rule.flops(stack.structures))
-    blocks_of_a_chip = lambda stack: -(-stack.count // chips)
-    of_a_chip = lambda number: sum(number(stack) * blocks_of_a_chip(stack) // stack.count for stack in plan.stacks)
+    owned = owned or [-(-stack.count // chips) for stack in plan.stacks]
+    pairs = list(zip(plan.stacks, owned, strict=True))
+    of_a_chip = lambda number: sum(number(stack) * blocks // stack.count for stack, blocks in pairs)
     return {
         "factor_bytes": of_a_chip(kept),
         "state_ratio": of_a_chip(kept) * chips / sum(map(kept, plan.stacks)),

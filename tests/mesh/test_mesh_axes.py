@@ -49,10 +49,14 @@ def train(tx: optax.GradientTransformationExtraArgs, shardings: Any = None) -> t
 
 def own_factors(state: Any) -> Any:
     """Returns the factors of every stack, without padding."""
-    counts = [stack.count for stack in LAYOUT.plan(draw(0)).stacks]
+    stacks = jax.device_get(state[0].stacks)
+    rows = [
+        np.arange(of_plan.count) if stack.number is None else np.argsort(stack.number)[-of_plan.count :]
+        for of_plan, stack in zip(LAYOUT.plan(draw(0)).stacks, stacks, strict=True)
+    ]
     return [
-        [[part[:count] for part in parts] for parts in stack.block.factors]
-        for count, stack in zip(counts, jax.device_get(state[0].stacks), strict=True)
+        [[part[own] for part in parts] for parts in stack.block.factors]
+        for own, stack in zip(rows, stacks, strict=True)
     ]
 
 
@@ -113,7 +117,8 @@ def test_ten_steps_equal_those_on_one_device(make: Any, kind: AxisType, sizes: A
     shards = int(np.prod([mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes)]))
     for of_plan, stack in zip(plan.stacks, state[0].stacks, strict=True):
         for leaf in jax.tree.leaves(stack):
-            assert leaf.shape[0] == -(-of_plan.count // shards) * shards
+            assert leaf.shape[0] % shards == 0  # on explicit axes some kinds of blocks are padded by themselves
+            assert kind is AxisType.Explicit or leaf.shape[0] - of_plan.count < shards
             assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(axes)), leaf.ndim)
             assert np.all(np.isfinite(leaf))
     assert_close((jax.device_get(params), own_factors(state)), expected(make))
@@ -202,7 +207,7 @@ def test_nothing_is_sent_within_a_step(structure: str, rule: rf.BlockRule) -> No
     [stack] = placed.stacks
     by_block = NamedSharding(mesh, PartitionSpec("data"))
     dtypes = [[jnp.float32] * 2]
-    given = (placed.stacks, placed.own_lengths, rule, dtypes, [jnp.float32], placed.axes, placed.anchor(params))
+    given = (placed, rule, dtypes, [jnp.float32], placed.anchor(params))
     [state] = placed.on_shards(init_stacks, len(given))(*given)
     gradient = jax.device_put(jnp.ones((16, 4, 4)), by_block)
 

@@ -52,13 +52,13 @@ def test_training_goes_on_on_other_meshes(uninterrupted: Any, tmp_path: pathlib.
     assert_close(jax.device_get(params), expected)
 
 
-def start(folder: pathlib.Path, fall: int = 0) -> list[subprocess.Popen[str]]:
+def start(folder: pathlib.Path, *options: str, fall: int = 0) -> list[subprocess.Popen[str]]:
     """Starts two processes of four devices; the second ends itself at the save of the step `fall`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    common = [sys.executable, pod_worker.__file__, str(folder), str(STEPS), "--coordinator", coordinator]
+    common = [sys.executable, pod_worker.__file__, str(folder), str(STEPS), "--coordinator", coordinator, *options]
     return [
         subprocess.Popen(
             [*common, "--process", str(process), "--fall", str(fall * process)],
@@ -94,4 +94,17 @@ def test_two_processes_train_as_one_and_go_on_after_one_was_killed(uninterrupted
         assert process.returncode == 0, output
     with ocp.CheckpointManager(tmp_path) as manager:
         params, _ = pod_worker.restore(manager, tx, shapes, STEPS)
+    assert_close(jax.device_get(params), expected)
+
+
+@pytest.mark.processes
+def test_two_processes_exchange_the_blocks_that_they_hold_parts_of(uninterrupted: Any, tmp_path: pathlib.Path) -> None:
+    _, expected = uninterrupted
+    for process in start(tmp_path, "--told"):
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+    tx, shapes = pod_worker.optimizer(told=True), pod_worker.shapes_on(mesh := mesh_of(8), pod_worker.SPECS)
+    with jax.set_mesh(mesh), ocp.CheckpointManager(tmp_path) as manager:
+        params, state = pod_worker.restore(manager, tx, shapes, STEPS)
+    assert all(stack.number is not None for stack in state[0].stacks)
     assert_close(jax.device_get(params), expected)

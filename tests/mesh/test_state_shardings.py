@@ -1,5 +1,6 @@
 """What `state_shardings` says is what `init` makes, through every wrapper of Optax."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,7 +15,9 @@ import rootfree_optax as rf
 
 def mixed() -> optax.GradientTransformation:
     matrices = lambda tree: jax.tree.map(lambda leaf: "matrix" if leaf.ndim == 2 else "other", tree)
-    make = functools.partial(rf.sirf_shampoo, layout=LAYOUT, mesh_axes="data", refresh_every=2, step_size="newton")
+    told = {name: PartitionSpec(*spec) for name, spec in FSDP.items()}
+    layout = dataclasses.replace(LAYOUT, specs=told)
+    make = functools.partial(rf.sirf_shampoo, layout=layout, mesh_axes="data", refresh_every=2, step_size="newton")
     injected = optax.inject_hyperparams(
         make,
         static_args=("layout", "refresh_every", "statistics_every", "mesh_axes", "step_size", "nesterov"),

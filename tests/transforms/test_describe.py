@@ -238,12 +238,19 @@ def test_a_mesh_pads_the_state(kind: AxisType, is_set: bool) -> None:
     with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
         description = rf.describe(tx, params, compile=compiles)
     alone = rf.describe(published(layout=layout_of(block_size=4), momentum=0.9), params)
-    assert description.rows == alone.rows
     assert description.mesh_axes == ("data",)
     assert "over the mesh axes data" in str(description)
-    # Four blocks of 3×4 become eight, as does one of 16; there are eight blocks of 4×4.
-    padding = 4 * (4 * (9 + 16 + 12) + 16) + 7 * (4 * (16 + 16) + 16)
-    assert description.state_bytes == alone.state_bytes + padding
+    if kind is AxisType.Explicit:
+        # Two devices hold a block of 4×4, or of 3×4, and eight that of 16: they exchange it twice, with padding.
+        assert description.received_bytes == 4 * 2 * (2 * 4 * 2 * 2 + 3 * 2 * 2 + 2 * 8)
+        assert "Traffic: an update's exchange is 480B" in str(description)
+    else:
+        assert description.rows == alone.rows
+        # Four blocks of 3×4 become eight, as does one of 16; there are eight blocks of 4×4.
+        padding = 4 * (4 * (9 + 16 + 12) + 16) + 7 * (4 * (16 + 16) + 16)
+        assert description.state_bytes == alone.state_bytes + padding
+        assert description.received_bytes is None
+        assert "Layout(specs=...)" in str(description)
     assert not compiles or description.compiled.flops > 0
 
 

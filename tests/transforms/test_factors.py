@@ -78,7 +78,7 @@ def test_they_are_found_in_stacks_that_are_padded_to_a_mesh(kind: AxisType) -> N
         state = step(published(layout=BLOCKS, mesh_axes="data"), params, gradients)
         found = rf.factors(state, params, BLOCKS)
     assert found.keys() == expected.keys()
-    assert {len(of_stack.size) for of_stack in state.stacks} == {8}
+    assert {len(of_stack.size) % 8 for of_stack in state.stacks} == {0}
     jax.tree.map(lambda k, e: np.testing.assert_allclose(k, e, rtol=1e-5, atol=1e-6), found, expected)
 
 

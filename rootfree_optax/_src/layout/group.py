@@ -74,6 +74,11 @@ class Group:
         if self.pattern is not None:
             require_expression("pattern", self.pattern)
 
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the rule only reshapes a parameter."""
+        return self.split is _reshape
+
 
 class Assignment(NamedTuple):
     """The parameters of one tensor.

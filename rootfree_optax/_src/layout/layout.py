@@ -5,15 +5,27 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rootfree_optax._src.common import trees
+from rootfree_optax._src.common.meshes import Spec
 from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.common.validate import whole_number
 from rootfree_optax._src.layout import rules
 from rootfree_optax._src.layout.group import Assignment, Group, assign, join_shapes, require_groups
 from rootfree_optax._src.layout.paths import EMBEDDINGS, plain_paths, require_match
 from rootfree_optax._src.layout.plan import Plan, Rest
+from rootfree_optax._src.layout.shards import (
+    AUTO_BLOCK_SIZE,
+    carriers,
+    carry,
+    even_piece,
+    keep_nested,
+    nested_pieces,
+    parts,
+    read_specs,
+    shards_of,
+)
 from rootfree_optax._src.layout.split import Cut
 from rootfree_optax._src.layout.stack import place
 from rootfree_optax._src.layout.unit import Unit, make_stacks, merge, squeeze, without_axes
@@ -54,7 +66,9 @@ class Layout:
       block_size: the maximal length of a block, at least 1. A longer axis is cut into as few blocks as possible, all of
         one length, a multiple of 16 where that fits, except for a shorter last one: with 256, an axis of 512 is cut
         into 256 + 256, one of 257 into 144 + 113. Axes with a diagonal structure are not cut. None: no axis is cut,
-        and one that is longer than `max_dense_dim` becomes diagonal by default.
+        and one that is longer than `max_dense_dim` becomes diagonal by default. "auto": 512; but a parameter whose
+        shards are known (`specs`) is cut so that blocks and shards nest, into blocks of 128 to 512 of which each device
+        gets equally many. Then cuts, and so the training, depend on the mesh; a number pins them.
       merge_dims: neighbouring axes but the last are merged, from the left, while their product is at most this: by
         default a 3×3 kernel's window becomes one axis of 9. None: no merging.
       layer_axes: which axes index independent layers (`nn.scan`, `nnx.scan`, vmapped layers, experts).
@@ -79,6 +93,11 @@ class Layout:
         A dtype: the same for every factor.
         A tuple: one dtype for each axis, or None for the default.
         A mapping: from a block's number of axes to a dtype or a tuple. Other blocks have the default.
+      specs: how the parameters are sharded: a tree like them of `PartitionSpec`s, of `NamedSharding`s, or of arrays or
+        shapes that have one. Where stacks are divided (`mesh_axes`), a block then belongs to one of the devices that
+        hold a part of it, and an update exchanges gradients and directions among these alone, once each. None: what
+        the parameters' types say on explicit mesh axes. On others a traced array shows nothing, and without specs the
+        compiler decides what is sent, up to hundreds of times as much.
 
     Raises:
       ValueError: for a number out of range, an unknown structure or an invalid regular expression.
@@ -98,24 +117,26 @@ class Layout:
 
     structure: rules.StructureRule = None
     max_dense_dim: int = 2048
-    block_size: int | None = 512
+    block_size: int | Literal["auto"] | None = "auto"
     merge_dims: int | None = 32
     layer_axes: rules.LayerRule = None
     diagonal: rules.DiagonalRule = EMBEDDINGS
     group: tuple[Group, ...] = ()
     factor_dtype: rules.DTypeRule = None
+    specs: Any = None
 
     def __post_init__(self) -> None:
         """Checks the arguments and makes mappings and lists immutable."""
         for name in ("structure", "layer_axes", "group", "factor_dtype"):
             object.__setattr__(self, name, rules.freeze(getattr(self, name)))
+        object.__setattr__(self, "specs", read_specs(self.specs))
         rules.require_structure_rule(self.structure)
         rules.require_layer_rule(self.layer_axes)
         rules.require_diagonal_rule(self.diagonal)
         rules.require_dtype_rule(self.factor_dtype)
         for name in ("max_dense_dim", "block_size", "merge_dims"):
             value = getattr(self, name)
-            if value is None and name != "max_dense_dim":
+            if (value is None and name != "max_dense_dim") or (value == "auto" and name == "block_size"):
                 continue
             object.__setattr__(self, name, whole_number(name, value))
         if not isinstance(self.group, tuple) or not all(isinstance(rule, Group) for rule in self.group):
@@ -136,16 +157,19 @@ class Layout:
           ValueError: for a rule that does not fit a parameter, a regular expression that matches none, or two
             parameters with the same key path. The message names the key path, or the nearest ones.
         """
-        return _plan(self, trees.real_shapes(params, gradients))
+        shapes = trees.real_shapes(params, gradients)
+        specs, sizes = shards_of(self.specs, params, dict(shapes))
+        return _plan(self, shapes, tuple(specs.items()), tuple(sizes.items()))
 
 
 class _Parameter(NamedTuple):
-    """A parameter with entries: its key path, the same as patterns see it, its shape and its layer axes."""
+    """A parameter with entries: its key path, the same as patterns see it, its shape, its layer axes and its spec."""
 
     path: str
     plain: str
     shape: Shape
     layer_axes: tuple[int, ...]
+    spec: Spec
 
     @property
     def tensor_shape(self) -> Shape:
@@ -154,11 +178,23 @@ class _Parameter(NamedTuple):
 
 
 @functools.lru_cache(maxsize=128)
-def _plan(layout: Layout, shapes: tuple[tuple[str, Shape], ...]) -> Plan:
+def _plan(
+    layout: Layout,
+    shapes: tuple[tuple[str, Shape], ...],
+    specs: tuple[tuple[str, Spec], ...],
+    mesh_sizes: tuple[tuple[str, int], ...],
+) -> Plan:
     plain = plain_paths(path for path, _ in shapes)
     _require_matches(layout, list(plain.values()))
+    told = dict(specs)
     parameters = {
-        path: _Parameter(path, plain[path], shape, rules.layer_axes_of(layout.layer_axes, plain[path], shape))
+        path: _Parameter(
+            path,
+            plain[path],
+            shape,
+            rules.layer_axes_of(layout.layer_axes, plain[path], shape),
+            told.get(path, ((),) * len(shape)),
+        )
         for path, shape in shapes
         if 0 not in shape
     }
@@ -168,8 +204,10 @@ def _plan(layout: Layout, shapes: tuple[tuple[str, Shape], ...]) -> Plan:
     if layout.diagonal is not None:
         alone = [assignment.name for assignment in assignments if assignment.rule is None]
         reasons |= {path: "a vector or scalar" for path in alone if _is_vector(tensor_shapes[path])}
+    sizes = dict(mesh_sizes)
+    alike = collections.Counter((parameters[path].shape, parameters[path].spec) for path in tensor_shapes)
     units = tuple(
-        _unit(layout, assignment, [parameters[path] for path in assignment.paths])
+        _unit(layout, assignment, [parameters[path] for path in assignment.paths], sizes, alike)
         for assignment in assignments
         if assignment.name not in reasons
     )
@@ -220,7 +258,13 @@ def _reason(layout: Layout, parameter: _Parameter) -> str | None:
     return f"an axis longer than {_LONGEST_AXIS:,}" if is_long else None
 
 
-def _unit(layout: Layout, assignment: Assignment, members: Sequence[_Parameter]) -> Unit:
+def _unit(
+    layout: Layout,
+    assignment: Assignment,
+    members: Sequence[_Parameter],
+    mesh_sizes: Mapping[str, int],
+    alike: Mapping[tuple[Shape, Spec], int],
+) -> Unit:
     layer_shape = _layer_shape(members)
     tensor_shape = members[0].tensor_shape
     if assignment.rule is not None:
@@ -234,7 +278,13 @@ def _unit(layout: Layout, assignment: Assignment, members: Sequence[_Parameter])
             raise ValueError(
                 f"structure must return a structure of {length} rows for {assignment.name!r}, got {structure!r}."
             )
-    cuts = tuple(_cut(layout, factory, length) for factory, length in zip(factories, lengths, strict=True))
+    first = members[0]
+    spec: Spec = ((),) * (len(layer_shape) + len(lengths))
+    if assignment.rule is None or assignment.rule.keeps_order:
+        carried = carriers(first.shape, first.layer_axes, lengths)
+        spec = carry(first.spec, carried, (*layer_shape, *lengths), mesh_sizes)
+    pieces = _pieces(layout, factories, layer_shape, lengths, spec, mesh_sizes, alike[first.shape, first.spec])
+    cuts = tuple(map(Cut, lengths, pieces))
     factor_dtypes = rules.factor_dtypes_of(layout.factor_dtype, assignment.name, len(lengths))
     return Unit(
         name=assignment.name,
@@ -247,6 +297,7 @@ def _unit(layout: Layout, assignment: Assignment, members: Sequence[_Parameter])
         lengths=lengths,
         cuts=cuts,
         stacks=make_stacks(factories, factor_dtypes, cuts, layer_shape),
+        spec=keep_nested(spec, (*layer_shape, *lengths), (*(1 for _ in layer_shape), *pieces), mesh_sizes),
     )
 
 
@@ -265,25 +316,30 @@ def _layer_shape(members: Sequence[_Parameter]) -> Shape:
 def _default_structures(layout: Layout, lengths: Shape, *, is_vector: bool) -> tuple[StructureFactory, ...]:
     if is_vector:
         return (diagonal,) * len(lengths)
-    is_dense = lambda length: _block_length(length, layout.block_size) <= layout.max_dense_dim
+    is_dense = lambda length: even_piece(length, _bound(layout)) <= layout.max_dense_dim
     return tuple(dense if is_dense(length) else diagonal for length in lengths)
 
 
-def _cut(layout: Layout, factory: StructureFactory, length: int) -> Cut:
-    is_diagonal = factory(length) == diagonal(length)
-    return Cut(length, length if is_diagonal else _block_length(length, layout.block_size))
+def _bound(layout: Layout) -> int | None:
+    return AUTO_BLOCK_SIZE if layout.block_size == "auto" else layout.block_size
 
 
-def _block_length(length: int, block_size: int | None) -> int:
-    """Returns the length of an axis's blocks, the last of which may be shorter.
-
-    Blocks of exactly `block_size` could leave a last one of a single row, with a factor of its own. Lengths that are
-    multiples of 16 suit the matrix units of accelerators.
-    """
-    if block_size is None or length <= block_size:
-        return length
-    blocks = math.ceil(length / block_size)
-    equal = math.ceil(length / blocks)
-    rounded = math.ceil(equal / 16) * 16
-    last = length - (blocks - 1) * rounded
-    return rounded if rounded <= block_size and 2 * last >= rounded else equal
+def _pieces(
+    layout: Layout,
+    factories: Sequence[StructureFactory],
+    layer_shape: Shape,
+    lengths: Shape,
+    spec: Spec,
+    mesh_sizes: Mapping[str, int],
+    alike: int,
+) -> Shape:
+    """Returns the lengths of a unit's blocks; `alike` units are of its shape and sharded as it is."""
+    whole = [factory(length) == diagonal(length) for factory, length in zip(factories, lengths, strict=True)]
+    shards = [parts(names, mesh_sizes) for names in spec]
+    if layout.block_size == "auto" and math.prod(shards) > 1:
+        layers = len(layer_shape)
+        tensors = alike * math.prod(layer_shape) // math.prod(shards[:layers])
+        others = math.prod(mesh_sizes.values()) // math.prod(shards)
+        return nested_pieces(lengths, shards[layers:], whole, tensors, others)
+    bound = _bound(layout)
+    return tuple(n if is_whole else even_piece(n, bound) for n, is_whole in zip(lengths, whole, strict=True))

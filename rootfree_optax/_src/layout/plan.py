@@ -98,7 +98,7 @@ class Plan:
           ValueError: for a tree unlike the parameters, or a group with gradients for some of its parameters only. The
             message names the key path.
         """
-        leaves = self._named_leaves(tree, name)
+        leaves = self.named_leaves(tree, name)
         pieces: list[jax.Array | None] = []
         for unit in self.units:
             arrays = [leaves[path] for path in unit.paths]
@@ -141,15 +141,27 @@ class Plan:
         expected = [(target.count, *target.shape) for target in self.stacks]
         if shapes != expected:
             raise ValueError(f"stacks must have the shapes {expected}, got {shapes}.")
-        leaves = self._named_leaves(like, "the tree to unpack like")
-        arrays = {path: jnp.zeros(shape) for path, shape in self.empty}
-        if self.rest or rest:
-            arrays |= self._require_rest(rest or {}, leaves)
+        leaves = self.named_leaves(like, "the tree to unpack like")
+        arrays: dict[str, jax.Array] = {}
         starts = {place.start for place in self._flat_placements if place.count < self.stacks[place.stack].count}
         numbers = opaque({0, *starts}, stacks[0]) if equal_kernels and starts else None
         for unit, places in zip(self.units, self.placements, strict=True):
             if any(leaves[path] is not None for path in unit.paths):
                 arrays |= zip(unit.paths, unit.from_blocks(unstack(stacks, places, numbers)), strict=True)
+        return self.assemble(arrays, like, rest)
+
+    def assemble(self, arrays: Mapping[str, Any], like: Any, rest: Mapping[str, Any] | None) -> Any:
+        """Returns a tree like the parameters.
+
+        Args:
+          arrays: those with factors, by key path.
+          like: see `unpack`, as `rest`.
+          rest: those without factors.
+        """
+        leaves = trees.named_leaves(like)
+        arrays = {**arrays, **{path: jnp.zeros(shape) for path, shape in self.empty}}
+        if self.rest or rest:
+            arrays |= self._require_rest(rest or {}, leaves)
         results = [None if leaf is None else arrays[path].astype(leaf.dtype) for path, leaf in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(like, is_leaf=trees.is_none), results)
 
@@ -164,12 +176,12 @@ class Plan:
         units |= {path: {"shape": [shape]} for path, shape in self.empty}
         return json.dumps(units)
 
-    def _named_leaves(self, tree: Any, name: str) -> dict[str, Any]:
-        """Returns the leaves by key path, after checking their paths and shapes."""
+    def named_leaves(self, tree: Any, name: str, *, sample_axis: bool = False) -> dict[str, Any]:
+        """Returns the leaves by key path, after checking their paths and shapes; for the arguments see `pack`."""
         leaves = trees.named_leaves(tree)
         # None elsewhere stands for no parameter.
         relevant = {path: leaf for path, leaf in leaves.items() if leaf is not None or path in self._shapes}
-        trees.require_shapes(relevant, self._shapes, name=name)
+        trees.require_shapes(relevant, self._shapes, name=name, sample_axis=sample_axis)
         return leaves
 
     def _require_rest(self, arrays: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
+from rootfree_optax._src.common.meshes import Spec
 from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.layout import split
 from rootfree_optax._src.layout.group import Group, join_members, split_members
@@ -81,6 +82,7 @@ class Unit:
       lengths: `tensor_shape`, squeezed and merged.
       cuts: how `lengths` are cut, one per axis.
       stacks: the unit's blocks, as one small stack for each window of the cuts.
+      spec: the mesh axes that divide each of the axes [*layers, *lengths], where blocks and shards nest.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Unit:
     lengths: Shape
     cuts: tuple[split.Cut, ...]
     stacks: tuple[Stack, ...]
+    spec: Spec
 
     @property
     def is_cut(self) -> bool:

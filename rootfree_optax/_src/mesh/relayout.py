@@ -6,10 +6,9 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rootfree_optax._src.common.meshes import AnyMesh, Axes
 from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.layout.split import Cut
-from rootfree_optax._src.mesh.shard_map import Axes
-from rootfree_optax._src.mesh.state_shardings import AnyMesh
 
 
 def route(mesh: AnyMesh, axes: Axes, shape: Shape) -> list[PartitionSpec]:

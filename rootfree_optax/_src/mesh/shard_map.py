@@ -6,17 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rootfree_optax._src.common.compiled import Static, take_arrays
-from rootfree_optax._src.mesh.state_shardings import AnyMesh
-
-Axes = tuple[str, ...]
-
-
-def axes_of_type(mesh: AnyMesh, *kinds: AxisType) -> Axes:
-    """Returns the names of the mesh's axes of the given types."""
-    return tuple(axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind in kinds)
+from rootfree_optax._src.common.meshes import AnyMesh, Axes, axes_of_type, names_of
 
 
 def map_shards(mesh: AnyMesh, axes: Axes, function: Callable[..., Any], replicated: int, *arguments: Any) -> Any:
@@ -39,15 +32,21 @@ def _map_shards(
     mesh: AnyMesh, axes: Axes, function: Callable[..., Any], static: Static, arrays: list[jax.Array], parts: Any
 ) -> Any:
     spec = PartitionSpec(axes)
+    # The arrays are arguments: on explicit axes they could not be closed over.
+    on_arrays = lambda arrays, parts: function(*static.insert(arrays), *parts)
+    return on_each_device(mesh, on_arrays, (PartitionSpec(), spec), spec)(arrays, parts)
+
+
+def on_each_device(mesh: AnyMesh, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Returns `jax.shard_map` of a function over all axes of the mesh in use that are not mapped yet."""
     return jax.shard_map(
-        # The arrays are arguments: on explicit axes they could not be closed over.
-        lambda arrays, parts: function(*static.insert(arrays), *parts),
+        function,
         mesh=mesh if jax.sharding.get_abstract_mesh().empty else None,
-        in_specs=(PartitionSpec(), spec),
-        out_specs=spec,
+        in_specs=in_specs,
+        out_specs=out_specs,
         axis_names=set(axes_of_type(mesh, AxisType.Auto, AxisType.Explicit)),
-        check_vma=False,  # nothing is the same over `axes`, and what is over other axes is so by construction
-    )(arrays, parts)
+        check_vma=False,  # what is the same over some axes is so by construction
+    )
 
 
 def partition(
@@ -72,5 +71,12 @@ def partition(
 
 def _restrict(spec: PartitionSpec, axes: Axes) -> PartitionSpec:
     """Returns a sharding over some of its mesh axes alone."""
-    entries = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
-    return PartitionSpec(*(tuple(name for name in names if name in axes) for names in entries))
+    return PartitionSpec(*(tuple(name for name in names if name in axes) for names in names_of(spec, len(spec))))
+
+
+def place(mesh: AnyMesh, array: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Returns an array with a sharding in its type, as far as the mesh has explicit axes."""
+    if not (explicit := axes_of_type(mesh, AxisType.Explicit)):
+        return array
+    context = jax.sharding.get_abstract_mesh()
+    return jax.sharding.reshard(array, NamedSharding(mesh if context.empty else context, _restrict(spec, explicit)))

@@ -3,11 +3,13 @@
 Divided, every device has whole blocks, and works on its own. The number of blocks of a stack is padded to a multiple of
 the number of devices, by blocks of zero gradient. Gradients come in as the user sharded them. They are cut into blocks,
 and the blocks sent to the devices that own them; directions go back the same way. In between, in `jax.shard_map`,
-nothing is sent.
+nothing is sent. How the gradients are sharded is known where the layout was told, or the types say so: then a block
+belongs to one of its holders, see `holders.py`. Elsewhere the compiler decides what is sent.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -16,13 +18,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from rootfree_optax._src.common.meshes import AnyMesh, Axes, Spec, axes_of_type, mesh_in_use
 from rootfree_optax._src.layout import Plan
 from rootfree_optax._src.layout.split import RelayoutFn
 from rootfree_optax._src.layout.stack import Stack
 from rootfree_optax._src.layout.unit import no_relayout
+from rootfree_optax._src.mesh.holders import Holders, find_holders
 from rootfree_optax._src.mesh.relayout import move, reshard, route, split_within_blocks
-from rootfree_optax._src.mesh.shard_map import Axes, axes_of_type, map_shards, partition
-from rootfree_optax._src.mesh.state_shardings import AnyMesh, mesh_in_use
+from rootfree_optax._src.mesh.shard_map import map_shards, on_each_device, partition, place
 
 MeshAxes: TypeAlias = str | tuple[str, ...] | None
 Stacks: TypeAlias = tuple[jax.Array, ...]
@@ -72,6 +75,18 @@ class WholeStacks:
     def local_axes(self) -> Axes:
         """The mesh axes over which arrays are one device's own parts already."""
         return ()
+
+    @property
+    def holders(self) -> Holders | None:
+        """How blocks are divided among the devices that hold a part of them; None where they are not."""
+        return None
+
+    def numbers(self, stack: int) -> jax.Array:
+        """Returns the number of each of a device's own blocks in a stack of the plan, −1 for padding.
+
+        Within what `on_shards` returns.
+        """
+        return _padded_numbers(jnp.arange(self.lengths[stack]), self.stacks[stack].count)
 
     def anchor(self, params: Any) -> jax.Array:
         """Returns an array without entries for a function to depend on when it depends on nothing else."""
@@ -123,6 +138,19 @@ class DividedStacks(WholeStacks):
     mesh: AnyMesh = dataclasses.field(kw_only=True)
 
     @property
+    def holders(self) -> Holders | None:
+        """How blocks are divided among the devices that hold a part of them; None where they are not."""
+        return find_holders(self.plan, tuple((axis, self.mesh.shape[axis]) for axis in self.axes))
+
+    def numbers(self, stack: int) -> jax.Array:
+        """Returns the number of each of a device's own blocks in a stack of the plan, −1 for padding."""
+        if self.holders is not None:
+            return self.holders.numbers(stack)
+        length = self.own_lengths[stack]
+        first = jax.lax.axis_index(self.axes) * length
+        return _padded_numbers(first + jnp.arange(length), self.stacks[stack].count)
+
+    @property
     def shards(self) -> int:
         """How many parts each stack is divided into."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
@@ -160,6 +188,41 @@ class DividedStacks(WholeStacks):
 
 
 @dataclasses.dataclass(frozen=True)
+class HeldStacks(DividedStacks):
+    """Divided stacks, each of whose blocks belongs to one of the devices that hold a part of it."""
+
+    @property
+    def holders(self) -> Holders:
+        """How blocks are divided among the devices that hold a part of them."""
+        found = super().holders
+        assert found is not None
+        return found
+
+    def pack(self, tree: Any, name: str, *, sample_axis: bool = False) -> Stacks:
+        """Returns the stacks of a tree like the parameters, divided over the axes."""
+        return _pack_held(self, tree, name, sample_axis)
+
+    def unpack(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] | None = None) -> Any:
+        """Returns the tree whose blocks are given: the inverse of `pack`."""
+        leaves = self.plan.named_leaves(like, "the tree to unpack like")
+        given = {path: leaf for path, leaf in leaves.items() if leaf is not None}
+        local = {
+            path: None if (leaf := given.get(path)) is None else jax.ShapeDtypeStruct(shape, leaf.dtype)
+            for unit in self.holders.plan.units
+            for path, shape in zip(unit.paths, unit.shapes, strict=True)
+        }
+        arrays = _unpack_held(self, tuple(stacks), tuple(local.items()))
+        if not axes_of_type(self.mesh, AxisType.Explicit):
+            # What blocks do not follow is gathered; gradients tell how it was divided.
+            follows = lambda path: (
+                {name for names in self.holders.specs[path] for name in names} == {*self.mesh.axis_names}
+            )
+            arrays = {path: array if follows(path) else _lay_out(array, given[path]) for path, array in arrays.items()}
+        tree = self.plan.assemble(arrays, like, rest)
+        return jax.tree.map(lambda leaf, other: place(self.mesh, leaf, _spec(other)), tree, like)
+
+
+@dataclasses.dataclass(frozen=True)
 class LocalStacks(DividedStacks):
     """One device's own parts of divided stacks: the caller is inside `jax.shard_map` over the axes."""
 
@@ -179,20 +242,28 @@ class LocalStacks(DividedStacks):
 
     def pack(self, tree: Any, name: str, *, sample_axis: bool = False) -> Stacks:
         """Returns this device's parts of the stacks."""
-        index = jax.lax.axis_index(self.axes)
-        pairs = zip(self._pack_padded(_replicate(tree), name, sample_axis), self.own_lengths, strict=True)
-        return tuple(jax.lax.dynamic_slice_in_dim(stack, index * length, length) for stack, length in pairs)
+        stacks = enumerate(_pack(self.plan, _replicate(tree), name, sample_axis))
+        return tuple(
+            [
+                stack.at[self.numbers(i)].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+                for i, stack in stacks
+            ]
+        )
 
     def unpack(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] | None = None) -> Any:
         """Returns the whole tree, on every device."""
-        return _shard_like(self._unpack_padded([self._sum_parts(part) for part in stacks], like, rest), like)
+        whole = [self._sum_parts(i, part) for i, part in enumerate(stacks)]
+        return _shard_like(self.plan.unpack(whole, like, rest=rest), like)
 
-    def _sum_parts(self, part: jax.Array) -> jax.Array:
+    def _sum_parts(self, index: int, part: jax.Array) -> jax.Array:
         """Returns the stack of all parts. Uses psum because its result is typed as replicated; all_gather's is not."""
-        length = part.shape[0]
-        zeros = jnp.zeros((length * self.shards, *part.shape[1:]), part.dtype)
-        start = jax.lax.axis_index(self.axes) * length
-        return jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(zeros, part, start, 0), self.axes)
+        zeros = jnp.zeros((self.stacks[index].count, *part.shape[1:]), part.dtype)
+        placed = zeros.at[self.numbers(index)].set(part, mode="drop", wrap_negative_indices=False)
+        return jax.lax.psum(placed, self.axes)
+
+
+def _padded_numbers(numbers: jax.Array, count: int) -> jax.Array:
+    return jnp.where(numbers < count, numbers, -1)
 
 
 def _replicate(tree: Any) -> Any:
@@ -207,6 +278,14 @@ def _shard_like(tree: Any, reference: Any) -> Any:
 
 def _spec(leaf: jax.Array) -> PartitionSpec:
     return jax.typeof(leaf).sharding.spec
+
+
+def _lay_out(direction: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Returns a direction that the compiler lays out as its gradient.
+
+    Where a gradient is NaN its direction is. Saying so changes nothing, but is an operation on both, entry by entry.
+    """
+    return jax.lax.select(jnp.isnan(gradient), gradient, direction)
 
 
 def _pack(plan: Plan, tree: Any, name: str, sample_axis: bool, relayout: RelayoutFn = no_relayout) -> Stacks:
@@ -250,12 +329,41 @@ def _unpack_divided(divided: DividedStacks, stacks: Stacks, like: Any, rest: Map
         stops = [route(mesh, divided.axes, stack.shape)[-2::-1] for stack in stacks]
         whole = [move(mesh, stack, back) for stack, back in zip(stacks, stops, strict=True)]
         pairs = zip(jax.tree.leaves(divided._unpack_padded(whole, like, rest)), jax.tree.leaves(like), strict=True)
-        # Where a gradient is NaN its direction is. Saying so changes nothing, but is an operation on both, entry by
-        # entry: so the compiler lays out the one as the other.
-        return tuple(jax.lax.select(jnp.isnan(other), other, leaf) for leaf, other in pairs)
+        return tuple(itertools.starmap(_lay_out, pairs))
 
     specs = [_spec(leaf) for leaf in leaves]
     return jax.tree.unflatten(structure, partition(mesh, to_leaves, specs, stacks, like, rest))
+
+
+def _to_spec(spec: Spec, sample_axis: bool = False) -> PartitionSpec:
+    return PartitionSpec(*((None,) if sample_axis else ()), *(names or None for names in spec))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3), inline=True)
+def _pack_held(held: HeldStacks, tree: Any, name: str, sample_axis: bool) -> Stacks:
+    holders, mesh = held.holders, held.mesh
+    leaves = held.plan.named_leaves(tree, name, sample_axis=sample_axis)
+    given = {path: leaves[path] for path in holders.specs if leaves[path] is not None}
+    specs = {path: _to_spec(holders.specs[path], sample_axis) for path in given}
+
+    def to_owners(given: Any) -> Stacks:
+        own = {path: given.get(path) for path in holders.specs}
+        return holders.to_owners(_pack(holders.plan, own, name, sample_axis), len(held.stacks))
+
+    placed = {path: place(mesh, leaf, specs[path]) for path, leaf in given.items()}
+    return on_each_device(mesh, to_owners, (specs,), PartitionSpec(held.axes))(placed)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
+def _unpack_held(held: HeldStacks, stacks: Stacks, local: tuple[tuple[str, Any], ...]) -> dict[str, jax.Array]:
+    holders = held.holders
+    specs = {path: _to_spec(holders.specs[path]) for path, leaf in local if leaf is not None}
+
+    def from_owners(stacks: Stacks) -> dict[str, jax.Array]:
+        arrays = holders.plan.unpack(holders.from_owners(stacks), dict(local))
+        return {path: leaf for path, leaf in arrays.items() if leaf is not None}
+
+    return on_each_device(held.mesh, from_owners, (PartitionSpec(held.axes),), specs)(stacks)
 
 
 def place_stacks(plan: Plan, mesh_axes: MeshAxes, tree: Any) -> WholeStacks | DividedStacks:
@@ -283,7 +391,11 @@ def place_stacks(plan: Plan, mesh_axes: MeshAxes, tree: Any) -> WholeStacks | Di
     manual = set(axes) & set(axes_of_type(mesh, AxisType.Manual))
     if manual and manual != set(axes):
         raise ValueError(f"mesh_axes must be all mapped by jax.shard_map or none, got {axes}, mapped: {manual}.")
-    regime = LocalStacks if manual else DividedStacks
-    shards = regime(plan, counts, axes, mesh=mesh).shards
-    even = tuple(-(-count // shards) * shards for count in counts)
-    return regime(plan, even, axes, mesh=mesh)
+    placed = DividedStacks(plan, counts, axes, mesh=mesh)
+    shards, holders = placed.shards, placed.holders
+    if holders is None:
+        lengths = tuple(-(-count // shards) * shards for count in counts)
+    else:
+        lengths = tuple(holders.owned(stack) * shards for stack in range(len(counts)))
+    regime = LocalStacks if manual else DividedStacks if holders is None else HeldStacks
+    return regime(plan, lengths, axes, mesh=mesh)

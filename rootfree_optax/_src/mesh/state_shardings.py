@@ -1,32 +1,18 @@
-"""The shardings of an optimizer's state, and the mesh that parameters live on.
+"""The shardings of an optimizer's state.
 
 Sharding is part of an array's type on a mesh of explicit axes. So the state's shardings need no rules of their own:
 `init` is traced once on such a mesh, and what its results' types say is what they are.
 """
 
 import contextlib
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-AnyMesh: TypeAlias = Mesh | AbstractMesh
-
-
-def _named_sharding(leaf: Any) -> NamedSharding | None:
-    """Returns the sharding of an array, a `jax.ShapeDtypeStruct` or a tracer, where it has one over a mesh."""
-    sharding = jax.typeof(leaf).sharding if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
-    return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
-
-
-def mesh_in_use(tree: Any) -> AnyMesh | None:
-    """Returns the mesh that `jax.set_mesh` has set, or else the one that the tree's arrays live on, if there is any."""
-    if not (context := jax.sharding.get_abstract_mesh()).empty:
-        return context
-    shardings = (_named_sharding(leaf) for leaf in jax.tree.leaves(tree))
-    return next((sharding.mesh for sharding in shardings if sharding is not None), None)
+from rootfree_optax._src.common.meshes import axes_of_type, mesh_in_use, named_sharding, only_typed
 
 
 def use_mesh_of(params: Any) -> contextlib.AbstractContextManager[Any]:
@@ -84,7 +70,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
       >>> preconditioner.count.sharding.is_fully_replicated
       True
     """
-    leaves = [_named_sharding(leaf) for leaf in jax.tree.leaves(params)]
+    leaves = [named_sharding(leaf) for leaf in jax.tree.leaves(params)]
     meshes = list(dict.fromkeys(sharding.mesh for sharding in leaves if sharding is not None))
     if len(meshes) != 1:
         raise ValueError(
@@ -101,11 +87,11 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
         return state
 
     def on_explicit_mesh(leaf: Any) -> jax.ShapeDtypeStruct:
-        found = _named_sharding(leaf)
+        found = named_sharding(leaf)
         spec = PartitionSpec() if found is None else found.spec
         return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=NamedSharding(explicit, spec))
 
-    with jax.sharding.use_abstract_mesh(explicit):
+    with jax.sharding.use_abstract_mesh(explicit), only_typed(axes_of_type(mesh, AxisType.Explicit)):
         jax.eval_shape(init, jax.tree.map(on_explicit_mesh, params))
     is_spec = lambda node: isinstance(node, PartitionSpec)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs[0], is_leaf=is_spec)

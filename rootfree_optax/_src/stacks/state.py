@@ -25,6 +25,8 @@ class StackState(NamedTuple):
       squared_norm: of each block's last direction, [blocks].
       largest_gradient: the largest absolute value of each block's last gradient, [blocks].
       size: how many entries each block has, [blocks]; zero for blocks that pad the stack to a mesh. It never changes.
+      number: which block of the plan's stack each one is, [blocks], −1 for padding; None if they are in order, with
+        padding behind. It never changes.
     """
 
     block: BlockState
@@ -32,6 +34,7 @@ class StackState(NamedTuple):
     squared_norm: jax.Array
     largest_gradient: jax.Array
     size: jax.Array
+    number: Any = None  # an array, or None
 
 
 class StackStep(NamedTuple):
@@ -59,23 +62,19 @@ class StackStep(NamedTuple):
 
 
 def init_stacks(
-    stacks: Sequence[Stack],
-    lengths: Sequence[int],
+    placed: Any,
     rule: BlockRule,
     factor_dtypes: Sequence[Sequence[jnp.dtype]],
     momentum_dtypes: Sequence[DTypeLike] | None,
-    axes: tuple[str, ...],
     anchor: jax.Array,
 ) -> tuple[StackState, ...]:
     """Returns the state of each stack before the first step.
 
     Args:
-      stacks: the plan's stacks.
-      lengths: how many blocks this device has of each.
+      placed: where the stacks are, see `WholeStacks`.
       rule: what is done with a block.
       factor_dtypes: for each stack, the dtype of each axis's factor.
       momentum_dtypes: for each stack; None without momentum.
-      axes: the mesh axes that the stacks are divided over.
       anchor: an array without entries that the state is to depend on, see `WholeStacks.anchor`.
     """
     zero = jnp.sum(anchor)
@@ -83,20 +82,22 @@ def init_stacks(
     def repeat(length: int, array: jax.Array) -> jax.Array:
         return jnp.broadcast_to(array, (length, *array.shape)) + zero.astype(array.dtype)
 
-    def init(stack: Stack, length: int, dtypes: Sequence[jnp.dtype], momentum_dtype: DTypeLike | None) -> StackState:
+    def init(index: int, dtypes: Sequence[jnp.dtype], momentum_dtype: DTypeLike | None) -> StackState:
+        stack, number = placed.stacks[index], placed.numbers(index).astype(jnp.int32)
+        length = len(number)
         # A stack of no blocks still has arrays: each device's state has the same structure.
         momentum = None if momentum_dtype is None else jnp.zeros((length, *stack.shape), momentum_dtype)
         block = jax.tree.map(functools.partial(repeat, length), rule.init(stack.structures, dtypes))
-        first = jax.lax.axis_index(axes) * length if axes else 0
-        is_padding = first + jnp.arange(length) >= stack.count
-        size = jnp.where(is_padding, 0, jnp.float32(math.prod(stack.shape)))
+        size = jnp.where(number < 0, 0, jnp.float32(math.prod(stack.shape)))
         return StackState(
             block,
             momentum,
             squared_norm=repeat(length, jnp.zeros([], jnp.float32)),
             largest_gradient=repeat(length, jnp.zeros([], jnp.float32)),
             size=size + zero.astype(size.dtype),
+            number=None if placed.holders is None else number + zero.astype(number.dtype),
         )
 
-    each = zip(stacks, lengths, factor_dtypes, momentum_dtypes or (None,) * len(stacks), strict=True)
+    count = len(placed.stacks)
+    each = zip(range(count), factor_dtypes, momentum_dtypes or (None,) * count, strict=True)
     return tuple([init(*of_stack) for of_stack in each])

@@ -65,7 +65,7 @@ def _precondition(
         is_missing = jnp.max(gradient, tuple(axes[1:])) == -jnp.inf
         squared_norm = jnp.where(is_missing, old.squared_norm, squared_norm)
         largest = jnp.where(is_missing, old.largest_gradient, largest)
-    return direction, StackState(block, momentum, squared_norm, largest, old.size)
+    return direction, StackState(block, momentum, squared_norm, largest, old.size, old.number)
 
 
 def map_blocks(function: Any, stack: Stack, numbers: Step) -> Any:

@@ -83,6 +83,9 @@ def describe(tx: optax.GradientTransformation, params: optax.Params, *, compile:
         refresh_every=_in_words([report.refresh_every for report in with_blocks]),
         statistics_every=_in_words([report.statistics_every for report in with_blocks]),
         mesh_axes=tuple(dict.fromkeys(axis for report in reports for axis in report.axes)),
+        received_bytes=None
+        if any(report.axes and report.received_bytes is None for report in reports)
+        else sum(report.received_bytes or 0 for report in reports),
         compiled=_compile(tx, tree, state, params) if compile else None,
     )
 

@@ -66,6 +66,8 @@ class Description:
       refresh_every: in words, when refreshes are due; of each Kronecker transformation, without repetition.
       statistics_every: in words, when statistics take in a gradient, likewise.
       mesh_axes: the axes of the mesh that blocks are divided over.
+      received_bytes: of gradients and directions that a device receives in an update, where the parameters' shardings
+        are known, see `Layout.specs`; None where the compiler decides what is sent.
       compiled: what the compiler says of one update; None unless that was asked for.
     """
 
@@ -78,6 +80,7 @@ class Description:
     refresh_every: tuple[str, ...]
     statistics_every: tuple[str, ...]
     mesh_axes: tuple[str, ...]
+    received_bytes: int | None
     compiled: Compiled | None
 
     @property
@@ -135,6 +138,13 @@ class Description:
                 notes.append(f"Statistics: {observe}, {' or '.join(self.statistics_every)}.")
         if self.mesh_axes:
             notes.append(f"Blocks are divided over the mesh axes {', '.join(self.mesh_axes)}.")
+            if self.received_bytes is None:
+                notes.append(
+                    "Traffic: up to the compiler, at worst every update gathers all gradients and all directions. With "
+                    "Layout(specs=...) a device receives as much as its shards of them."
+                )
+            else:
+                notes.append(f"Traffic: an update's exchange is {_metric(self.received_bytes, 'B')} on each device.")
         if self.compiled is not None:
             temporaries, flops = _metric(self.compiled.temporary_bytes, "B"), _metric(self.compiled.flops, " FLOPs")
             notes.append(f"Compiled update, on each device: {temporaries} of temporaries, {flops}.")

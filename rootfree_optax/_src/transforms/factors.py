@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.layout import Layout, Stack
 from rootfree_optax._src.layout.stack import are_padded
+from rootfree_optax._src.stacks.state import StackState
 from rootfree_optax._src.transforms.kronecker import find_kronecker_states
 
 
@@ -52,20 +54,17 @@ def factors(
     }
 
 
-def _find_factors(state: Any, stacks: Sequence[Stack]) -> list[Any]:
-    """Returns each stack's factors from anywhere in a state."""
+def _find_factors(state: Any, stacks: Sequence[Stack]) -> Sequence[StackState]:
+    """Returns the state of each stack from anywhere in a state."""
     if not stacks:
         return []
     expected = [shape for stack in stacks for shape in stack.part_shapes]
-    candidates = [
-        [getattr(of_stack.block, "factors", None) for of_stack in node.stacks]
-        for node in find_kronecker_states(state)
-        if isinstance(node.stacks, tuple)
-    ]
-    shapes = [[part.shape for part in jax.tree.leaves(candidate)] for candidate in candidates]
+    candidates = [node.stacks for node in find_kronecker_states(state) if isinstance(node.stacks, tuple)]
+    factors_of = lambda stacks: [getattr(stack.block, "factors", None) for stack in stacks]
+    shapes = [[part.shape for part in jax.tree.leaves(factors_of(candidate))] for candidate in candidates]
     pairs = list(zip(candidates, shapes, strict=True))
     exact = [candidate for candidate, found in pairs if found == expected]
-    padded = [candidate for candidate, found in pairs if _may_hold(found, expected)]
+    padded = [candidate for candidate, found in pairs if _may_hold(candidate, found, expected)]
     match exact or padded:
         case []:
             raise ValueError(
@@ -82,22 +81,35 @@ def _find_factors(state: Any, stacks: Sequence[Stack]) -> list[Any]:
             )
 
 
-def _may_hold(found: Sequence[Shape], expected: Sequence[Shape]) -> bool:
+def _may_hold(stacks: Sequence[StackState], found: Sequence[Shape], expected: Sequence[Shape]) -> bool:
     """Returns whether shapes are the expected ones, but for padding along their first axes."""
-    are_alike = [shape[1:] for shape in found] == [shape[1:] for shape in expected]
-    return are_alike and are_padded([count for count, *_ in expected], [length for length, *_ in found])
+    if [shape[1:] for shape in found] != [shape[1:] for shape in expected]:
+        return False
+    counts, lengths = [count for count, *_ in expected], [length for length, *_ in found]
+    if any(stack.number is not None for stack in stacks):
+        return all(length >= count for length, count in zip(lengths, counts, strict=True))
+    return are_padded(counts, lengths)
 
 
-def _dense_factors(factors: Any, stack: Stack, position: int) -> tuple[jax.Array, ...]:
-    """Returns the dense matrix [dₙ, dₙ] of each axis of the block at `position` of a stack."""
-    block = jax.tree.map(lambda part: _replicated_row(part, position), factors)
+def _dense_factors(state: StackState, stack: Stack, number: int) -> tuple[jax.Array, ...]:
+    """Returns the dense matrix [dₙ, dₙ] of each axis of a stack's block of the given number."""
+    row: Any = number
+    if state.number is not None:
+        row = jnp.argmax(_everywhere(state.number) == number)
+        row = row if isinstance(row, jax.core.Tracer) else int(row)
+    block = jax.tree.map(lambda part: _everywhere(part, row), state.block.factors)
     return tuple(structure.to_dense(parts) for structure, parts in zip(stack.structures, block, strict=True))
 
 
-def _replicated_row(part: jax.Array, position: int) -> jax.Array:
+def _everywhere(part: jax.Array, row: Any = slice(None)) -> jax.Array:
+    """Returns a row, or all of them, on every device."""
     sharding = jax.typeof(part).sharding
     if all(axis is None for axis in sharding.spec):
-        return part[position]
-    # A row of what carries a sharding in its type must be told where to go.
+        return part[row]
+    # A row of what carries a sharding in its type must be told where to go; one that is traced, after all have gone.
     everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return part.at[position].get(out_sharding=everywhere)
+    return (
+        part.at[row].get(out_sharding=everywhere)
+        if isinstance(row, int)
+        else jax.sharding.reshard(part, everywhere)[row]
+    )

@@ -150,18 +150,21 @@ def scale_by_kronecker(
         rest_state = for_rest.init(_select_rest(plan, params, rest)) if plan.rest else jnp.zeros([0])
         states: Any = jnp.zeros([0])
         axes: tuple[str, ...] = ()
+        sent = None
         if plan.stacks:
             _require_supported(rule, plan)
             placed = place_stacks(plan, mesh_axes, params)
             axes = placed.axes
             widest = _widest_dtypes(plan, params)
+            if placed.holders is not None:
+                sent = placed.holders.bytes_received([dtype.itemsize for dtype in widest])
             factor_dtypes = [
                 [default if dtype is None else dtype for dtype in stack.factor_dtypes]
                 for stack, default in zip(plan.stacks, widest, strict=True)
             ]
             momentum_dtypes = None if momentum is None else [mu_dtype or dtype for dtype in widest]
             anchor = placed.anchor(params)
-            given = (plan.stacks, placed.own_lengths, rule, factor_dtypes, momentum_dtypes, axes, anchor)
+            given = (placed, rule, factor_dtypes, momentum_dtypes, anchor)
             with on_devices_of(params):
                 states = (
                     placed.on_shards(init_stacks, len(given))(*given) if axes else call_compiled(init_stacks, given)
@@ -169,7 +172,7 @@ def scale_by_kronecker(
             states = match_varying_axes(states, params, axes)
         origin = make_origin(describe_origin(options, plan.summary), params)
         state = ScaleByKroneckerState(count, states, rest_state, refreshes, origin)
-        report(KroneckerReport(plan, rule, refresh_every, statistics_every, axes, state))
+        report(KroneckerReport(plan, rule, refresh_every, statistics_every, axes, sent, state))
         return state
 
     def update(
@@ -238,6 +241,9 @@ def _step_tree(
     largest = measure_largest_scale(step.rule, states, placed.local_axes)
     step = step._replace(numbers=step.numbers._replace(largest_scale=largest))
     directions, states = placed.on_shards(step_stacks)(step, gradients, samples, states)
+    if placed.holders is not None:
+        numbers = tuple([state.number for state in states])
+        directions = placed.on_shards(_refuse_misplaced)(placed, directions, numbers)
     directions = tuple([nan_unless(is_own, direction) for direction in directions])
     return placed.unpack(directions, updates, rest_updates), states
 
@@ -293,6 +299,11 @@ def _place_state(
       ValueError: if the state is of other parameters, another layout, rule or mesh.
     """
     placed = place_stacks(plan, mesh_axes, (states, updates))
+    if any((state.number is None) != (placed.holders is None) for state in states):
+        raise ValueError(
+            "the state's blocks must be in the order that the mesh and the parameters' shardings ask for, but it was "
+            "made without them, or for others. Move it with rf.move_state(state, tx, params)."
+        )
     lengths = tuple([len(state.size) for state in states])
     expected = placed.own_lengths if isinstance(placed, LocalStacks) else placed.lengths
     # A parameter without a gradient is not planned for without params, and its blocks could pass for padding.
@@ -308,7 +319,7 @@ def _place_state(
             raise ValueError(
                 f"the state's stacks must have {expected} blocks on the {placed.shards} devices of "
                 f"mesh_axes={mesh_axes!r}, got {lengths}: it is of another mesh or other parameters. Restore it for "
-                "this one as examples/pod_training.py does."
+                "this one as examples/pod_training.py does, or move it with rf.move_state(state, tx, params)."
             )
         if mesh_axes is not None and are_padded([stack.count for stack in plan.stacks], lengths):
             return dataclasses.replace(placed, lengths=lengths)
@@ -316,6 +327,14 @@ def _place_state(
         "the state must come from init on parameters of the shapes that update is given, with the same layout. The "
         f"factors' arrays have the shapes {found}, but the layout asks for {wanted}, and padding if need be."
     )
+
+
+def _refuse_misplaced(
+    placed: WholeStacks, directions: tuple[jax.Array, ...], numbers: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
+    """Returns directions, NaN where a state's blocks are in another mesh's order: its shapes alone do not tell."""
+    fits = [jnp.all(number == placed.numbers(index)) for index, number in enumerate(numbers)]
+    return tuple([jnp.where(fit, direction, jnp.nan) for fit, direction in zip(fits, directions, strict=True)])
 
 
 def _pack_samples(

@@ -32,7 +32,8 @@ def migrate(
       The state.
 
     Raises:
-      ValueError: if no state of this package is where `tx` keeps one, or `renamed` has a key path that is in neither.
+      ValueError: if no state of this package is where `tx` keeps one, or `renamed` has a key path that is in neither;
+        for blocks that follow shards, see `move_state`.
 
     Example:
       >>> import jax, jax.numpy as jnp, rootfree_optax as rf
@@ -55,6 +56,12 @@ def migrate(
         )
     names.require(old.values(), new.values())
     arrays = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    ends = [path_of(keys[-1:]) for keys, _ in jax.tree_util.tree_leaves_with_path((state, fresh))]
+    if "number" in ends:  # of the blocks, where shards order them
+        raise ValueError(
+            "migrate needs blocks in the order of the parameters, but shards order these. Move the state to parameters "
+            "that are not sharded first, by rf.move_state(state, tx, params), and give migrate such parameters."
+        )
     stacks = {
         place: source
         for state_place in new.keys() & old.keys()

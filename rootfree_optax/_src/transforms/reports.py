@@ -21,6 +21,7 @@ class KroneckerReport(NamedTuple):
       refresh_every: when preconditioners are refreshed.
       statistics_every: when statistics take in a gradient; None for never.
       axes: the mesh axes that the blocks are divided over.
+      received_bytes: what a device receives of others in an update; None where the compiler decides.
       state: the transformation's state, of `jax.ShapeDtypeStruct`s.
     """
 
@@ -29,6 +30,7 @@ class KroneckerReport(NamedTuple):
     refresh_every: RefreshEvery
     statistics_every: Interval | None
     axes: tuple[str, ...]
+    received_bytes: int | None
     state: Any
 
 

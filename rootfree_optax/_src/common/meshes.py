@@ -1,0 +1,60 @@
+"""Which mesh is in use, and how arrays are sharded over it."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+AnyMesh: TypeAlias = Mesh | AbstractMesh
+Axes: TypeAlias = tuple[str, ...]
+Spec: TypeAlias = tuple[Axes, ...]  # for each axis of an array, the axes of the mesh that divide it
+
+_typed_axes: contextvars.ContextVar[Axes | None] = contextvars.ContextVar("typed_axes", default=None)
+
+
+def axes_of_type(mesh: AnyMesh, *kinds: AxisType) -> Axes:
+    """Returns the names of the mesh's axes of the given types."""
+    return tuple(axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind in kinds)
+
+
+def named_sharding(leaf: Any) -> NamedSharding | None:
+    """Returns the sharding of an array, a `jax.ShapeDtypeStruct` or a tracer, where it has one over a mesh."""
+    sharding = jax.typeof(leaf).sharding if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
+
+
+def mesh_in_use(tree: Any) -> AnyMesh | None:
+    """Returns the mesh that `jax.set_mesh` has set, or else the one that the tree's arrays live on, if there is any."""
+    if not (context := jax.sharding.get_abstract_mesh()).empty:
+        return context
+    shardings = (named_sharding(leaf) for leaf in jax.tree.leaves(tree))
+    return next((sharding.mesh for sharding in shardings if sharding is not None), None)
+
+
+def names_of(spec: PartitionSpec, ndim: int) -> Spec:
+    """Returns the names of the mesh axes that divide each of an array's axes."""
+    entries = [(entry,) if isinstance(entry, str) else entry if isinstance(entry, tuple) else () for entry in spec]
+    return (*entries, *((),) * (ndim - len(entries)))
+
+
+def typed_spec(leaf: Any) -> Spec:
+    """Returns what divides each axis of an array by its type: the explicit axes of its mesh."""
+    if (sharding := named_sharding(leaf)) is None:
+        return ()
+    typed = _typed_axes.get()
+    typed = axes_of_type(sharding.mesh, AxisType.Explicit) if typed is None else typed
+    names = names_of(sharding.spec, len(leaf.shape))
+    return tuple(tuple(name for name in of_axis if name in typed) for of_axis in names)
+
+
+@contextlib.contextmanager
+def only_typed(axes: Axes) -> Iterator[None]:
+    """Within the context, `typed_spec` sees these axes alone: others are explicit for the purpose of a trace."""
+    token = _typed_axes.set(axes)
+    try:
+        yield
+    finally:
+        _typed_axes.reset(token)
