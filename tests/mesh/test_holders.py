@@ -157,7 +157,7 @@ def test_every_device_has_the_blocks_that_its_numbers_tell() -> None:
         "block_size": 8,
         "layer_axes": {"experts": 0, "layers_last": 2},
         "merge_dims": 8,
-        "group": (rf.as_matrix("heads", 1), rf.weight_and_bias("joined/kernel", "joined/bias")),
+        "group": (rf.as_matrix("heads", 1), rf.weight_and_bias("joined/kernel", "joined/bias", output_axis=-1)),
     }
     specs = {name: PartitionSpec(*spec) for name, (_, spec) in CASES.items()}
     placed = held(rf.Layout(**options, specs=specs), params, mesh)
