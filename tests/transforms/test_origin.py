@@ -75,7 +75,6 @@ def test_another_option_is_refused_by_name(name: str, old: Any, new: Any, messag
         ({}, {"layer_axes": {"c": 0}}, "of 'c' was"),
         ({}, {"group": (rf.flatten("c"),)}, "of 'c' was"),
     ],
-    ids=str,
 )
 def test_another_layout_is_refused_by_option_and_parameter(old: Any, new: Any, message: str) -> None:
     with refuses(ValueError, message):
@@ -109,7 +108,6 @@ def test_the_state_of_another_optimizer_is_refused_by_name() -> None:
         ("rf_adamw", {}, {"step_size": "newton", "batch_size": 8, "b1": 0.5, "b2": 0.5}),
         ("published.rf_rmsprop", {}, {"weight_decay": None, "decay": 0.5, "initial_scale": 0.0}),
     ],
-    ids=str,
 )
 def test_what_may_change_in_training_changes(name: str, old: Any, new: Any) -> None:
     traced(make(name, **old), make(name, **new))
