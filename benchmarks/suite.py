@@ -3,6 +3,7 @@
     python benchmarks/suite.py                     # the trees gpt4, resnet18 and vit, all methods that are installed
     python benchmarks/suite.py --trees gpt12 resnet34 --methods adamw muon "sirf_muon*"
     python benchmarks/suite.py --trees share       # the optimizer's share of a training step
+    python benchmarks/suite.py --trees cost        # compilation and temporaries on trees of many shapes
 
 The peers are installed as `harness/peers.py` says, PyTorch's official optimizer in an environment of its own:
 
@@ -36,7 +37,7 @@ import trees
 from harness import figure, machine, official, report
 from rich.console import Console
 from rich.progress import track
-from sections import share, suite
+from sections import cost, share, suite
 
 import rootfree_optax as rf
 
@@ -46,7 +47,7 @@ TREES: dict[str, Callable[[], trees.Shapes]] = {
     "vit": functools.partial(trees.vit, 12),
     "gpt124M": lambda: trees.gpt(12, 768, vocabulary=50304, context=1024),
 }
-SHARE = "share"
+SHARE, COST = "share", "cost"
 # Two realistic sizes of model and batch: (layers, width, tokens a step).
 TRAINING = ((4, 256, 4096), (2, 512, 4096))
 
@@ -106,7 +107,7 @@ def _write(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the chosen trees: each prints its table and writes its JSON and figure when it is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = [*TREES, SHARE]
+    choices = [*TREES, SHARE, COST]
     parser.add_argument("--trees", nargs="+", default=["gpt4", "resnet18", "vit"], choices=choices, metavar="TREE")
     parser.add_argument(
         "--methods", nargs="+", default=["*"], metavar="METHOD", help="names or patterns, 'sirf_*' (all)"
@@ -126,6 +127,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         watch = functools.partial(track, description=tree, console=console, transient=True)
         if tree == SHARE:
             run_share(options, watch)
+        elif tree == COST:
+            records = list(watch(cost.measure()))
+            caption = cost.CAPTION + "\n" + machine.summary(_write(options, COST, {}, records))
+            report.show(Console(), cost.TITLE, caption, cost.COLUMNS, records)
         else:
             run_tree(options, tree, watch)
 

@@ -84,6 +84,55 @@ def resnet(depth: int, width: int = 64, classes: int = 1000) -> Shapes:
     return {**shapes, "head": {"kernel": (inputs, classes), "bias": (classes,)}}
 
 
+def convolutions(count: int) -> Shapes:
+    """Returns so many convolutions of different shapes, every third one 1×1, each with a bias and a scale."""
+    channels, generator = (16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448, 512), np.random.default_rng(0)
+    drawn: dict[tuple[int, ...], None] = {}
+    while len(drawn) < count:
+        window = (3, 3) if len(drawn) % 3 else (1, 1)
+        drawn[(*window, *map(int, generator.choice(channels, 2)))] = None
+    return {
+        f"layer_{index}": {"kernel": shape, "bias": shape[-1:], "scale": shape[-1:]}
+        for index, shape in enumerate(drawn)
+    }
+
+
+def unet(widths: tuple[int, ...] = (64, 128, 256, 512), embedding: int = 256) -> Shapes:
+    """Returns a diffusion model's shapes: about 60 convolutions, each stage's skips joined on the way up.
+
+    Args:
+      widths: channels of each stage.
+      embedding: the width of the time's embedding.
+    """
+
+    def block(inputs: int, outputs: int) -> Shapes:
+        shortcut = {} if inputs == outputs else {"shortcut": (1, 1, inputs, outputs)}
+        norms = {"norm_1": (inputs,), "norm_1_bias": (inputs,), "norm_2": (outputs,), "norm_2_bias": (outputs,)}
+        convolutions = {"conv_1": (3, 3, inputs, outputs), "conv_2": (3, 3, outputs, outputs)}
+        return convolutions | norms | shortcut | {"time": (embedding, outputs)}
+
+    shapes: Shapes = {"first": (3, 3, 3, widths[0]), "time": (widths[0], embedding), "last": (3, 3, widths[0], 3)}
+    inputs, skips = widths[0], [widths[0]]
+    for stage, width in enumerate(widths):
+        for index in range(2):
+            shapes[f"down_{stage}_{index}"] = block(inputs, width)
+            inputs = width
+            skips.append(width)
+        if stage + 1 < len(widths):
+            shapes[f"down_{stage}"] = (3, 3, width, width)
+            skips.append(width)
+        if stage >= 2:
+            shapes[f"attention_{stage}"] = {"qkv": (width, 3 * width), "out": (width, width)}
+    shapes["middle"] = block(inputs, inputs)
+    for stage, width in reversed(list(enumerate(widths))):
+        for index in range(3):
+            shapes[f"up_{stage}_{index}"] = block(inputs + skips.pop(), width)
+            inputs = width
+        if stage:
+            shapes[f"up_{stage}"] = (3, 3, width, width)
+    return shapes
+
+
 def _is_shape(node: Any) -> bool:
     return isinstance(node, tuple)
 

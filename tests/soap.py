@@ -113,7 +113,7 @@ def _outer_products(samples, structures):
 
 def _rotate(samples, factors, structures):
     for axis, (structure, q) in enumerate(zip(structures, factors, strict=True), start=1):
-        samples = structure.apply_transposed(q, samples, axis)
+        samples = structure.apply(q, samples, axis, transposed=True)
     return samples
 
 

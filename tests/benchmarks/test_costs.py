@@ -10,6 +10,7 @@ import trees
 from harness import program
 
 import rootfree_optax as rf
+from rootfree_optax._src.stacks import step as step_module
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.adamw needs it
 
@@ -102,3 +103,34 @@ def test_half_precision_factors_keep_at_most_half_more_than_adam(shapes: trees.S
     layout = rf.Layout(diagonal=None, block_size=256, factor_dtype=BFLOAT16)
     tx = rf.published.sirf_shampoo(1e-3, batch_size=32, layout=layout)  # with a momentum for every factor
     assert 0.5 < state_bytes(tx, shapes) / (8 * trees.size(shapes)) <= 1.5
+
+
+def temporaries(tx: optax.GradientTransformation, shapes: trees.Shapes) -> float:
+    """Returns an update's temporaries over the parameters, with gradients and state donated."""
+    params = trees.abstract(shapes)
+    update = lambda carry, params: tx.update(*carry, params)
+    cost = program.compile_step(update, (params, jax.eval_shape(tx.init, params)), params)
+    return cost.temporary_bytes / program.tree_bytes(params)
+
+
+def test_parameters_without_factors_need_no_copy() -> None:
+    assert temporaries(rf.sirf_shampoo(1e-3), {"embedding": (512, 64)}) < 0.01
+
+
+def test_a_large_stack_is_in_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its gradients, in whose place the directions come; what is on the way is of one portion."""
+    monkeypatch.setattr(step_module, "_MIN_ENTRIES_AT_ONCE", 1)
+    tx = rf.sirf_shampoo(1e-3, layout=rf.Layout(layer_axes={"layers": 0}))
+    assert temporaries(tx, {"layers": (64, 32, 48)}) < 1.6
+
+
+def test_a_refresh_is_one_program_for_all_axes_of_about_one_length() -> None:
+    """So one more shape has products for its statistics and direction alone: twice two, four, and one for its norm."""
+
+    def products(*shapes: tuple[int, int]) -> int:
+        params = trees.abstract(dict(zip("abc", shapes, strict=False)))
+        tx = rf.sirf_shampoo(1e-3)
+        lowered = jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params), params)
+        return lowered.as_text().count("dot_general ")
+
+    assert products((24, 32), (32, 32), (24, 24)) - products((24, 32)) == 2 * 9

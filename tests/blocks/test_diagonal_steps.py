@@ -73,14 +73,14 @@ def test_the_average_of_squares_starts_right_and_skips_zeros(shape, samples, is_
         square = square.mean(0) if samples else square
         average = np.where(expected == 0, square, expected + max(0.3, 1 / t) * (square - expected))
         expected = np.where(square == 0, expected, average)
-        s = average_square(s, jnp.asarray(c), decay=0.7, count=jnp.int32(t))
+        s = average_square(s, jnp.asarray(c), weight=0.3, count=jnp.int32(t))
     close(s, expected)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_non_finite_entry_keeps_its_average(bad):
     s = jnp.asarray([1.0, 2.0])
-    new = average_square(s, jnp.asarray([bad, 1.0]), decay=0.5, count=jnp.int32(9))
+    new = average_square(s, jnp.asarray([bad, 1.0]), weight=0.5, count=jnp.int32(9))
     np.testing.assert_array_equal(new, [1.0, 1.5])
 
 

@@ -17,6 +17,7 @@ from kronecker_runs import draw, quick_jit, run
 from layouts import whole
 
 import rootfree_optax as rf
+from rootfree_optax._src.stacks import step as step_module
 
 
 class Record(NamedTuple):
@@ -140,13 +141,26 @@ def test_stacks_of_few_blocks_begin_at_different_steps():
 
 def test_a_long_stack_is_refreshed_portion_by_portion():
     """Its factors are more than are refreshed at once, and no multiple of a portion."""
-    gradients = jax.tree.map(lambda g: g[0], draw({"a": (45, 64, 64)}, steps=1))
+    gradients = jax.tree.map(lambda g: g[0], draw({"a": (70, 64, 64)}, steps=1))
     tx = record(layout=whole(layer_axes=0))
     update = quick_jit(tx.update)
     assert "while" in update.lower(gradients, tx.init(gradients)).as_text()
     [stack] = update(gradients, tx.init(gradients))[1].stacks
-    np.testing.assert_array_equal(stack.block.refreshes, np.ones(45))
+    np.testing.assert_array_equal(stack.block.refreshes, np.ones(70))
     np.testing.assert_array_equal(stack.block.sample, gradients["a"])
+
+
+def test_portions_change_nothing(monkeypatch):
+    """A stack whose blocks start at different steps, and whose length is no multiple of a portion."""
+    shapes = {"a": (19, 4, 3)}
+    gradients = draw(shapes, steps=3)
+    gradients["a"][0, 5:] = 0
+    make = lambda: rf.scale_by_sirf_shampoo(refresh_every=2, layout=whole(layer_axes=0))
+    expected = run(make(), gradients)
+    monkeypatch.setattr(step_module, "_MIN_ENTRIES_AT_ONCE", 1)
+    jax.tree.map(
+        lambda *pair: np.testing.assert_allclose(*pair, rtol=2e-5, atol=1e-6), run(make(), gradients), expected
+    )
 
 
 def test_blocks_that_are_refreshed_in_turn_divide_over_a_mesh():

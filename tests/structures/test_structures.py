@@ -84,7 +84,7 @@ def operations(structure, axis):
     return lambda left, right, tensor: (
         structure.matmul(left, right),
         structure.apply(left, tensor, axis),
-        structure.apply_transposed(left, tensor, axis),
+        structure.apply(left, tensor, axis, transposed=True),
         structure.project_outer(tensor, axis),
         structure.project_inner(left),
         structure.squared_norm(left),

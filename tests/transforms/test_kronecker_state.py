@@ -91,7 +91,7 @@ def traced(make, **options):
 
 @pytest.mark.parametrize(
     ("make", "fewest"),
-    [(scale_by_published, 40), (rf.scale_by_sirf_shampoo, 40), (rf.published.scale_by_rf_shampoo, 1)],
+    [(scale_by_published, 40), (rf.scale_by_sirf_shampoo, 30), (rf.published.scale_by_rf_shampoo, 1)],
 )
 def test_precision_reaches_every_product(make, fewest):
     """But the sum of a direction's squares, and KᵀSK, which is always at the highest."""

@@ -170,6 +170,6 @@ def apply_factors(
             result, parts = result / unit, times_scalar(parts, 1 / scale)
             rescale = rescale * unit * scale ** (1 + transposed_first)
         if transposed_first:
-            result = structure.apply_transposed(parts, result, axis, precision=precision)
+            result = structure.apply(parts, result, axis, transposed=True, precision=precision)
         result = structure.apply(parts, result, axis, precision=precision)
     return (result * rescale).reshape(tensor.shape)

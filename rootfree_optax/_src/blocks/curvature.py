@@ -52,6 +52,8 @@ _ROOTS = {1 / 4: 1, 1 / 8: 2}
 _LEAST_RETAINED = 2.0**-5
 # Of S's Frobenius norm, the least damping that factors in half precision need: K resolves 2⁻⁸, and S⁻¹ is its square.
 _LOW_PRECISION_FLOOR = 2.0**-14
+# Dense axes that are not longer are refreshed together.
+_SHORTEST = 16
 
 
 class CurvatureState(NamedTuple):
@@ -189,7 +191,7 @@ class CurvatureRule(BlockRule):
 
     @property
     def root_products(self) -> int:
-        """How many products of square matrices `derive_factors` takes for each axis."""
+        """How many products of square matrices `derive_factor` takes for each axis."""
         return 0
 
     @property
@@ -210,29 +212,27 @@ class CurvatureRule(BlockRule):
     def precondition_momentum(self, state: CurvatureState, momentum: jax.Array, structures: Structures) -> jax.Array:
         """Returns D, of any length, in the accumulation dtype."""
 
-    def derive_factors(
-        self, factors: Factors, damped: Factors, structures: Structures
-    ) -> tuple[Factors, Factors | None]:
-        """Returns the factors to keep, of equal K Kᵀ, and the preconditioners that are made of them; None for none.
+    def derive_factor(self, factor: Parts, damped: Parts, structure: Structure) -> tuple[Parts, Parts | None]:
+        """Returns the factor to keep, of equal K Kᵀ, and the preconditioner that is made of it; None for none.
 
         Args:
-          factors: the parts of each K.
-          damped: the parts of each S̃ = (K Kᵀ)⁻¹.
-          structures: the structure of each axis.
+          factor: the parts of K.
+          damped: the parts of S̃ = (K Kᵀ)⁻¹.
+          structure: of both.
         """
-        del damped, structures
-        return factors, None
+        del damped, structure
+        return factor, None
 
     def init(self, structures: Structures, dtypes: Sequence[jnp.dtype]) -> CurvatureState:
         """Returns statistics and factors of I, until the first gradient."""
         wide = tuple(s.identity(accumulation_dtype(dtype)) for s, dtype in zip(structures, dtypes, strict=True))
         narrow = tuple(s.identity(dtype) for s, dtype in zip(structures, dtypes, strict=True))
         zero, one, number = jnp.zeros([], jnp.float32), jnp.ones([], jnp.float32), jnp.zeros([], jnp.int32)
-        _, preconditioners = jax.eval_shape(lambda: self.derive_factors(narrow, wide, structures))
+        _, derived = jax.eval_shape(lambda: self.derive_factor(narrow[0], wide[0], structures[0]))
         return CurvatureState(
             statistics=wide,
             factors=narrow,
-            preconditioners=None if preconditioners is None else narrow,
+            preconditioners=None if derived is None else narrow,
             exponent=number,
             power=one,
             seen=zero,
@@ -300,46 +300,112 @@ class CurvatureRule(BlockRule):
         self, state: CurvatureState, gradient: jax.Array, *, structures: Structures, step: Step
     ) -> CurvatureState:
         """Renews every K from the one before, K ← K (KᵀS̃K)^(−1/2); factors that come out non-finite are refused."""
-        del gradient
+        [stack] = self.refresh_stacks([jax.tree.map(lambda leaf: leaf[None], state)], [gradient], [structures], step)
+        return jax.tree.map(lambda leaf: leaf[0], stack)
+
+    def refresh_stacks(
+        self,
+        states: Sequence[CurvatureState],
+        gradients: Sequence[jax.Array],
+        structures: Sequence[Structures],
+        step: Step,
+    ) -> list[CurvatureState]:
+        """Renews every K of several stacks, see `refresh`: all axes of one length, rounded up, as one batch."""
+        del gradients
         with jax.named_scope("refresh"):
-            # What S has lost is the least that S̃ can have shrunk by, and a margin for what K was off by.
-            shift = 0.8 * jnp.clip(state.retained, _LEAST_RETAINED, 1)
-            mean_inverse = [s.squared_norm(k) / s.dim for s, k in zip(structures, state.factors, strict=True)]
-            absolute = scale_by_exponent(
-                jnp.asarray(step.absolute_damping / step.batch_size, state.power.dtype), -2 * state.exponent
-            )
-            factors, damped, means = [], [], []
-            for n, (structure, s, k) in enumerate(zip(structures, state.statistics, state.factors, strict=True)):
-                others = [t.astype(s[0].dtype) for j, t in enumerate(mean_inverse) if j != n]
-                paper = math.prod(others, start=absolute.astype(s[0].dtype))
-                means.append(structure.trace(s) / structure.dim)
-                damping = self._damping(structure, s, k, means[-1], step.damping) + paper
-                damped.append(structure.add_identity(s, damping))
-                excess = structure.add_identity(structure.congruence(k, damped[-1]), -shift)
-                factors.append(structure.times_inverse_root(k, excess, shift=shift, precision=self.precision))
-            kept, derived = self.derive_factors(tuple(factors), tuple(damped), structures)
-            sizes = [max_abs(parts) for parts in (*kept, *(derived or ()))]
-            is_finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, sizes))
-            keep = is_finite & (state.seen > 0)
-            # c·S₁ and S₂/c act alike, so that nothing holds c, and gradients that fade or grow take S with them. So its
-            # powers of two go to 2ᵉ.
-            shifts = [jnp.where(keep, (exponent_of(mean) + 4) // 8, 0) for mean in means]
-            total = functools.reduce(jnp.add, shifts)
-            rescale = lambda factors, degree: tuple(
-                [tuple([scale_by_exponent(p, degree * n) for p in k]) for k, n in zip(factors, shifts, strict=True)]
-            )
-            store = lambda new, old: jnp.where(keep, round_dithered(new, old.dtype, step.count), old)
-            degree = round(8 * self.degrees[1])
-            return state._replace(
-                statistics=rescale(state.statistics, -8),
-                factors=jax.tree.map(store, rescale(kept, 4), state.factors),
-                preconditioners=derived and jax.tree.map(store, rescale(derived, degree), state.preconditioners),
-                exponent=state.exponent + 4 * total,
-                power=scale_by_exponent(state.power, -8 * total),
-                retained=jnp.where(keep, 1, state.retained),
-                last_momentum=scale_by_exponent(state.last_momentum, -4 * total),
-                refused=state.refused + (~is_finite).astype(jnp.int32),
-            )
+            jobs = [
+                job
+                for state, of_stack in zip(states, structures, strict=True)
+                for job in jax.vmap(functools.partial(self._jobs, structures=of_stack, step=step))(state)
+            ]
+            kinds = [s for of_stack in structures for s in of_stack]
+            renewed = iter(self._renew_together(jobs, kinds))
+            keep = lambda of_stack: jax.vmap(functools.partial(self._keep_finite, structures=of_stack, step=step))
+            return [
+                keep(of_stack)(state, *zip(*[next(renewed) for _ in of_stack], strict=True))
+                for state, of_stack in zip(states, structures, strict=True)
+            ]
+
+    def _jobs(self, state: CurvatureState, *, structures: Structures, step: Step) -> list["_Job"]:
+        """Returns what a block's factors are renewed from, for each axis."""
+        # What S has lost is the least that S̃ can have shrunk by, and a margin for what K was off by.
+        shift = 0.8 * jnp.clip(state.retained, _LEAST_RETAINED, 1)
+        mean_inverse = [s.squared_norm(k) / s.dim for s, k in zip(structures, state.factors, strict=True)]
+        absolute = scale_by_exponent(
+            jnp.asarray(step.absolute_damping / step.batch_size, state.power.dtype), -2 * state.exponent
+        )
+        jobs = []
+        for n, (structure, s, k) in enumerate(zip(structures, state.statistics, state.factors, strict=True)):
+            others = [t.astype(s[0].dtype) for j, t in enumerate(mean_inverse) if j != n]
+            paper = math.prod(others, start=absolute.astype(s[0].dtype))
+            damping = self._damping(structure, s, k, structure.trace(s) / structure.dim, step.damping) + paper
+            jobs.append(_Job(k, s, damping, shift.astype(s[0].dtype)))
+        return jobs
+
+    def _renew_together(self, jobs: Sequence["_Job"], structures: Structures) -> list[tuple[Parts | None, ...]]:
+        """Returns `_renew` of several stacks' jobs: of one structure, or of dense ones about as long, at once."""
+        batches: dict[tuple[Any, ...], list[int]] = {}
+        for index, (job, structure) in enumerate(zip(jobs, structures, strict=True)):
+            kind = (_rounded_length(structure) or structure, job.factor[0].dtype, job.statistics[0].dtype)
+            batches.setdefault(kind, []).append(index)
+        renewed: dict[int, tuple[Parts | None, ...]] = {}
+        for members in batches.values():
+            whole = max([structures[index] for index in members], key=lambda structure: structure.dim)
+            is_padded = any(structures[index] != whole for index in members)
+            padded = [_pad(jobs[index], structures[index], whole) if is_padded else jobs[index] for index in members]
+            batch = jax.tree.map(lambda *leaves: jnp.concatenate(leaves) if len(leaves) > 1 else leaves[0], *padded)
+            result = jax.vmap(functools.partial(self._renew, structure=whole))(batch)
+            first = 0
+            for index in members:
+                shapes, last = structures[index].part_shapes, first + len(jobs[index].shift)
+                crop = lambda part, shape, rows=slice(first, last): part[(rows, *map(slice, shape))]
+                renewed[index] = tuple([parts and tuple(map(crop, parts, shapes)) for parts in result])
+                first = last
+        return [renewed[index] for index in range(len(jobs))]
+
+    def _renew(self, job: "_Job", *, structure: Structure) -> tuple[Parts, Parts | None]:
+        """Returns `derive_factor` of K (KᵀS̃K)^(−1/2) for one axis of one block."""
+        k, s, damping, shift = job
+        # Both numbers are vectors where rows are padding: zero there, so that the padding of all matrices stays zero.
+        damped = structure.add_identity(s, damping)
+        excess = structure.add_identity(structure.congruence(k, damped), -shift)
+        factor = structure.times_inverse_root(k, excess, shift=jnp.max(shift), precision=self.precision)
+        return self.derive_factor(factor, damped, structure)
+
+    def _keep_finite(
+        self,
+        state: CurvatureState,
+        kept: Factors,
+        derived: Sequence[Parts | None],
+        *,
+        structures: Structures,
+        step: Step,
+    ) -> CurvatureState:
+        """Returns a block's state with new factors, if all of them are finite."""
+        sizes = [max_abs(parts) for parts in (*kept, *derived) if parts is not None]
+        is_finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, sizes))
+        keep = is_finite & (state.seen > 0)
+        # c·S₁ and S₂/c act alike, so that nothing holds c, and gradients that fade or grow take S with them. So its
+        # powers of two go to 2ᵉ.
+        means = [s.trace(parts) / s.dim for s, parts in zip(structures, state.statistics, strict=True)]
+        shifts = [jnp.where(keep, (exponent_of(mean) + 4) // 8, 0) for mean in means]
+        total = functools.reduce(jnp.add, shifts)
+        rescale = lambda factors, degree: tuple(
+            [tuple([scale_by_exponent(p, degree * n) for p in k]) for k, n in zip(factors, shifts, strict=True)]
+        )
+        store = lambda new, old: jnp.where(keep, round_dithered(new, old.dtype, step.count), old)
+        degree = round(8 * self.degrees[1])
+        old = state.preconditioners
+        return state._replace(
+            statistics=rescale(state.statistics, -8),
+            factors=jax.tree.map(store, rescale(kept, 4), state.factors),
+            preconditioners=old and jax.tree.map(store, rescale(derived, degree), old),
+            exponent=state.exponent + 4 * total,
+            power=scale_by_exponent(state.power, -8 * total),
+            retained=jnp.where(keep, 1, state.retained),
+            last_momentum=scale_by_exponent(state.last_momentum, -4 * total),
+            refused=state.refused + (~is_finite).astype(jnp.int32),
+        )
 
     @staticmethod
     def _damping(structure: Structure, s: Parts, k: Parts, mean: jax.Array, damping: ArrayLike) -> jax.Array:
@@ -441,6 +507,43 @@ class CurvatureRule(BlockRule):
         )
 
 
+class _Job(NamedTuple):
+    """What a factor is renewed from.
+
+    Attributes:
+      factor: the parts of K.
+      statistics: the parts of S.
+      damping: what is added to S's diagonal.
+      shift: a > 0, the least eigenvalue of KᵀS̃K.
+    """
+
+    factor: Parts
+    statistics: Parts
+    damping: jax.Array
+    shift: jax.Array
+
+
+def _rounded_length(structure: Structure) -> int | None:
+    """Returns what lengths share a program with a dense structure's, as the longest of them; None for other structures.
+
+    It is at most half as long again, and at least 16. The lengths of an octave have two programs.
+    """
+    if not structure.is_dense or structure.dim == 1:
+        return None
+    unit = max(_SHORTEST, 2 ** (structure.dim - 1).bit_length() // 4)
+    return math.ceil(structure.dim / unit) * unit
+
+
+def _pad(job: _Job, structure: Structure, whole: Structure) -> _Job:
+    """Returns the jobs of a stack for a longer structure: their matrices are zero in the rows and columns beyond."""
+    rows = [(0, 0), (0, whole.dim - structure.dim)]
+    widen = lambda part: part if part.shape[-1] == whole.dim else jnp.pad(part, [*rows, rows[1]])
+    inside = jnp.arange(whole.dim) < structure.dim
+    vector = lambda number: jnp.where(inside, number[:, None], 0)
+    factor, statistics = jax.tree.map(widen, (job.factor, job.statistics))
+    return _Job(factor, statistics, vector(job.damping), vector(job.shift))
+
+
 _register = functools.partial(
     jax.tree_util.register_dataclass, data_fields=["trust_radius"], meta_fields=["step_size", "precision"]
 )
@@ -480,14 +583,10 @@ class Whitening(CurvatureRule):
         """Returns mean(D²)."""
         return jnp.mean(jnp.square(direction))
 
-    def derive_factors(
-        self, factors: Factors, damped: Factors, structures: Structures
-    ) -> tuple[Factors, Factors | None]:
-        """Returns the symmetric factors of equal K Kᵀ."""
+    def derive_factor(self, factor: Parts, damped: Parts, structure: Structure) -> tuple[Parts, Parts | None]:
+        """Returns the symmetric factor of equal K Kᵀ."""
         del damped
-        return tuple(
-            [s.symmetric_root(k, precision=self.precision) for s, k in zip(structures, factors, strict=True)]
-        ), None
+        return structure.symmetric_root(factor, precision=self.precision), None
 
     def precondition_momentum(self, state: CurvatureState, momentum: jax.Array, structures: Structures) -> jax.Array:
         """Returns M ×₁ K₁ … ×_N K_N."""
@@ -516,7 +615,7 @@ class Spectral(CurvatureRule):
 
     @property
     def root_products(self) -> int:
-        """How many products of square matrices `derive_factors` takes for each axis."""
+        """How many products of square matrices `derive_factor` takes for each axis."""
         return 0 if self.power == 0.5 else _SYMMETRIC_ROOT_PRODUCTS + _ROOTS[self.power] * _POSITIVE_ROOT_PRODUCTS
 
     def flops(self, structures: Structures) -> BlockFlops:
@@ -531,21 +630,16 @@ class Spectral(CurvatureRule):
         """The powers of the momentum and of the inverse curvature that D is made of."""
         return 0.0, self.power
 
-    def derive_factors(
-        self, factors: Factors, damped: Factors, structures: Structures
-    ) -> tuple[Factors, Factors | None]:
-        """Returns the factors, and S̃^(−q) for q < 1/2: roots of the symmetric root."""
+    def derive_factor(self, factor: Parts, damped: Parts, structure: Structure) -> tuple[Parts, Parts | None]:
+        """Returns the factor, and S̃^(−q) for q < 1/2: roots of the symmetric root."""
         if self.power == 0.5:
-            return factors, None
-        powers = []
-        for structure, k, s in zip(structures, factors, damped, strict=True):
-            power = structure.symmetric_root(k, precision=self.precision)
-            least = structure.squared_norm(s) ** -0.25  # S̃^(−1/2) is at least ‖S̃‖_F^(−1/2)
-            for _ in range(_ROOTS[self.power]):
-                power = structure.positive_root(power, least, precision=self.precision)
-                least = jnp.sqrt(least)
-            powers.append(power)
-        return factors, tuple(powers)
+            return factor, None
+        power = structure.symmetric_root(factor, precision=self.precision)
+        least = structure.squared_norm(damped) ** -0.25  # S̃^(−1/2) is at least ‖S̃‖_F^(−1/2)
+        for _ in range(_ROOTS[self.power]):
+            power = structure.positive_root(power, least, precision=self.precision)
+            least = jnp.sqrt(least)
+        return factor, power
 
     def precondition_momentum(self, state: CurvatureState, momentum: jax.Array, structures: Structures) -> jax.Array:
         """Returns msign(M ×ₙ Kₙᵀ) ×ₙ Kₙ, or the same with S̃ₙ^(−q) in place of Kₙ."""

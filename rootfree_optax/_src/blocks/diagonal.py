@@ -106,28 +106,32 @@ def limit_to_squares(gradient: jax.Array) -> jax.Array:
     """
     gradient = jnp.asarray(gradient)
     wide = upcast(gradient)
+    if not jnp.iscomplexobj(wide):
+        # Without a division, so that compilers repeat it where it is read rather than keep a copy of the gradient.
+        limit = jnp.asarray(_LARGEST_SQUARED, wide.dtype)
+        return jnp.where(jnp.isfinite(wide), jax.lax.clamp(-limit, wide, limit), wide).astype(gradient.dtype)
     size = jnp.abs(wide)
     is_large = (size > _LARGEST_SQUARED) & jnp.isfinite(size)
     factor = jnp.where(is_large, _LARGEST_SQUARED / jnp.where(is_large, size, 1), 1)
     return (wide * factor.astype(wide.dtype)).astype(gradient.dtype)
 
 
-def average_square(s: jax.Array, curvature: jax.Array, *, decay: ArrayLike, count: jax.Array) -> jax.Array:
+def average_square(s: jax.Array, curvature: jax.Array, *, weight: ArrayLike, count: jax.Array) -> jax.Array:
     """Returns s ← s + w·(|c|² − s), an average that starts right and keeps the entries whose c is zero.
 
-    All steps weigh alike, w = 1/t, until there are 1/(1 − decay) of them, and the first |c|² of an entry sets it. Zero
+    All steps weigh alike, w = 1/t, until there are 1/weight of them, and the first |c|² of an entry sets it. Zero
     is no evidence of flatness: a row of an embedding that a mini-batch does not touch has a gradient of zero, too. An
     entry that would come out non-finite stays as it was.
 
     Args:
       s: the accumulator, real, any shape; zero where nothing was seen.
       curvature: c, real or complex, of s's shape, or with one more, leading axis to take the mean over.
-      decay: in [0, 1).
+      weight: the least w, in (0, 1].
       count: t, how many steps there have been, this one included, a scalar; it dithers the rounding of a half-precision
         accumulator, too.
     """
     wide, square = upcast(s), _mean_square(curvature, s)
-    weight = jnp.maximum(jnp.asarray(1 - decay, wide.dtype), 1 / count.astype(wide.dtype))
+    weight = jnp.maximum(jnp.asarray(weight, wide.dtype), 1 / count.astype(wide.dtype))
     average = jnp.where(wide == 0, square, wide + weight * (square - wide))
     return _round_finite(jnp.where(square > 0, average, wide), s, count)
 

@@ -1,6 +1,7 @@
 """What a block rule is: the mathematics of one block, from its first gradient to its direction."""
 
 import abc
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -118,6 +119,24 @@ class BlockRule(abc.ABC):
         """
         del gradient, structures, step
         return state
+
+    def refresh_stacks(
+        self,
+        states: Sequence[BlockState],
+        gradients: Sequence[jax.Array],
+        structures: Sequence[Structures],
+        step: Step,
+    ) -> list[BlockState]:
+        """Returns the states of several stacks, refreshed; a rule may share work between blocks of different shapes.
+
+        Args:
+          states: of each stack, with a leading axis of blocks.
+          gradients: likewise.
+          structures: of each stack's axes.
+          step: the numbers of this step.
+        """
+        refresh = lambda of_stack: jax.vmap(functools.partial(self.refresh, structures=of_stack, step=step))
+        return [refresh(s)(*blocks) for s, *blocks in zip(structures, states, gradients, strict=True)]
 
     @abc.abstractmethod
     def precondition(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from rootfree_optax._src.blocks.momentum import average_heavy_ball, total_weight
 from rootfree_optax._src.blocks.rule import BlockRule, BlockState, Step
 from rootfree_optax._src.common.schedules import Staggered
+from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.layout.stack import Stack
 from rootfree_optax._src.numerics.dtypes import upcast
 from rootfree_optax._src.numerics.finite import max_abs
@@ -21,8 +22,10 @@ LazyStacks: TypeAlias = tuple[jax.Array, ...] | Callable[[], tuple[jax.Array, ..
 
 # Momentum adds gradients up, so that larger ones might overflow.
 _LARGEST = 2.0**100
-# Numbers in the factors that are refreshed at once: below that, products are too small to be fast.
-_MIN_ENTRIES_PER_REFRESH = 2**18
+# Numbers in the blocks or factors that are worked on at once: below that, products are too small to be fast.
+_MIN_ENTRIES_AT_ONCE = 2**19
+# Numbers in the factors that stacks are refreshed together for: some megabytes, which no training feels.
+_MIN_ENTRIES_TOGETHER = 2**22
 
 
 def step_stacks(
@@ -38,16 +41,24 @@ def step_stacks(
     """
     blocks = start_blocks(step, samples, states)
     if step.observe is not None:
-        observe = functools.partial(_map_stacks, step, step.rule.observe, samples, blocks)
+        observe = functools.partial(
+            _map_stacks, step, functools.partial(map_blocks, step.rule.observe, numbers=step.numbers), blocks, samples
+        )
         blocks = observe() if step.observe is True else jax.lax.cond(step.observe, observe, lambda old=blocks: old)
     blocks = refresh_when_due(step, samples, blocks)
-    stepped = [_precondition(step, *of_stack) for of_stack in zip(step.stacks, gradients, blocks, states, strict=True)]
+    ready = [state._replace(block=block) for state, block in zip(states, blocks, strict=True)]
+    stepped = [
+        _in_portions(functools.partial(_precondition, step, stack), _portion(len(gradient), stack.shape), of_stack)
+        for stack, gradient, of_stack in zip(step.stacks, gradients, zip(gradients, ready, strict=True), strict=True)
+    ]
     return tuple([direction for direction, _ in stepped]), tuple([state for _, state in stepped])
 
 
 def _precondition(
-    step: StackStep, stack: Stack, gradient: jax.Array, block: BlockState, old: StackState
+    step: StackStep, stack: Stack, of_stack: tuple[jax.Array, StackState]
 ) -> tuple[jax.Array, StackState]:
+    """Returns a stack's directions, in the gradients' place and dtype, and its new state."""
+    gradient, old = of_stack
     average, momentum, numbers = gradient, old.momentum, step.numbers
     if step.momentum is not None:
         limited = jnp.where(jnp.isfinite(gradient), jnp.clip(gradient, -_LARGEST, _LARGEST), gradient)
@@ -56,7 +67,7 @@ def _precondition(
         unit = jnp.asarray(1 - step.momentum, average.dtype) / weight.astype(average.dtype)
         average = average * unit
         numbers = numbers._replace(newest=unit * (1 + step.momentum) if step.nesterov else unit)
-    direction, block = map_blocks(step.rule.precondition, stack, numbers)(block, average, gradient=gradient)
+    direction, block = map_blocks(step.rule.precondition, stack, numbers)(old.block, average, gradient=gradient)
     axes = list(range(direction.ndim))
     wide = upcast(direction)
     squared_norm = jnp.einsum(wide, axes, wide, axes, [0]).astype(jnp.float32)
@@ -65,7 +76,7 @@ def _precondition(
         is_missing = jnp.max(gradient, tuple(axes[1:])) == -jnp.inf
         squared_norm = jnp.where(is_missing, old.squared_norm, squared_norm)
         largest = jnp.where(is_missing, old.largest_gradient, largest)
-    return direction, StackState(block, momentum, squared_norm, largest, old.size, old.number)
+    return direction.astype(gradient.dtype), StackState(block, momentum, squared_norm, largest, old.size, old.number)
 
 
 def map_blocks(function: Any, stack: Stack, numbers: Step) -> Any:
@@ -78,10 +89,14 @@ def force(stacks: LazyStacks) -> tuple[jax.Array, ...]:
     return stacks() if callable(stacks) else stacks
 
 
-def _map_stacks(step: StackStep, function: Any, samples: LazyStacks, blocks: Blocks, *others: Any) -> Blocks:
-    """Returns the results of a function of a block, its sample, and what else it takes, for all blocks."""
-    stacks = zip(step.stacks, blocks, force(samples), *others, strict=True)
-    return tuple([map_blocks(function, stack, step.numbers)(*of_stack) for stack, *of_stack in stacks])
+def _map_stacks(step: StackStep, of_stack: Callable[[Stack], Any], old: Any, samples: LazyStacks, *others: Any) -> Any:
+    """Returns for each stack what its function makes of what was before, its sample, and what else it takes."""
+    return tuple(
+        [
+            _in_portions(of_stack(stack), _portion(len(sample), stack.shape), was, sample, *rest)
+            for stack, was, sample, *rest in zip(step.stacks, old, force(samples), *others, strict=True)
+        ]
+    )
 
 
 def start_blocks(step: StackStep, samples: LazyStacks, states: Sequence[StackState]) -> Blocks:
@@ -98,7 +113,7 @@ def start_blocks(step: StackStep, samples: LazyStacks, states: Sequence[StackSta
     waiting = [jax.vmap(rule.waits)(block) for block in blocks]
     # Only as long as a block waits: the search is a pass over all gradients. Padding would wait for ever.
     own = [w & (state.size > 0) for w, state in zip(waiting, states, strict=True)]
-    search = lambda: tuple(map(jax.vmap(_is_first), force(samples), waiting))
+    search = lambda: _map_stacks(step, lambda stack: jax.vmap(_is_first), tuple(waiting), samples)
     firsts = jax.lax.cond(_any(own), search, lambda: tuple(map(jnp.zeros_like, waiting)))
 
     def start_block(
@@ -107,11 +122,11 @@ def start_blocks(step: StackStep, samples: LazyStacks, states: Sequence[StackSta
         started = rule.start(block, sample, structures=structures, step=step)
         return jax.tree.map(lambda new, old: old if new is old else jnp.where(is_first, new, old), started, block)
 
-    change = functools.partial(_map_stacks, step, start_block, samples, blocks, firsts)
-    return jax.lax.cond(_any(firsts), change, lambda: blocks)
+    start = functools.partial(map_blocks, start_block, numbers=step.numbers)
+    return jax.lax.cond(_any(firsts), lambda: _map_stacks(step, start, blocks, samples, firsts), lambda: blocks)
 
 
-def _is_first(sample: jax.Array, waits: jax.Array) -> jax.Array:
+def _is_first(waits: jax.Array, sample: jax.Array) -> jax.Array:
     """Returns whether a waiting block's gradient tells something: it is finite, and not all zero."""
     largest = max_abs((sample,))
     return waits & (largest > 0) & jnp.isfinite(largest)
@@ -125,37 +140,77 @@ def refresh_when_due(step: StackStep, samples: LazyStacks, blocks: Blocks) -> Bl
     """Returns the blocks' states after a refresh of all, or of those whose turn it is, where that is due."""
     if isinstance(step.refresh, Staggered):
         return _refresh_in_turn(step, step.refresh.period, force(samples), blocks)
-    refresh = lambda: tuple(
-        [
-            _refresh_in_portions(step, stack, sample, block)
-            for stack, sample, block in zip(step.stacks, force(samples), blocks, strict=True)
-        ]
-    )
+    refresh = lambda: _refresh_in_groups(step, force(samples), blocks)
     return refresh() if step.refresh is True else jax.lax.cond(step.refresh, refresh, lambda: blocks)
 
 
-def _refresh_in_portions(step: StackStep, stack: Stack, sample: jax.Array, block: BlockState) -> BlockState:
-    refresh = map_blocks(step.rule.refresh, stack, step.numbers)
-    size, length = _portion(stack, len(sample)), len(sample)
-    if size == length:
-        # A loop of one turn would keep the compiler from working on the arrays as they are.
-        return refresh(block, sample)
-    turn = functools.partial(_take_turn, refresh, size, sample)
-    return jax.lax.fori_loop(0, -(-length // size), turn, block)
+def _refresh_in_groups(step: StackStep, samples: tuple[jax.Array, ...], blocks: Blocks) -> Blocks:
+    """Returns the refreshed blocks: small stacks together, so that they share a program, large ones in portions."""
+    refreshed: dict[int, BlockState] = {}
+    for group in _groups(step, list(map(len, samples))):
+        given = [(blocks[index], samples[index]) for index in group]
+        refresh = functools.partial(_refresh_stacks, step, [step.stacks[index] for index in group])
+        if len(group) == 1:
+            size = _portion(len(given[0][1]), *_part_shapes(step.stacks[group[0]]), most=16)
+            refreshed[group[0]] = _in_portions(lambda *own, refresh=refresh: refresh(own)[0], size, *given[0])
+        else:
+            refreshed |= zip(group, refresh(*given), strict=True)
+    return tuple([refreshed[index] for index in range(len(blocks))])
 
 
-def _portion(stack: Stack, length: int) -> int:
-    """Returns how many blocks of a stack are refreshed at once: a sixteenth to an eighth, if that is work enough.
+def _groups(step: StackStep, lengths: Sequence[int]) -> list[list[int]]:
+    """Returns the stacks that are refreshed together, in groups of factors as large as a quarter of all blocks."""
+    if type(step.rule).refresh_stacks is BlockRule.refresh_stacks:
+        return [[index] for index in range(len(lengths))]
+    entries = [sum(map(math.prod, _part_shapes(stack))) for stack in step.stacks]
+    sizes = [length * own for own, length in zip(entries, lengths, strict=True)]
+    total = sum([length * math.prod(stack.shape) for stack, length in zip(step.stacks, lengths, strict=True)])
+    limit = max(_MIN_ENTRIES_TOGETHER, total // 4)
+    groups: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(sizes)), key=sizes.__getitem__):
+        if sizes[index] > room:
+            groups, room = [*groups, []], limit
+        groups[-1].append(index)
+        room -= sizes[index]
+    return groups
 
-    A refresh needs several times the memory that it changes, so that one of everything at once would decide how much
-    memory a model's training needs.
+
+def _part_shapes(stack: Stack) -> list[Shape]:
+    """Returns the shapes of the parts of a block's factors."""
+    return [shape for structure in stack.structures for shape in structure.part_shapes]
+
+
+def _refresh_stacks(step: StackStep, stacks: Sequence[Stack], *given: tuple[BlockState, jax.Array]) -> list[BlockState]:
+    """Returns the refreshed blocks of some stacks, given the blocks and the sample of each."""
+    blocks, samples = zip(*given, strict=True)
+    return step.rule.refresh_stacks(blocks, samples, [stack.structures for stack in stacks], step.numbers)
+
+
+def _portion(length: int, *shapes: Shape, most: int = 8) -> int:
+    """Returns how many blocks of a stack are worked on at once: a small part of them, if that is work enough.
+
+    All at once would need several times the stack's memory, and so decide how much memory a model's training needs.
+
+    Args:
+      length: of the stack.
+      shapes: of a block, or of its factors.
+      most: into at least so many portions, and at most twice as many, a large stack is divided.
     """
-    entries = sum([math.prod(shape) for s in stack.structures for shape in s.part_shapes])
-    enough = -(-_MIN_ENTRIES_PER_REFRESH // entries)
+    enough = -(-_MIN_ENTRIES_AT_ONCE // sum(map(math.prod, shapes)))
     if enough >= length:
         return length
-    sizes = range(max(enough, -(-length // 16)), max(enough, -(-length // 8)) + 1)
+    sizes = range(max(enough, -(-length // (2 * most))), max(enough, -(-length // most)) + 1)
     return min(length, min(sizes, key=lambda size: -length % size))
+
+
+def _in_portions(function: Callable[..., Any], size: int, old: Any, *samples: jax.Array) -> Any:
+    """Returns `function(old, *samples)` of a stack, which replaces what was, `size` blocks at once."""
+    length = len(jax.tree.leaves((old, samples))[0])
+    # A loop of one turn would keep the compiler from working on the arrays as they are.
+    if size == length:
+        return function(old, *samples)
+    return jax.lax.fori_loop(0, -(-length // size), functools.partial(_take_turn, function, size, samples), old)
 
 
 def _refresh_in_turn(step: StackStep, period: int, samples: tuple[jax.Array, ...], blocks: Blocks) -> Blocks:
@@ -170,28 +225,34 @@ def _refresh_in_turn(step: StackStep, period: int, samples: tuple[jax.Array, ...
         turns = -(-len(sample) // size)
         index = (step.numbers.count - begin) % period
         begin += turns  # so that stacks of few turns have them at different steps
-        refresh = map_blocks(step.rule.refresh, stack, step.numbers)
-        turn = functools.partial(_take_turn, refresh, size, sample, index)
+        refresh = lambda *own, stack=stack: _refresh_stacks(step, [stack], own)[0]
+        turn = functools.partial(_take_turn, refresh, size, (sample,), index)
         refreshed.append(turn(block) if turns == period else jax.lax.cond(index < turns, turn, lambda old: old, block))
     return tuple(refreshed)
 
 
 def _take_turn(
-    refresh: Callable[..., BlockState], size: int, sample: jax.Array, index: jax.Array | int, old: BlockState
-) -> BlockState:
+    function: Callable[..., Any], size: int, samples: tuple[jax.Array, ...], index: jax.Array | int, old: Any
+) -> Any:
     """Returns a stack's state after the index-th turn, of `size` blocks; the last turn has what is left."""
-    length = len(sample)
+    length = len(jax.tree.leaves((old, samples))[0])
     if size == length:
-        return refresh(old, sample)
+        return function(old, *samples)
     first = jnp.minimum(index * size, length - size)
     rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
-    before = jax.tree.map(rows, old)
-    after = refresh(before, rows(sample))
-    if length % size:
-        is_due = first + jnp.arange(size) >= index * size  # others had an earlier turn
-        after = jax.tree.map(functools.partial(jax.vmap(jnp.where), is_due), after, before)
-    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=0)
-    return jax.tree.map(write, old, after)
+    # The rows are read once: as long as the whole has another reader, the compiler would write to a copy of it.
+    before = jax.lax.optimization_barrier(jax.tree.map(rows, old))
+    after = function(before, *map(rows, samples))
+    is_due = first + jnp.arange(size) >= index * size  # others had an earlier turn
+
+    def write(whole: jax.Array, was: jax.Array, now: jax.Array) -> jax.Array:
+        # Rows that are written back as they were would have the compiler copy the whole array, at every turn.
+        if now is was:
+            return whole
+        chosen = jax.vmap(jnp.where)(is_due, now, was) if length % size else now
+        return jax.lax.dynamic_update_slice_in_dim(whole, chosen, first, axis=0)
+
+    return jax.tree.map(write, old, before, after)
 
 
 def measure_largest_scale(rule: BlockRule, states: tuple[StackState, ...], local_axes: tuple[str, ...]) -> jax.Array:

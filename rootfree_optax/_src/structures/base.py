@@ -150,12 +150,6 @@ class Structure(abc.ABC):
     ) -> jax.Array:
         """Returns `tensor` multiplied along `axis` by K, or by Kᵀ: out[…, i, …] = Σⱼ K[i, j] tensor[…, j, …]."""
 
-    def apply_transposed(
-        self, parts: Parts, tensor: jax.Array, axis: int, *, precision: PrecisionLike = None
-    ) -> jax.Array:
-        """Returns `tensor` multiplied along `axis` by Kᵀ."""
-        return self.apply(parts, tensor, axis, transposed=True, precision=precision)
-
     @abc.abstractmethod
     def project_outer(self, tensor: jax.Array, axis: int, *, precision: PrecisionLike = None) -> Parts:
         """Returns the parts of Π̂(X Xᵀ), where X [d, …] is the unfolding of `tensor` along `axis`."""
@@ -165,9 +159,10 @@ class Structure(abc.ABC):
         """Returns the parts of Π̂(Kᵀ K)."""
 
     def add_identity(self, parts: Parts, scale: ArrayLike) -> Parts:
-        """Returns the parts of K + c·I."""
+        """Returns the parts of K + c·I; of a dense or diagonal K + diag(c) for a vector c."""
         identity = self.identity(parts[0].dtype)
-        return tuple([k + jnp.asarray(scale, k.dtype) * i for k, i in zip(parts, identity, strict=True)])
+        scales = [jnp.broadcast_to(jnp.asarray(scale, k.dtype), k.shape) for k in parts]
+        return tuple([k + c * i for k, c, i in zip(parts, scales, identity, strict=True)])
 
     @abc.abstractmethod
     def squared_norm(self, parts: Parts) -> jax.Array:

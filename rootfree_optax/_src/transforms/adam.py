@@ -11,7 +11,6 @@ from jax.typing import ArrayLike, DTypeLike
 from rootfree_optax._src.blocks.diagonal import adam_step, first_moment, limit_to_squares, second_moment
 from rootfree_optax._src.blocks.momentum import total_weight
 from rootfree_optax._src.common import schedules, trees, validate
-from rootfree_optax._src.numerics.dtypes import upcast
 from rootfree_optax._src.transforms.accumulators import init_average, init_squares
 
 
@@ -103,6 +102,6 @@ def _step(
     gradient = limit_to_squares(gradient)
     v = second_moment(v, gradient, decay=numbers.b2, batch_size=1, count=count)
     average, m = first_moment(m, gradient, decay=numbers.b1)
-    wide = upcast(v)
-    corrected = average / numbers.mu_weight.astype(average.dtype), wide / numbers.nu_weight.astype(wide.dtype)
-    return adam_step(*corrected, eps=numbers.eps).astype(gradient.dtype), m, v
+    # The corrections are one factor of m: the mean of v itself needs no copy of v.
+    corrected = average * (jnp.sqrt(numbers.nu_weight) / numbers.mu_weight).astype(average.dtype)
+    return adam_step(corrected, v, eps=numbers.eps).astype(gradient.dtype), m, v

@@ -125,13 +125,12 @@ def scale_by_rf_rms(
     ) -> tuple[optax.Updates, ScaleByRfRmsState]:
         del params, extra_args
         count = optax.safe_increment(state.count)
-        updates, curvature = jax.tree.map(limit_to_squares, (updates, curvature))
         is_own = require_origin(state.origin, describe_tree(options, state.nu))
-        average = functools.partial(average_square, decay=schedules.value_at("decay", decay, state.count), count=count)
+        average = functools.partial(_average_square, 1 - schedules.value_at("decay", decay, state.count), count)
         nu = update_squares(average, state.nu, updates, curvature)
         rho = nan_unless(is_own, schedules.value_at("damping", damping, state.count))
         step = _step(step_size, rho, absolute_damping, batch_size, at_construction, state.count)
-        direction = trees.map_gradients(lambda g, s: step(upcast(g), s).astype(g.dtype), updates, nu)
+        direction = trees.map_gradients(functools.partial(_rescale, step), updates, nu)
         return direction, ScaleByRfRmsState(count, nu, state.origin)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -211,16 +210,14 @@ def scale_by_rf_adam(
     ) -> tuple[optax.Updates, ScaleByRfAdamState]:
         del params, extra_args
         count = optax.safe_increment(state.count)
-        updates, curvature = jax.tree.map(limit_to_squares, (updates, curvature))
         is_own = require_origin(state.origin, describe_tree(options, state.nu))
-        average = functools.partial(average_square, decay=schedules.value_at("b2", b2, state.count), count=count)
+        average = functools.partial(_average_square, 1 - schedules.value_at("b2", b2, state.count), count)
         nu = update_squares(average, state.nu, updates, curvature)
-        averages, mu = trees.map_steps(lambda g, m: first_moment(m, g, decay=b1), updates, state.mu)
         rho = nan_unless(is_own, schedules.value_at("damping", damping, state.count))
         step = _step(step_size, rho, absolute_damping, batch_size, at_construction, state.count)
-        weight = total_weight(b1, count)
-        direct = lambda g, m, s: step(m / weight.astype(m.dtype), s).astype(g.dtype)
-        return trees.map_gradients(direct, updates, averages, nu), ScaleByRfAdamState(count, mu, nu, state.origin)
+        rescale = functools.partial(_rescale_average, step, b1, total_weight(b1, count))
+        direction, mu, nu = trees.map_steps(rescale, updates, state.mu, nu)
+        return direction, ScaleByRfAdamState(count, mu, nu, state.origin)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -244,10 +241,31 @@ def _step(
 ) -> Any:
     """Returns the function of an average and an accumulator that makes a step."""
     if step_size == "adamw":
-        return functools.partial(root_free_step, damping=rho)
-    return functools.partial(
+        return jax.tree_util.Partial(root_free_step, damping=rho)
+    return jax.tree_util.Partial(
         newton_step,
         damping=rho,
         absolute_damping=schedules.value_at("absolute_damping", absolute_damping, count),
         batch_size=schedules.resolve_batch_size(batch_size, at_construction),
     )
+
+
+# Compiled functions of one array, so that arrays of one shape are traced once, and are in the program once.
+
+
+@jax.jit
+def _average_square(weight: ArrayLike, count: jax.Array, s: jax.Array, curvature: jax.Array) -> jax.Array:
+    return average_square(s, limit_to_squares(curvature), weight=weight, count=count)
+
+
+@jax.jit
+def _rescale(step: Any, gradient: jax.Array, s: jax.Array) -> jax.Array:
+    return step(upcast(limit_to_squares(gradient)), s).astype(gradient.dtype)
+
+
+@jax.jit
+def _rescale_average(
+    step: Any, b1: ArrayLike, b1_weight: jax.Array, gradient: jax.Array, m: jax.Array, s: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    average, m = first_moment(m, limit_to_squares(gradient), decay=b1)
+    return step(average / b1_weight.astype(average.dtype), s).astype(gradient.dtype), m, s

@@ -237,7 +237,7 @@ def _step_tree(
 ) -> tuple[optax.Updates, tuple[StackState, ...]]:
     """Returns the directions of all parameters, and the new states of the stacks."""
     gradients = placed.pack(updates, "gradients")
-    samples = _pack_samples(placed, curvature, updates, gradients)
+    samples = _pack_samples(placed, curvature, updates, gradients, is_lazy=step.observe is not True)
     largest = measure_largest_scale(step.rule, states, placed.local_axes)
     step = step._replace(numbers=step.numbers._replace(largest_scale=largest))
     directions, states = placed.on_shards(step_stacks)(step, gradients, samples, states)
@@ -338,23 +338,31 @@ def _refuse_misplaced(
 
 
 def _pack_samples(
-    placed: WholeStacks, curvature: optax.Updates | None, updates: optax.Updates, gradients: tuple[jax.Array, ...]
+    placed: WholeStacks,
+    curvature: optax.Updates | None,
+    updates: optax.Updates,
+    gradients: tuple[jax.Array, ...],
+    *,
+    is_lazy: bool,
 ) -> LazyStacks:
     """Returns the stacks that the curvature is estimated from.
 
-    They are lazy where every device has all of them: packed within the branch of a refresh, so that other steps need no
-    copy of the gradients. From other devices they are fetched once, before any branch.
+    If they are not needed at every step, they are lazy where every device has all of them: packed within the branch of
+    a refresh, so that other steps need no copy of the gradients. From other devices they are fetched once, before any
+    branch.
 
     Args:
       placed: where the stacks are.
       curvature: a tree like `updates`, or one with a leading axis of samples; None: the gradients themselves.
       updates: the tree of gradients.
       gradients: the stacks of gradients.
+      is_lazy: whether some steps do without.
     """
+    is_lazy &= not placed.axes
     if curvature is None:
-        return gradients if placed.axes else functools.partial(placed.pack, updates, "gradients")
+        return functools.partial(placed.pack, updates, "gradients") if is_lazy else gradients
     given, expected = trees.named_leaves(curvature), trees.named_leaves(updates)
     both = [path for path in given if given[path] is not None and expected.get(path) is not None]
     has_samples = bool(both) and all(jnp.ndim(given[path]) == jnp.ndim(expected[path]) + 1 for path in both)
     pack = functools.partial(placed.pack, curvature, "curvature", sample_axis=has_samples)
-    return pack() if placed.axes else pack
+    return pack if is_lazy else pack()
