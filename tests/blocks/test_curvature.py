@@ -287,6 +287,29 @@ def test_factors_are_renewed_however_little_is_left_of_their_curvature(observati
     assert int(state.refused) == 0
 
 
+@pytest.mark.parametrize("factor", [1e-8, 1e8])
+def test_two_refreshes_follow_a_curvature_that_has_moved_by_any_factor(factor):
+    """Gradients of rank one and random amplitude do that between refreshes that are 500 steps apart.
+
+    K grew in directions in which it was to shrink, and was further off at each refresh, until it overflowed.
+    """
+    rule, structures, given = RootFree(), [dense(3), dense(5)], {"step": step()}
+    given["structures"] = structures
+    state = rule.start(rule.init(structures, [jnp.float32] * 2), jnp.ones((3, 5)), **given)
+    spectra = [np.diag(np.float32(factor * np.geomspace(0.1, 1, s.dim))) for s in structures]
+    state = state._replace(statistics=tuple((jnp.asarray(s),) for s in spectra), retained=jnp.float32(1e-12))
+    worst = []
+    for _ in range(2):
+        state = rule.refresh(state, jnp.ones((3, 5)), **given)
+        values = [
+            k.T @ (s + DAMPING * np.trace(s) / len(s) * np.eye(len(s))) @ k
+            for s, k in zip(map(as_matrix, state.statistics), map(as_matrix, state.factors), strict=True)
+        ]
+        worst.append(max(np.abs(np.log(np.linalg.eigvalsh(v))).max() for v in values))
+    assert worst[0] < np.log(4)
+    assert worst[1] < 1e-3
+
+
 def lengths_after(change, *, steps, momentum=0.95):
     """Returns the lengths of updates after `change` of a block's gradients, and of their sum, in full lengths."""
     structures, shape = [dense(8), dense(8)], (8, 8)

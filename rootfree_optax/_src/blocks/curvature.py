@@ -31,6 +31,7 @@ from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step
 from rootfree_optax._src.common.schedules import StepSize
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
 from rootfree_optax._src.numerics.finite import max_abs, root_mean_square
+from rootfree_optax._src.numerics.inverse_root import LARGEST_CONDITION
 from rootfree_optax._src.numerics.polar import orthogonalize
 from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered
 from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
@@ -328,8 +329,7 @@ class CurvatureRule(BlockRule):
 
     def _jobs(self, state: CurvatureState, *, structures: Structures, step: Step) -> list["_Job"]:
         """Returns what a block's factors are renewed from, for each axis."""
-        # What S has lost is the least that S̃ can have shrunk by, and a margin for what K was off by.
-        shift = 0.8 * jnp.clip(state.retained, _LEAST_RETAINED, 1)
+        retained = jnp.clip(state.retained, _LEAST_RETAINED, 1)
         mean_inverse = [s.squared_norm(k) / s.dim for s, k in zip(structures, state.factors, strict=True)]
         absolute = scale_by_exponent(
             jnp.asarray(step.absolute_damping / step.batch_size, state.power.dtype), -2 * state.exponent
@@ -339,7 +339,7 @@ class CurvatureRule(BlockRule):
             others = [t.astype(s[0].dtype) for j, t in enumerate(mean_inverse) if j != n]
             paper = math.prod(others, start=absolute.astype(s[0].dtype))
             damping = self._damping(structure, s, k, structure.trace(s) / structure.dim, step.damping) + paper
-            jobs.append(_Job(k, s, damping, shift.astype(s[0].dtype)))
+            jobs.append(_Job(k, s, damping, retained.astype(s[0].dtype)))
         return jobs
 
     def _renew_together(self, jobs: Sequence["_Job"], structures: Structures) -> list[tuple[Parts | None, ...]]:
@@ -357,7 +357,7 @@ class CurvatureRule(BlockRule):
             result = jax.vmap(functools.partial(self._renew, structure=whole))(batch)
             first = 0
             for index in members:
-                shapes, last = structures[index].part_shapes, first + len(jobs[index].shift)
+                shapes, last = structures[index].part_shapes, first + len(jobs[index].retained)
                 crop = lambda part, shape, rows=slice(first, last): part[(rows, *map(slice, shape))]
                 renewed[index] = tuple([parts and tuple(map(crop, parts, shapes)) for parts in result])
                 first = last
@@ -365,11 +365,18 @@ class CurvatureRule(BlockRule):
 
     def _renew(self, job: "_Job", *, structure: Structure) -> tuple[Parts, Parts | None]:
         """Returns `derive_factor` of K (KᵀS̃K)^(−1/2) for one axis of one block."""
-        k, s, damping, shift = job
+        k, s, damping, retained = job
         # Both numbers are vectors where rows are padding: zero there, so that the padding of all matrices stays zero.
         damped = structure.add_identity(s, damping)
-        excess = structure.add_identity(structure.congruence(k, damped), -shift)
-        factor = structure.times_inverse_root(k, excess, shift=jnp.max(shift), precision=self.precision)
+        product = structure.congruence(k, damped)
+        is_row = retained > 0
+        mean = structure.trace(product) / jnp.sum(jnp.broadcast_to(is_row, structure.dim))
+        # What S has lost is the least that S̃ can have shrunk by, and a margin for what K was off by. But where S has moved
+        # by more than one inverse root spans, the spectrum is about its mean, not about one: K would grow where it is to
+        # shrink, and each refresh would leave it further off.
+        shift = 0.8 * jnp.clip(jnp.max(retained), mean / LARGEST_CONDITION, mean)
+        excess = structure.add_identity(product, -jnp.where(is_row, shift, 0))
+        factor = structure.times_inverse_root(k, excess, shift=shift, precision=self.precision)
         return self.derive_factor(factor, damped, structure)
 
     def _keep_finite(
@@ -514,13 +521,13 @@ class _Job(NamedTuple):
       factor: the parts of K.
       statistics: the parts of S.
       damping: what is added to S's diagonal.
-      shift: a > 0, the least eigenvalue of KᵀS̃K.
+      retained: which part of the S of the last refresh is left; more than 0.
     """
 
     factor: Parts
     statistics: Parts
     damping: jax.Array
-    shift: jax.Array
+    retained: jax.Array
 
 
 def _rounded_length(structure: Structure) -> int | None:
@@ -541,7 +548,7 @@ def _pad(job: _Job, structure: Structure, whole: Structure) -> _Job:
     inside = jnp.arange(whole.dim) < structure.dim
     vector = lambda number: jnp.where(inside, number[:, None], 0)
     factor, statistics = jax.tree.map(widen, (job.factor, job.statistics))
-    return _Job(factor, statistics, vector(job.damping), vector(job.shift))
+    return _Job(factor, statistics, vector(job.damping), vector(job.retained))
 
 
 _register = functools.partial(
