@@ -311,7 +311,7 @@ def test_twenty_thousand_steps_of_every_structure_interval_and_dtype(name: str, 
     states = run_long(tx_of, lanes, params, dict.fromkeys(params, RMS["kronecker"]), LONG)
     for stack in states[0].stacks:
         assert np.all(stack.block.refused == 0)
-        for (k,) in stack.block.factors:
+        for k in jax.tree.leaves(stack.block.factors):
             wide = np.float64(k)
             values = (
                 np.abs(wide) if wide.ndim == 4 and wide.shape[-1] in LENGTH else np.linalg.svd(wide, compute_uv=False)
