@@ -310,6 +310,28 @@ def test_two_refreshes_follow_a_curvature_that_has_moved_by_any_factor(factor):
     assert worst[1] < 1e-3
 
 
+def test_gradients_of_random_amplitude_stay_in_the_range_of_float16():
+    """Each small one left 2ᵉ smaller, so that x, and S with it, overflowed before the next refresh."""
+    rule, given = RootFree(), {"structures": [dense(4), dense(3)], "step": step(weight=0.05)}
+    pattern = np.outer([1.0, -2.0, 0.5, 3.0], [0.1, 1.0, -2.0])
+    gradients = jnp.asarray(np.random.default_rng(0).standard_normal((2000, 1, 1)) * pattern, jnp.float16)
+
+    @quick_jit
+    def run(gradients):
+        take_in = lambda state, g: (state := rule.observe(state, g, **given), state.power)
+        state = rule.start(rule.init(given["structures"], [jnp.float16] * 2), gradients[0], **given)
+        return jax.lax.scan(take_in, state, gradients)
+
+    state, power = run(gradients)
+    assert np.all(np.abs(np.log2(power)) <= 17)
+    size = 2.0 ** float(rule.scale(state)) / np.sqrt(np.mean(np.square(pattern)))
+    assert 0.2 < size < 5
+    for parts in state.statistics:
+        values = np.linalg.eigvalsh(as_matrix(parts))
+        assert np.isfinite(values).all()
+        assert abs(values[:-1]).max() < 1e-3 * values[-1]
+
+
 def lengths_after(change, *, steps, momentum=0.95):
     """Returns the lengths of updates after `change` of a block's gradients, and of their sum, in full lengths."""
     structures, shape = [dense(8), dense(8)], (8, 8)

@@ -42,6 +42,8 @@ _LARGEST_SURPRISE = 2
 _LARGEST_MOMENTUM = 2
 # Where mean(x²), S between two refreshes, and the momentum end, so that their squares are numbers.
 _LARGEST_POWER = 2.0**60
+# How far mean(x²) may be from one, as a power of two, so that float16 holds x between two refreshes.
+_LARGEST_DRIFT = 16
 # A block whose gradients are below this part of the whole tree's is rounding noise.
 _LEAST_PART = 1e-6
 # Products of square matrices: KᵀS̃K, and K times an inverse root.
@@ -289,11 +291,16 @@ class CurvatureRule(BlockRule):
                 jax.tree.map(average_rows if structure.is_diagonal else average, old, h)
                 for structure, old, h in zip(structures, state.statistics, new, strict=True)
             ]
+            power = jnp.clip(average(state.power, scaled.power), 1 / _LARGEST_POWER, _LARGEST_POWER)
+            # Each surprise may leave e a little lower, in units in which all that follows is larger.
+            drift = exponent_of(power)
+            drift = jnp.where(jnp.abs(drift) > _LARGEST_DRIFT, drift // 2, 0)
             return state._replace(
-                statistics=tuple(statistics),
-                exponent=scaled.exponent,
-                power=jnp.clip(average(state.power, scaled.power), 1 / _LARGEST_POWER, _LARGEST_POWER),
+                statistics=jax.tree.map(lambda s: scale_by_exponent(s, -2 * drift), tuple(statistics)),
+                exponent=scaled.exponent + drift,
+                power=scale_by_exponent(power, -2 * drift),
                 seen=state.seen + scaled.is_evidence.astype(state.seen.dtype),
+                last_momentum=scale_by_exponent(state.last_momentum, -drift),
                 retained=state.retained * (1 - weight),
             )
 
