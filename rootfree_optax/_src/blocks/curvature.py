@@ -376,13 +376,13 @@ class CurvatureRule(BlockRule):
         # Both numbers are vectors where rows are padding: zero there, so that the padding of all matrices stays zero.
         damped = structure.add_identity(s, damping)
         product = structure.congruence(k, damped)
-        is_row = retained > 0
+        is_row = (retained > 0).astype(retained.dtype)
         mean = structure.trace(product) / jnp.sum(jnp.broadcast_to(is_row, structure.dim))
-        # What S has lost is the least that S̃ can have shrunk by, and a margin for what K was off by. But where S has moved
-        # by more than one inverse root spans, the spectrum is about its mean, not about one: K would grow where it is to
-        # shrink, and each refresh would leave it further off.
+        # What S has lost is the least that S̃ can have shrunk by, and a margin for what K was off by. But where S has
+        # moved by more than an inverse root spans, the spectrum lies about its mean, not about one: K would grow where
+        # it is to shrink, and each refresh would leave it further off.
         shift = 0.8 * jnp.clip(jnp.max(retained), mean / LARGEST_CONDITION, mean)
-        excess = structure.add_identity(product, -jnp.where(is_row, shift, 0))
+        excess = structure.add_identity(product, -shift * is_row)
         factor = structure.times_inverse_root(k, excess, shift=shift, precision=self.precision)
         return self.derive_factor(factor, damped, structure)
 
