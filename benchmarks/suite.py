@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--methods", nargs="+", default=["*"], metavar="METHOD", help="names or patterns, 'sirf_*' (all)"
     )
     parser.add_argument("--official-python", help="the interpreter of an environment with torch and sirfshampoo")
-    parser.add_argument("--block-size", type=int, default=rf.Layout().block_size, help="of blocks (%(default)s)")
+    parser.add_argument("--block-size", type=int, default=512, help="of blocks (%(default)s)")
     parser.add_argument("--periods", type=int, default=6, help="of 10 steps (%(default)s)")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("results"), help="folder (%(default)s)")
     options = parser.parse_args(arguments)

@@ -20,7 +20,7 @@ def max_abs(parts: tuple[jax.Array, ...]) -> jax.Array:
 def root_mean_square(array: jax.Array) -> jax.Array:
     """Returns √mean(|a|²), a scalar, where neither over- nor underflows."""
     size = jnp.abs(array)
-    largest = jnp.max(size)
+    largest = jnp.max(size, initial=0)
     unit = jnp.where(largest > 0, largest, 1)
     return jnp.sqrt(jnp.mean(jnp.square(size / unit))) * unit
 
