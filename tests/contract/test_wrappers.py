@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -76,27 +75,6 @@ def test_inside_lookahead_which_passes_no_extra_arguments_on(case: Case) -> None
         updates, state = update(gradient, state, both)
         both = optax.apply_updates(both, updates)
         assert_close(updates.fast, wanted, tolerance_of(case))
-
-
-@over(ALL, wiring=True)
-def test_an_exported_step_goes_on_from_a_state(case: Case) -> None:
-    """The state crosses as its leaves: `jax.export` knows no tuples with names."""
-    pytest.importorskip("flatbuffers")
-    params = make_params()
-    (gradient,) = make_gradients(params, 1)
-    tx = case()
-    leaves, structure = jax.tree.flatten(tx.init(params))
-
-    @jax.jit
-    def step(params: Any, leaves: Any, gradient: Any) -> Any:
-        updates, state = tx.update(gradient, jax.tree.unflatten(structure, leaves), params)
-        return optax.apply_updates(params, updates), jax.tree.leaves(state)
-
-    exported = jax.export.deserialize(jax.export.export(step)(params, leaves, gradient).serialize())
-    expected = actual = (params, leaves)
-    for _ in range(2):
-        expected, actual = step(*expected, gradient), exported.call(*actual, gradient)
-    assert_close(actual, expected, tolerance_of(case))
 
 
 @over(OPTIMIZERS, having="batch_size", wiring=True)
