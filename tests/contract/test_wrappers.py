@@ -10,6 +10,7 @@ import optax
 import pytest
 from checks import assert_close, make_gradients, make_params, quick_jit, refuses, run, without_origins
 from contract import ALL, CONSTRUCTORS, OPTIMIZERS, Case, over, tolerance_alone, tolerance_of
+from flax import nnx
 from flax.training.train_state import TrainState
 
 
@@ -75,6 +76,17 @@ def test_inside_lookahead_which_passes_no_extra_arguments_on(case: Case) -> None
         updates, state = update(gradient, state, both)
         both = optax.apply_updates(both, updates)
         assert_close(updates.fast, wanted, tolerance_of(case))
+
+
+@over(OPTIMIZERS, wiring=True)
+@pytest.mark.usefixtures("standard_promotion")
+def test_an_nnx_optimizer_boxes_parameters_in_init_alone(case: Case) -> None:
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    nnx.Optimizer(model, case(), wrt=nnx.Param).update(model, nnx.clone(nnx.state(model, nnx.Param)))
+    tx = case()
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert_close(nnx.as_pure(nnx.state(model, nnx.Param)), optax.apply_updates(params, updates), tolerance_of(case))
 
 
 @over(OPTIMIZERS, having="batch_size", wiring=True)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from rootfree_optax._src.common import trees
 from rootfree_optax._src.common.trees import Shape
+from rootfree_optax._src.layout.paths import plain_paths
 from rootfree_optax._src.layout.split import RelayoutFn
 from rootfree_optax._src.layout.stack import Placement, Stack, opaque, stack, unstack
 from rootfree_optax._src.layout.unit import Unit, no_relayout
@@ -174,7 +175,8 @@ class Plan:
         units: dict[str, dict[str, Any]] = {unit.name: _summarize(unit) for unit in self.units}
         units |= {entry.path: {"shape": [entry.shape], "diagonal": True} for entry in self.rest}
         units |= {path: {"shape": [shape]} for path, shape in self.empty}
-        return json.dumps(units)
+        names = plain_paths(units, prefix="")  # frameworks box parameters in `init` and not in `update`, as nnx does
+        return json.dumps({names[path]: unit for path, unit in units.items()})
 
     def named_leaves(self, tree: Any, name: str, *, sample_axis: bool = False) -> dict[str, Any]:
         """Returns the leaves by key path, after checking their paths and shapes; for the arguments see `pack`."""

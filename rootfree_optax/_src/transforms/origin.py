@@ -19,6 +19,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.common import trees
+from rootfree_optax._src.layout.paths import plain_paths
 from rootfree_optax._src.mesh.state_shardings import sharding_beside
 
 FORMAT = 1  # of the states of this version; a change of what a state means takes the next number
@@ -77,7 +78,7 @@ def describe_origin(options: Mapping[str, Any], parameters: str) -> str:
 def describe_tree(options: Mapping[str, Any], tree: Any) -> str:
     """Returns the text of an `Origin` for a state that is a tree like the parameters, which tells their shapes."""
     paths = [path for path, leaf in trees.named_leaves(tree).items() if leaf is not None]
-    return describe_origin(options, json.dumps({path: {} for path in paths}))
+    return describe_origin(options, json.dumps({path: {} for path in plain_paths(paths, prefix="").values()}))
 
 
 def dtype_name(dtype: DTypeLike | None) -> str | None:
