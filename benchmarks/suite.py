@@ -39,8 +39,6 @@ from rich.console import Console
 from rich.progress import track
 from sections import cost, share, suite
 
-import rootfree_optax as rf
-
 TREES: dict[str, Callable[[], trees.Shapes]] = {
     **{f"gpt{layers}": functools.partial(trees.gpt, layers) for layers in (4, 12, 48)},
     **{f"resnet{depth}": functools.partial(trees.resnet, depth) for depth in (18, 34)},

@@ -11,7 +11,6 @@ from jax.typing import ArrayLike
 
 from rootfree_optax._src.blocks.momentum import keep_finite
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, upcast
-from rootfree_optax._src.numerics.finite import root_mean_square
 from rootfree_optax._src.numerics.rounding import round_dithered
 
 _LARGEST_SQUARED = 2.0**50
@@ -155,13 +154,14 @@ def root_free_step(m: jax.Array, s: jax.Array, *, damping: ArrayLike) -> jax.Arr
       s: an average of their squares, of m's shape.
       damping: ρ ≥ 0, relative to the mean of s.
     """
-    # From Adam's step, which is near one: m / s itself may leave the range.
+    # In units in which mean(s) is one, and with no entry above 2⁶⁰: m / s itself, or its square, may leave the range.
     relative, mean = damp_relatively(s, damping=damping)
-    adam = _divide(m, jnp.sqrt(upcast(s)))
+    adam = _divide(m, jnp.maximum(jnp.sqrt(upcast(s)), _LEAST_ROOT * jnp.abs(m)))
     root = jnp.sqrt(upcast(s) / jnp.where(mean == 0, 1, mean))
-    direction = _divide(adam * root.astype(adam.dtype), relative)
-    size = root_mean_square(direction)
-    return direction * (root_mean_square(adam) / jnp.where(size == 0, 1, size)).astype(direction.dtype)
+    direction = _divide(adam * root.astype(adam.dtype), jnp.maximum(relative, _LEAST_ROOT**2))
+    rms = lambda array: jnp.sqrt(jnp.mean(squared_magnitude(array)))
+    size = rms(direction)
+    return direction * (rms(adam) / jnp.where(size == 0, 1, size)).astype(direction.dtype)
 
 
 def newton_step(

@@ -152,8 +152,8 @@ def heavy_ball(
         step = optax.safe_increment(state.step)
         if momentum is None:
             return updates, state._replace(step=step)
-        scale = jnp.asarray(1 - momentum, jnp.float32) / total_weight(momentum, step) if average else None
-        add = functools.partial(_average, jnp.asarray(nan_unless(is_own, momentum)), scale)
+        scale = jnp.asarray(1 - momentum, jnp.float32) / total_weight(momentum, step) if average else 1.0
+        add = functools.partial(_average, jnp.asarray(momentum), nan_unless(is_own, scale))
         updates, velocity = trees.map_steps(add, updates, state.momentum)
         return updates, HeavyBallState(step, velocity, state.origin)
 
@@ -214,11 +214,10 @@ def _add_scaled(factor: ArrayLike, update: jax.Array, param: jax.Array) -> jax.A
 
 @jax.jit
 def _average(
-    momentum: ArrayLike, scale: ArrayLike | None, update: jax.Array, velocity: jax.Array
+    momentum: ArrayLike, scale: ArrayLike, update: jax.Array, velocity: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     total, new = average_heavy_ball(velocity, update, momentum, nesterov=False)
-    average = total if scale is None else jnp.asarray(scale, total.dtype) * total
-    return average.astype(update.dtype), new
+    return (jnp.asarray(scale, total.dtype) * total).astype(update.dtype), new
 
 
 @jax.jit
