@@ -127,7 +127,7 @@ def test_members_share_a_parent_and_each_is_taken_once() -> None:
         "my_kernel": struct(2, 2),
         "my_bias": struct(2),
     }
-    found = names(params, weight_and_bias(), weight_and_bias("scale", "bias"), as_matrix("dense", 1))
+    found = names(params, weight_and_bias(), weight_and_bias("scale", "bias", output_axis=-1), as_matrix("dense", 1))
     assert found == [
         "kernel+bias",
         "dense/kernel+bias",

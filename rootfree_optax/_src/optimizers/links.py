@@ -24,7 +24,6 @@ from rootfree_optax._src.transforms.origin import (
     describe_tree,
     dtype_name,
     make_origin,
-    nan_unless,
     require_origin,
 )
 
@@ -148,12 +147,13 @@ def heavy_ball(
     ) -> tuple[optax.Updates, HeavyBallState]:
         del params, extra_args
         # The keys of the momentum are the parameters' names, if there is one.
-        is_own = require_origin(state.origin, text_if(isinstance(state.origin, Origin)))
+        # Where values are traced, the preconditioner's state answers for the checkpoint: NaN here would cost a pass.
+        require_origin(state.origin, text_if(isinstance(state.origin, Origin)))
         step = optax.safe_increment(state.step)
         if momentum is None:
             return updates, state._replace(step=step)
-        scale = jnp.asarray(1 - momentum, jnp.float32) / total_weight(momentum, step) if average else 1.0
-        add = functools.partial(_average, jnp.asarray(momentum), nan_unless(is_own, scale))
+        scale = jnp.asarray(1 - momentum, jnp.float32) / total_weight(momentum, step) if average else None
+        add = functools.partial(_average, jnp.asarray(momentum), scale)
         updates, velocity = trees.map_steps(add, updates, state.momentum)
         return updates, HeavyBallState(step, velocity, state.origin)
 
@@ -214,10 +214,11 @@ def _add_scaled(factor: ArrayLike, update: jax.Array, param: jax.Array) -> jax.A
 
 @jax.jit
 def _average(
-    momentum: ArrayLike, scale: ArrayLike, update: jax.Array, velocity: jax.Array
+    momentum: ArrayLike, scale: ArrayLike | None, update: jax.Array, velocity: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     total, new = average_heavy_ball(velocity, update, momentum, nesterov=False)
-    return (jnp.asarray(scale, total.dtype) * total).astype(update.dtype), new
+    average = total if scale is None else jnp.asarray(scale, total.dtype) * total
+    return average.astype(update.dtype), new
 
 
 @jax.jit
