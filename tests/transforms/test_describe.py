@@ -53,7 +53,7 @@ parameter         shape         blocks        structure  dtype       state
 head/kernel+bias  256×10 + 10   257×10        dense      bf16, f32   407kB
 layers_*/mlp      2 of 256×600  4 of 256×300  dense      bf16, f32  5.68MB
 layers_*/norm     2 of 256      2 of 256      diagonal   f32        6.23kB
-temperature       scalar        1             diagonal   f32           52B
+temperature       scalar        1             diagonal   f32           56B
 ──────────────────────────────────────────────────────────────────────────
 total             310k          8                                    6.1MB
 State: 2.46 times Adam's 2.48MB of two numbers for each entry of the parameters.

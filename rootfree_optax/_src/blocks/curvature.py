@@ -120,8 +120,7 @@ def scale_gradient(gradient: jax.Array, exponent: jax.Array, power: jax.Array, *
       gradient: G, any shape.
       exponent: e so far, an int32.
       power: the average of mean(x²) so far, positive.
-      largest_surprise: by how many powers of two the root of mean(x²) may differ from the average's. Beyond it, e makes
-        them equal to half a power, so that the next gradient of the usual size finds e as it was.
+      largest_surprise: by how many powers of two the root of mean(x²) may differ from the average's.
     """
     g = upcast(gradient)
     largest = jnp.max(jnp.abs(g))
@@ -131,7 +130,7 @@ def scale_gradient(gradient: jax.Array, exponent: jax.Array, power: jax.Array, *
     is_evidence = (mean_square > 0) & jnp.isfinite(largest)
     mean_square = jnp.where(is_evidence, mean_square, 1)
     surprise = (top - exponent).astype(g.dtype) + 0.5 * (jnp.log2(mean_square) - jnp.log2(power.astype(g.dtype)))
-    excess = jnp.where(jnp.abs(surprise) > largest_surprise, jnp.round(surprise), 0).astype(exponent.dtype)
+    excess = jnp.round(surprise - jnp.clip(surprise, -largest_surprise, largest_surprise)).astype(exponent.dtype)
     new_exponent = jnp.where(is_evidence, exponent + excess, exponent)
     shift = jnp.clip(top - new_exponent, -60, 60)
     return Scaled(
@@ -379,9 +378,9 @@ class CurvatureRule(BlockRule):
         is_row = (retained > 0).astype(retained.dtype)
         mean = structure.trace(product) / jnp.sum(jnp.broadcast_to(is_row, structure.dim))
         # What S has lost is the least that S̃ can have shrunk by, and a margin for what K was off by. But where S has
-        # moved by more than an inverse root spans, the spectrum lies about its mean, not about one: K would grow where
+        # grown by more than an inverse root spans, the spectrum lies about its mean, not about one: K would grow where
         # it is to shrink, and each refresh would leave it further off.
-        shift = 0.8 * jnp.clip(jnp.max(retained), mean / LARGEST_CONDITION, mean)
+        shift = 0.8 * jnp.maximum(jnp.max(retained), mean / LARGEST_CONDITION)
         excess = structure.add_identity(product, -shift * is_row)
         factor = structure.times_inverse_root(k, excess, shift=shift, precision=self.precision)
         return self.derive_factor(factor, damped, structure)

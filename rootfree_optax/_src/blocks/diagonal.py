@@ -156,7 +156,7 @@ def root_free_step(m: jax.Array, s: jax.Array, *, damping: ArrayLike) -> jax.Arr
     """
     # In units in which mean(s) is one, and with no entry above 2⁶⁰: m / s itself, or its square, may leave the range.
     relative, mean = damp_relatively(s, damping=damping)
-    adam = _divide(m, jnp.maximum(jnp.sqrt(upcast(s)), _LEAST_ROOT * jnp.abs(m)))
+    adam = _divide(m, jnp.maximum(jnp.sqrt(upcast(s)).astype(jnp.abs(m).dtype), _LEAST_ROOT * jnp.abs(m)))
     root = jnp.sqrt(upcast(s) / jnp.where(mean == 0, 1, mean))
     direction = _divide(adam * root.astype(adam.dtype), jnp.maximum(relative, _LEAST_ROOT**2))
     rms = lambda array: jnp.sqrt(jnp.mean(squared_magnitude(array)))

@@ -45,7 +45,7 @@ def truncate(array: jax.Array, dtype: DTypeLike) -> jax.Array:
     """
     nearest = saturate(array, dtype)
     is_beyond = jnp.abs(nearest).astype(array.dtype) > jnp.abs(array)
-    bits = jax.lax.bitcast_convert_type(nearest, {2: jnp.int16, 4: jnp.int32}[nearest.dtype.itemsize])
+    bits = jax.lax.bitcast_convert_type(nearest, {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[nearest.dtype.itemsize])
     return jax.lax.bitcast_convert_type(bits - is_beyond.astype(bits.dtype), dtype)
 
 
