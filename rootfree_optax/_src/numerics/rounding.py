@@ -39,11 +39,13 @@ def saturate(array: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 def truncate(array: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Casts a real array to float16 or float32, towards zero; entries outside of its range become the end of it.
+    """Casts an array to fewer bits, a real one towards zero; entries outside of the range become the end of it.
 
     A decaying average, rounded to nearest, would end at a few times the smallest number and stay there for ever.
     """
     nearest = saturate(array, dtype)
+    if jnp.iscomplexobj(nearest):
+        return nearest
     is_beyond = jnp.abs(nearest).astype(array.dtype) > jnp.abs(array)
     bits = jax.lax.bitcast_convert_type(nearest, {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[nearest.dtype.itemsize])
     return jax.lax.bitcast_convert_type(bits - is_beyond.astype(bits.dtype), dtype)
