@@ -19,7 +19,7 @@ BFLOAT16 = jnp.dtype("bfloat16")
 # State over parameters, in bytes, and the most bytes that a step moves over AdamW's.
 PUBLISHED = {
     "rf_rmsprop": (rf.published.rf_rmsprop(1e-3, momentum=None, batch_size=32), 1.0, 0.8),
-    "rf_rmsprop, momentum": (rf.published.rf_rmsprop(1e-3, batch_size=32), 2.0, 1.71),
+    "rf_rmsprop, momentum": (rf.published.rf_rmsprop(1e-3, batch_size=32), 2.0, 1.31),
     "rf_adamw": (rf.published.rf_adamw(1e-3, batch_size=32), 2.0, 1.11),
     "rf_rmsprop, bf16": (rf.published.rf_rmsprop(1e-3, momentum=None, batch_size=32, nu_dtype=BFLOAT16), 0.5, 0.6),
     "rf_adamw, bf16": (rf.published.rf_adamw(1e-3, batch_size=32, mu_dtype=BFLOAT16, nu_dtype=BFLOAT16), 1.0, 0.91),

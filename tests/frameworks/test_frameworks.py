@@ -260,5 +260,4 @@ def loss_of_adamw(run: Train, rate: float) -> float:
 def test_it_trains_at_the_learning_rate_of_adamw(package: str, run: Train, rate: float, make: Callable) -> None:
     pytest.importorskip(package)
     loss, expected = run(make(rate)), loss_of_adamw(run, rate)
-    print(f"{make.__name__}: {loss:.4g}, adamw: {expected:.4g}, ratio {loss / expected:.3f}")  # noqa: T201
     assert 0 < loss <= WORST_RATIOS.get((make.__name__, run), 1.1) * expected

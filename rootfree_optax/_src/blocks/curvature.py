@@ -36,7 +36,7 @@ from rootfree_optax._src.numerics.polar import orthogonalize
 from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered
 from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
 
-# A gradient that is this many times larger or smaller than the average, as a power of two, counts as a usual one.
+# A gradient that is this many times larger or smaller than the average, as a power of two, changes the scale.
 _LARGEST_SURPRISE = 2
 # An average of gradients that is longer than this beside them, in rms, is of gradients that are gone.
 _LARGEST_MOMENTUM = 2

@@ -181,5 +181,6 @@ def adam_step(m: jax.Array, v: jax.Array, *, eps: ArrayLike) -> jax.Array:
 
 
 def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    safe = jnp.where(denominator == 0, 1, denominator).astype(numerator.dtype)
-    return jnp.where((numerator == 0) & (denominator == 0), 0, numerator / safe)
+    """Returns the quotient; zero over zero is zero."""
+    safe = jnp.where((numerator == 0) & (denominator == 0), 1, denominator)
+    return numerator / safe.astype(numerator.dtype)

@@ -24,6 +24,7 @@ from rootfree_optax._src.transforms.origin import (
     describe_tree,
     dtype_name,
     make_origin,
+    nan_unless,
     require_origin,
 )
 
@@ -147,13 +148,12 @@ def heavy_ball(
     ) -> tuple[optax.Updates, HeavyBallState]:
         del params, extra_args
         # The keys of the momentum are the parameters' names, if there is one.
-        # Where values are traced, the preconditioner's state answers for the checkpoint: NaN here would cost a pass.
-        require_origin(state.origin, text_if(isinstance(state.origin, Origin)))
+        is_own = require_origin(state.origin, text_if(isinstance(state.origin, Origin)))
         step = optax.safe_increment(state.step)
         if momentum is None:
             return updates, state._replace(step=step)
         scale = jnp.asarray(1 - momentum, jnp.float32) / total_weight(momentum, step) if average else None
-        add = functools.partial(_average, jnp.asarray(momentum), scale)
+        add = functools.partial(_average, jnp.asarray(nan_unless(is_own, momentum)), scale)
         updates, velocity = trees.map_steps(add, updates, state.momentum)
         return updates, HeavyBallState(step, velocity, state.origin)
 
