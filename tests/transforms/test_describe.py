@@ -297,7 +297,7 @@ def test_flops_are_those_of_the_compiled_program(rule: Any, structure: str) -> N
     told = rule.flops(stack.structures)
     refresh = compiled_flops(lambda state, g: rule.refresh(state, g, **given), state, gradient)
     direction = compiled_flops(lambda state, g: rule.precondition(state, g, gradient=g, **given), state, gradient)
-    # What the compiler counts beside products is a pass over the factors each.
+    # What the compiler counts beside products is passes over the factors: of products of 64 columns 14 % in a refresh.
     np.testing.assert_allclose([refresh, direction], [told.refresh, told.precondition], rtol=0.15)
     if told.observe:
         observe = compiled_flops(lambda state, g: rule.observe(state, g, **given), state, gradient)

@@ -34,8 +34,9 @@ def info(state: Any) -> dict[str, jax.Array]:
                      or where the momentum is far larger than the gradients, or to a trust radius. A rule that never
                      shortens has no such entry.
         agreement    the averaged cosine between a block's gradient and the momentum before it, mean over all blocks.
-                     Near one, a higher learning rate would be faster; on decoders it is near −0.1 at any rate that
-                     trains well. A rule that does not average it has no such entry.
+                     Near one, a higher learning rate would be faster. On a decoder of 0.2 million parameters it was
+                     near −0.1, at AdamW's best rate and at a quarter of it. A rule that does not average it has no
+                     such entry.
         idle_blocks  how many blocks had a gradient of zeros in the last step, or have seen none yet.
         update_rms   the root mean square of the last directions, over all entries of all blocks. Learning rate, weight
                      decay and what else follows in a chain come later.
