@@ -470,8 +470,8 @@ class CurvatureRule(BlockRule):
         """Returns the moving average of cos(G, M), M the momentum before G.
 
         It is minus the slope of the loss along the last step, up to the preconditioner: positive where a longer step
-        would have been better, near zero in noise, and of both signs where steps swing about a minimum, although the
-        momentum and the gradient that has entered it agree there, too.
+        would have been better, near zero in noise, and not positive on average where steps swing about a minimum. The
+        momentum that holds G already would not tell: it agrees with G there, too.
         """
         newest = jnp.asarray(step.newest, momentum.dtype)
         gradient = scale_by_exponent(upcast(gradient), -state.exponent)
