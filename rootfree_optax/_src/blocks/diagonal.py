@@ -181,6 +181,6 @@ def adam_step(m: jax.Array, v: jax.Array, *, eps: ArrayLike) -> jax.Array:
 
 
 def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """Returns the quotient; zero over zero is zero."""
-    safe = jnp.where((numerator == 0) & (denominator == 0), 1, denominator)
+    """Returns the quotient, where the denominator is zero the numerator: zero, or tiny, as its square has vanished."""
+    safe = jnp.where(denominator == 0, 1, denominator)
     return numerator / safe.astype(numerator.dtype)
