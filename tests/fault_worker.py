@@ -71,6 +71,16 @@ def restore(folder: pathlib.Path, step: int) -> Any:
     return params, state
 
 
+def answer_restores(folder: pathlib.Path, step: int, link: Connection) -> None:
+    """Restores whenever the link asks, until it sends False, and answers with the digest, or None for an error."""
+    while link.recv():
+        try:
+            answer = digest(restore(folder, step))
+        except Exception:  # of many kinds, by where the damage is
+            answer = None
+        link.send(answer)
+
+
 def train(folder: pathlib.Path, steps: int, expected: list[str], *, asynchronous: bool, link: Connection) -> None:
     """Trains from the last checkpoint on, for ever or for so many steps, and reports every step before it is saved.
 
