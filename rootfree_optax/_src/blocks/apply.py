@@ -51,7 +51,7 @@ def fold(structures: Sequence[Structure], matrices: Sequence[Parts]) -> Folded:
     def folded(group: tuple[int, ...]) -> tuple[Structure, Parts]:
         if len(group) == 1:
             return structures[group[0]], matrices[group[0]]
-        kronecker = functools.reduce(jnp.kron, (matrices[n][0] for n in group))
+        kronecker = functools.reduce(jnp.kron, [matrices[n][0] for n in group])
         return dense(len(kronecker)), (kronecker,)
 
     groups = _groups(structures, [parts[0].dtype for parts in matrices])
@@ -61,7 +61,7 @@ def fold(structures: Sequence[Structure], matrices: Sequence[Parts]) -> Folded:
 
 def fold_axes(tensor: jax.Array, axes: int, structures: Sequence[Structure]) -> jax.Array:
     """Returns a tensor [d₁, …, d_N] or [samples, d₁, …, d_N], of N = `axes`, with the axes of the folded structures."""
-    return tensor.reshape(*tensor.shape[: tensor.ndim - axes], *(structure.dim for structure in structures))
+    return tensor.reshape(*tensor.shape[: tensor.ndim - axes], *[structure.dim for structure in structures])
 
 
 def unfold_means(groups: Groups, structures: Sequence[Structure], outers: Sequence[Parts]) -> tuple[Parts, ...]:
@@ -80,13 +80,13 @@ def unfold_means(groups: Groups, structures: Sequence[Structure], outers: Sequen
 
 
 def _groups(structures: Sequence[Structure], dtypes: Sequence[jnp.dtype]) -> Groups:
-    size = math.prod(structure.dim for structure in structures)
+    size = math.prod([structure.dim for structure in structures])
 
     def fits(group: tuple[int, ...]) -> bool:
-        length = math.prod(structures[n].dim for n in group)
+        length = math.prod([structures[n].dim for n in group])
         one_dtype = len({dtypes[n] for n in group}) == 1
         is_narrow = has_smaller_range(dtypes[group[0]], accumulation_dtype(dtypes[group[0]]))
-        are_dense = all(structures[n].is_dense for n in group)
+        are_dense = {structures[n].is_dense for n in group} == {True}
         return are_dense and one_dtype and not is_narrow and length <= _LONGEST and length**3 <= size
 
     groups: list[tuple[int, ...]] = []

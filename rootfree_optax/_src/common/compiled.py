@@ -11,11 +11,6 @@ import numpy as np
 _ARRAY = object()
 
 
-def has_tracer(tree: Any) -> bool:
-    """Returns whether a leaf of the tree is traced, so that the caller's program is being made."""
-    return bool([leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.core.Tracer)])
-
-
 @dataclasses.dataclass(frozen=True)
 class Static:
     """A tree without its arrays. It is hashable, so that compiled programs are found by it."""

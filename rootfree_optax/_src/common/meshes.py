@@ -30,8 +30,10 @@ def mesh_in_use(tree: Any) -> AnyMesh | None:
     """Returns the mesh that `jax.set_mesh` has set, or else the one that the tree's arrays live on, if there is any."""
     if not (context := jax.sharding.get_abstract_mesh()).empty:
         return context
-    shardings = (named_sharding(leaf) for leaf in jax.tree.leaves(tree))
-    return next((sharding.mesh for sharding in shardings if sharding is not None), None)
+    for leaf in jax.tree.leaves(tree):
+        if (sharding := named_sharding(leaf)) is not None:
+            return sharding.mesh
+    return None
 
 
 def names_of(spec: PartitionSpec, ndim: int) -> Spec:
@@ -48,6 +50,23 @@ def typed_spec(leaf: Any) -> Spec:
     typed = axes_of_type(sharding.mesh, AxisType.Explicit) if typed is None else typed
     names = names_of(sharding.spec, len(leaf.shape))
     return tuple(tuple(name for name in of_axis if name in typed) for of_axis in names)
+
+
+def reshard(tree: Any, like: Any, spec: PartitionSpec | None = None) -> Any:
+    """Returns arrays with the shardings that others carry in their types; no mesh need be set.
+
+    Args:
+      tree: the arrays.
+      like: a tree like it, whose arrays' types tell the meshes. Where one is not sharded, the array stays as it is.
+      spec: for all others, in place of their own shardings; None for these.
+    """
+    arrays, structure = jax.tree.flatten(tree)
+    shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(like)]
+    moved = [
+        jax.sharding.reshard(array, NamedSharding(s.mesh, s.spec if spec is None else spec)) if any(s.spec) else array
+        for array, s in zip(arrays, shardings, strict=True)
+    ]
+    return jax.tree.unflatten(structure, moved)
 
 
 @contextlib.contextmanager

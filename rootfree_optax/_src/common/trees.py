@@ -24,7 +24,12 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 def has_none(tree: Any) -> bool:
     """Returns whether a leaf of the tree is None."""
-    return any(leaf is None for leaf in named_leaves(tree).values())
+    return any(map(is_none, jax.tree.leaves(tree, is_leaf=is_none)))
+
+
+def has_tracer(tree: Any) -> bool:
+    """Returns whether a leaf of the tree is traced, so that the caller's program is being made."""
+    return bool([leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.core.Tracer)])
 
 
 def require_inexact(params: Any) -> None:

@@ -147,7 +147,7 @@ class Plan:
         starts = {place.start for place in self._flat_placements if place.count < self.stacks[place.stack].count}
         numbers = opaque({0, *starts}, stacks[0]) if equal_kernels and starts else None
         for unit, places in zip(self.units, self.placements, strict=True):
-            if any(leaves[path] is not None for path in unit.paths):
+            if [path for path in unit.paths if leaves[path] is not None]:
                 arrays |= zip(unit.paths, unit.from_blocks(unstack(stacks, places, numbers)), strict=True)
         return self.assemble(arrays, like, rest)
 

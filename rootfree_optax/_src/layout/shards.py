@@ -64,7 +64,6 @@ def shards_of(
       ValueError: for a parameter of which nothing was told, or names that are not those of the mesh in use.
     """
     leaves = named_leaves(params)
-    mesh = mesh_in_use(params)
     if specs is None:
         found = {path: typed_spec(leaves[path]) for path in shapes}
     else:
@@ -76,13 +75,16 @@ def shards_of(
             )
         found = {path: names_of(told[plain[path]], len(shape)) for path, shape in shapes.items()}
     sharded = {path: spec for path, spec in found.items() if any(spec)}
+    if not sharded:
+        return {}, {}
+    mesh = mesh_in_use(params)
     sizes = {} if mesh is None else dict(mesh.shape)
     if unknown := {name for spec in sharded.values() for names in spec for name in names} - sizes.keys():
         where = "there is none" if mesh is None else f"the one in use has the axes {tuple(sizes)}"
         raise ValueError(
             f"specs need a mesh with the axes {sorted(unknown)}, but {where}. Call within `with jax.set_mesh(mesh):`."
         )
-    return sharded, sizes if sharded else {}
+    return sharded, sizes
 
 
 def carriers(shape: Shape, layer_axes: Sequence[int], lengths: Shape) -> tuple[int | None, ...]:

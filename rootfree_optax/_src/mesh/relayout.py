@@ -60,9 +60,3 @@ def move(mesh: AnyMesh, array: jax.Array, stops: Sequence[PartitionSpec]) -> jax
     for spec in stops:
         array = jax.lax.with_sharding_constraint(array, NamedSharding(mesh if context.empty else context, spec))
     return array
-
-
-def reshard(array: jax.Array, reference: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Returns an array with a sharding on the mesh of another's type, if that is sharded; no mesh need be set."""
-    sharding = jax.typeof(reference).sharding
-    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec)) if any(sharding.spec) else array

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from rootfree_optax._src.common.meshes import AnyMesh, Axes, Spec, axes_of_type, mesh_in_use
+from rootfree_optax._src.common.meshes import AnyMesh, Axes, Spec, axes_of_type, mesh_in_use, reshard
 from rootfree_optax._src.layout import Plan
 from rootfree_optax._src.layout.split import RelayoutFn
 from rootfree_optax._src.layout.stack import Stack
 from rootfree_optax._src.layout.unit import no_relayout
 from rootfree_optax._src.mesh.holders import Holders, find_holders
-from rootfree_optax._src.mesh.relayout import move, reshard, route, split_within_blocks
+from rootfree_optax._src.mesh.relayout import move, route, split_within_blocks
 from rootfree_optax._src.mesh.shard_map import map_shards, on_each_device, partition, place
 
 MeshAxes: TypeAlias = str | tuple[str, ...] | None
@@ -121,7 +121,7 @@ class WholeStacks:
           like: the tree that was packed.
           rest: the arrays of the parameters without factors, by key path.
         """
-        return _shard_like(self.plan.unpack(stacks, like, rest=rest, equal_kernels=True), like)
+        return reshard(self.plan.unpack(stacks, like, rest=rest, equal_kernels=True), like)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +242,7 @@ class LocalStacks(DividedStacks):
 
     def pack(self, tree: Any, name: str, *, sample_axis: bool = False) -> Stacks:
         """Returns this device's parts of the stacks."""
-        stacks = enumerate(_pack(self.plan, _replicate(tree), name, sample_axis))
+        stacks = enumerate(_pack(self.plan, reshard(tree, tree, PartitionSpec()), name, sample_axis))
         return tuple(
             [
                 stack.at[self.numbers(i)].get(mode="fill", fill_value=0, wrap_negative_indices=False)
@@ -253,7 +253,7 @@ class LocalStacks(DividedStacks):
     def unpack(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] | None = None) -> Any:
         """Returns the whole tree, on every device."""
         whole = [self._sum_parts(i, part) for i, part in enumerate(stacks)]
-        return _shard_like(self.plan.unpack(whole, like, rest=rest), like)
+        return reshard(self.plan.unpack(whole, like, rest=rest), like)
 
     def _sum_parts(self, index: int, part: jax.Array) -> jax.Array:
         """Returns the stack of all parts. Uses psum because its result is typed as replicated; all_gather's is not."""
@@ -264,16 +264,6 @@ class LocalStacks(DividedStacks):
 
 def _padded_numbers(numbers: jax.Array, count: int) -> jax.Array:
     return jnp.where(numbers < count, numbers, -1)
-
-
-def _replicate(tree: Any) -> Any:
-    """Replicates arrays that carry a sharding in their type: blocks are cut across its boundaries."""
-    return jax.tree.map(lambda leaf: reshard(leaf, leaf, PartitionSpec()), tree)
-
-
-def _shard_like(tree: Any, reference: Any) -> Any:
-    """Gives arrays the shardings that others carry in their types."""
-    return jax.tree.map(lambda leaf, like: reshard(leaf, like, _spec(like)), tree, reference)
 
 
 def _spec(leaf: jax.Array) -> PartitionSpec:
@@ -304,7 +294,8 @@ def _pad(stack: jax.Array, length: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def _pack_whole(plan: Plan, tree: Any, name: str, sample_axis: bool) -> Stacks:
-    return _pack(plan, _replicate(tree), name, sample_axis)
+    # Replicated, as blocks are cut across the boundaries of shards.
+    return _pack(plan, reshard(tree, tree, PartitionSpec()), name, sample_axis)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3), inline=True)

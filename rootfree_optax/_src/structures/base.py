@@ -34,7 +34,7 @@ class Flops:
 
 def times_scalar(parts: Parts, factor: ArrayLike) -> Parts:
     """Returns the parts times a scalar."""
-    return tuple(part * jnp.asarray(factor, part.dtype) for part in parts)
+    return tuple([part * jnp.asarray(factor, part.dtype) for part in parts])
 
 
 class Structure(abc.ABC):

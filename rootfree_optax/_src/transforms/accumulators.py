@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.common import trees
-from rootfree_optax._src.mesh.relayout import reshard
+from rootfree_optax._src.common.meshes import reshard
 from rootfree_optax._src.numerics.dtypes import dtype_like, dtype_of_squares
 
 
@@ -27,7 +27,7 @@ def fill_like(param: Any, value: ArrayLike, dtype: DTypeLike) -> jax.Array:
     """Returns an array of one value, of a parameter's shape, and sharded as that is."""
     array = jnp.full_like(param, value, dtype)
     # In a program that is compiled without `jax.set_mesh`, a constant has no mesh in its type.
-    return reshard(array, param, jax.typeof(param).sharding.spec) if isinstance(param, jax.core.Tracer) else array
+    return reshard(array, param) if isinstance(param, jax.core.Tracer) else array
 
 
 def update_squares(

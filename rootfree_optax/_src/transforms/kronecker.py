@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from rootfree_optax._src.blocks.rule import BlockRule, Step
 from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.common.compat import match_varying_axes
-from rootfree_optax._src.common.compiled import call_compiled, has_tracer
+from rootfree_optax._src.common.compiled import call_compiled
 from rootfree_optax._src.common.schedules import Interval, RefreshEvery, Staggered
 from rootfree_optax._src.layout import Layout, Plan
 from rootfree_optax._src.layout.stack import are_padded
@@ -214,7 +214,7 @@ def scale_by_kronecker(
             has_missing=trees.has_none(updates),
         )
         arrays = (updates, curvature, rest_updates, state.stacks, is_own)
-        if has_tracer((step, arrays)):
+        if trees.has_tracer((step, arrays)):
             new_updates, states = _step_tree(placed, step, *arrays)
         else:  # each small operation would be compiled by itself
             step = step._replace(numbers=Step(*map(jnp.asarray, step.numbers)))
@@ -299,7 +299,7 @@ def _place_state(
       ValueError: if the state is of other parameters, another layout, rule or mesh.
     """
     placed = place_stacks(plan, mesh_axes, (states, updates))
-    if any((state.number is None) != (placed.holders is None) for state in states):
+    if {state.number is None for state in states} - {placed.holders is None}:
         raise ValueError(
             "the state's blocks must be in the order that the mesh and the parameters' shardings ask for, but it was "
             "made without them, or for others. Move it with rf.move_state(state, tx, params)."
