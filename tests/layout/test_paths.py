@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -48,6 +49,8 @@ def test_hidden_layers_are_not_taken_for_embeddings(path: str) -> None:
         (["a/query", "a/value"], ["a/query", "a/value"]),
         (["a/value", "a/b/c"], ["a/value", "a/b/c"]),
         (["a/value/value", "a/key/value"], ["a/value", "a/key"]),
+        # A box that names no keys, and a list.
+        (["a/weight/0", "b/0", "b/1"], ["a/weight", "b/0", "b/1"]),
         (["value", "params"], ["value", "params"]),
         (["params/x", "x"], ["params/x", "x"]),
         (["my_params/x", "params_2/x"], ["my_params/x", "params_2/x"]),
@@ -56,6 +59,36 @@ def test_hidden_layers_are_not_taken_for_embeddings(path: str) -> None:
 )
 def test_patterns_see_one_path_in_every_framework(paths: list, plain: list) -> None:
     assert plain_paths(paths) == dict(zip(paths, plain, strict=True))
+
+
+@jax.tree_util.register_pytree_node_class
+class NamedArray:
+    """A box that names no keys, as Haliax's."""
+
+    def __init__(self, array: jax.Array) -> None:
+        self.array = array
+
+    def tree_flatten(self) -> tuple[tuple[jax.Array], None]:
+        return (self.array,), None
+
+    @classmethod
+    def tree_unflatten(cls, names: None, arrays: tuple[jax.Array]) -> "NamedArray":
+        return cls(*arrays)
+
+
+def test_a_tree_of_levanters() -> None:
+    """Layers and experts lead; grouped queries are [groups, queries, head features, features]."""
+    box = lambda *shape: {"weight": NamedArray(jnp.zeros(shape))}
+    layers = {"q_proj": box(3, 2, 2, 4, 8), "o_proj": box(3, 8, 4, 4), "experts": {"w1": box(3, 2, 8, 16)}}
+    params = {"layers": layers | {"norm": box(3, 8)}, "lm_head": box(64, 8)}
+    rows = {"experts/w1/weight$": (0, 1), "^layers/": 0}
+    layout = rf.Layout(layer_axes=rows, group=(rf.as_matrix("q_proj/weight$", 3), rf.as_matrix("o_proj/weight$", 1)))
+    plan = layout.plan(params)
+    assert [(stack.count, stack.shape) for stack in plan.stacks] == [(9, (8, 16)), (3, (16, 8))]
+    described = rf.describe(rf.sirf_muon(1e-3, layout=layout), params)
+    names = ["experts/w1", "norm", "o_proj", "q_proj"]
+    assert [row.name for row in described.rows] == [*(f"layers/{name}/weight" for name in names), "lm_head/weight"]
+    assert [rest.name for rest in plan.rest] == ["layers/norm/weight", "lm_head/weight"]
 
 
 def test_every_rule_sees_plain_paths() -> None:

@@ -40,7 +40,21 @@ def test_specs_are_told_by_trees_of_several_kinds_and_by_explicit_types_and_neve
     assert [unit.spec for unit in plans[0].units] == [(("x",), ("y",)), ((), ("x",))]
     assert plans == [plans[0]] * len(plans)
     assert [unit.spec for unit in rf.Layout().plan(params).units] == [((), ()), ((), ())]
-    assert hash(rf.Layout(specs=SPECS)) == hash(rf.Layout(specs=params))
+    assert hash(rf.Layout(specs=named)) == hash(rf.Layout(specs=params))
+
+
+def test_shardings_tell_the_mesh_where_nothing_else_does() -> None:
+    """Frameworks trace a state's shapes without a mesh, and make it by a program that has no arguments."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params_on(mesh_of()))
+    tx = rf.sirf_shampoo(0.1, layout=rf.Layout(block_size=4, specs=shardings), mesh_axes=("x", "y"))
+
+    def start() -> Any:
+        params = jax.tree.map(jnp.ones, SHAPES, is_leaf=IS_SHAPE)
+        return tx.update(params, tx.init(params), params)[1]
+
+    assert [len(stack.size) for stack in jax.eval_shape(start)[0].stacks] == [24]  # 8 and 16 blocks on 8 devices
+    state = jax.jit(start)()
+    assert state[0].stacks[0].momentum.sharding.spec == PartitionSpec(("x", "y"))
 
 
 def test_specs_that_do_not_fit_are_refused() -> None:

@@ -21,8 +21,8 @@ def axes_of_type(mesh: AnyMesh, *kinds: AxisType) -> Axes:
 
 
 def named_sharding(leaf: Any) -> NamedSharding | None:
-    """Returns the sharding of an array, a `jax.ShapeDtypeStruct` or a tracer, where it has one over a mesh."""
-    sharding = jax.typeof(leaf).sharding if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    """Returns a sharding over a mesh, or that of an array, a `jax.ShapeDtypeStruct` or a tracer, if it has one."""
+    sharding = jax.typeof(leaf).sharding if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", leaf)
     return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
 
 
@@ -36,8 +36,9 @@ def mesh_in_use(tree: Any) -> AnyMesh | None:
     return None
 
 
-def names_of(spec: PartitionSpec, ndim: int) -> Spec:
+def names_of(sharding: NamedSharding | PartitionSpec, ndim: int) -> Spec:
     """Returns the names of the mesh axes that divide each of an array's axes."""
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
     entries = [(entry,) if isinstance(entry, str) else entry if isinstance(entry, tuple) else () for entry in spec]
     return (*entries, *((),) * (ndim - len(entries)))
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from jax.sharding import NamedSharding, PartitionSpec
+
 from rootfree_optax._src.common import trees
 from rootfree_optax._src.common.meshes import Spec
 from rootfree_optax._src.common.trees import Shape
@@ -97,7 +99,8 @@ class Layout:
         shapes that have one. Where stacks are divided (`mesh_axes`), a block then belongs to one of the devices that
         hold a part of it, and an update exchanges gradients and directions among these alone, once each. None: what
         the parameters' types say on explicit mesh axes. On others a traced array shows nothing, and without specs the
-        compiler decides what is sent, up to hundreds of times as much.
+        compiler decides what is sent, up to hundreds of times as much. `PartitionSpec`s need `jax.set_mesh`; the others
+        tell the mesh, where neither that nor the arrays do.
 
     Raises:
       ValueError: for a number out of range, an unknown structure or an invalid regular expression.
@@ -141,6 +144,11 @@ class Layout:
             object.__setattr__(self, name, whole_number(name, value))
         if not isinstance(self.group, tuple) or not all(isinstance(rule, Group) for rule in self.group):
             raise TypeError(f"group must be a tuple of Group rules, got {self.group!r}.")
+
+    @property
+    def shardings(self) -> tuple[NamedSharding | PartitionSpec, ...]:
+        """The values of `specs`: they tell the mesh, unless they are `PartitionSpec`s."""
+        return () if self.specs is None else tuple(sharding for _, sharding in self.specs.pairs)
 
     def plan(self, params: Any, gradients: Any = None) -> Plan:
         """Returns the plan of a tree of parameters, without any computation; cached by key paths and shapes.

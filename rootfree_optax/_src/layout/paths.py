@@ -36,13 +36,14 @@ Extend the pattern with `|`: `rf.EMBEDDINGS + "|^router/"`.
 def plain_paths(paths: Iterable[str], *, prefix: str = "params/") -> dict[str, str]:
     """Returns each key path as patterns and callables see it, the same in every framework.
 
-    Drops a leading `prefix`, and a trailing '/value' or '/array' with nothing beside it: the box of `nnx.Variable`,
-    `nn.Partitioned` or Haliax's `NamedArray`. If that would make two paths equal, all paths stay as they are.
+    Drops a leading `prefix`, and a trailing '/value', '/array' or '/0' with nothing beside it: the box of
+    `nnx.Variable` or `nn.Partitioned`, or one that names no keys, such as Haliax's `NamedArray`. If that would make two
+    paths equal, all paths stay as they are.
     """
     names = {path: path.removeprefix(prefix) for path in paths}
     below = collections.Counter(name[: slash.start()] for name in names.values() for slash in re.finditer("/", name))
     for path, name in names.items():
-        while name.endswith(("/value", "/array")) and below[name[: name.rindex("/")]] == 1:
+        while name.endswith(("/value", "/array", "/0")) and below[name[: name.rindex("/")]] == 1:
             name = name[: name.rindex("/")]
         names[path] = name
     return names if len(set(names.values())) == len(names) else {path: path for path in names}

@@ -22,8 +22,8 @@ AUTO_BLOCK_SIZE = 512
 _ENOUGH = 1.04
 
 
-def read_specs(specs: Any) -> FrozenMapping[str, PartitionSpec] | None:
-    """Returns the specs of a tree by key path, as patterns see it.
+def read_specs(specs: Any) -> FrozenMapping[str, NamedSharding | PartitionSpec] | None:
+    """Returns the shardings or specs of a tree by key path, as patterns see it.
 
     Args:
       specs: a tree of `PartitionSpec`s, `NamedSharding`s, or arrays or shapes with such; or what this returns.
@@ -44,14 +44,13 @@ def read_specs(specs: Any) -> FrozenMapping[str, PartitionSpec] | None:
                 "specs must be a tree of PartitionSpecs, NamedShardings or sharded arrays, got "
                 f"{leaf!r} at {path_of(keys)!r}."
             )
-        on_mesh = sharding.spec if isinstance(sharding, NamedSharding) else sharding
-        found[path_of(keys)] = on_mesh if isinstance(on_mesh, PartitionSpec) else PartitionSpec()
+        found[path_of(keys)] = sharding if isinstance(sharding, NamedSharding | PartitionSpec) else PartitionSpec()
     plain = plain_paths(found)
-    return FrozenMapping(tuple((plain[path], spec) for path, spec in found.items()))
+    return FrozenMapping(tuple((plain[path], sharding) for path, sharding in found.items()))
 
 
 def shards_of(
-    specs: Mapping[str, PartitionSpec] | None, params: Any, shapes: Mapping[str, Shape]
+    specs: FrozenMapping[str, NamedSharding | PartitionSpec] | None, params: Any, shapes: Mapping[str, Shape]
 ) -> tuple[dict[str, Spec], dict[str, int]]:
     """Returns what divides the axes of sharded parameters, by key path, and the sizes of the mesh axes.
 
@@ -64,10 +63,11 @@ def shards_of(
       ValueError: for a parameter of which nothing was told, or names that are not those of the mesh in use.
     """
     leaves = named_leaves(params)
+    told = {} if specs is None else dict(specs.pairs)
     if specs is None:
         found = {path: typed_spec(leaves[path]) for path in shapes}
     else:
-        plain, told = plain_paths(shapes), dict(specs)
+        plain = plain_paths(shapes)
         if missing := [path for path in shapes if plain[path] not in told]:
             raise ValueError(
                 f"specs must have a PartitionSpec for every parameter, but {missing[0]!r} is missing. "
@@ -77,7 +77,7 @@ def shards_of(
     sharded = {path: spec for path, spec in found.items() if any(spec)}
     if not sharded:
         return {}, {}
-    mesh = mesh_in_use(params)
+    mesh = mesh_in_use((params, told))
     sizes = {} if mesh is None else dict(mesh.shape)
     if unknown := {name for spec in sharded.values() for names in spec for name in names} - sizes.keys():
         where = "there is none" if mesh is None else f"the one in use has the axes {tuple(sizes)}"

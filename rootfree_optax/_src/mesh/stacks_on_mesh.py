@@ -89,9 +89,9 @@ class WholeStacks:
         return _padded_numbers(jnp.arange(self.lengths[stack]), self.stacks[stack].count)
 
     def anchor(self, params: Any) -> jax.Array:
-        """Returns an array without entries for a function to depend on when it depends on nothing else."""
+        """Returns a zero for a function to depend on when it depends on nothing else."""
         del params
-        return jnp.zeros([0])
+        return jnp.zeros([])
 
     def on_shards(self, function: Callable[..., Any], replicated: int = 1) -> Callable[..., Any]:
         """Returns a function of whole stacks for one of each device's own parts.
@@ -156,15 +156,16 @@ class DividedStacks(WholeStacks):
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
     def anchor(self, params: Any) -> jax.Array:
-        """Returns an array without entries, made of a parameter if these are traced.
+        """Returns a zero, made of a parameter if these are traced.
 
-        What depends on no argument of a `jax.jit` outside `jax.set_mesh` would be compiled for a single device.
+        What depends on no argument of a `jax.jit` outside `jax.set_mesh` would be compiled for a single device. XLA of
+        JAX 0.11.2 crashes on an array without entries as an argument of `jax.shard_map`.
         """
         first = next(iter(jax.tree.leaves(params)), None)
         if not isinstance(first, jax.core.Tracer):
-            return jnp.zeros([0])
-        [empty] = partition(self.mesh, lambda leaf: (jnp.ravel(leaf)[:0],), [PartitionSpec()], first)
-        return empty
+            return jnp.zeros([])
+        [zero] = partition(self.mesh, lambda leaf: (jnp.sum(jnp.ravel(leaf)[:0]),), [PartitionSpec()], first)
+        return zero
 
     def on_shards(self, function: Callable[..., Any], replicated: int = 1) -> Callable[..., Any]:
         """Returns a function of whole stacks for one of each device's own parts, see `map_shards`."""
@@ -232,7 +233,7 @@ class LocalStacks(DividedStacks):
         return self.axes
 
     def anchor(self, params: Any) -> jax.Array:
-        """Returns an array without entries."""
+        """Returns a zero."""
         return WholeStacks.anchor(self, params)
 
     def on_shards(self, function: Callable[..., Any], replicated: int = 1) -> Callable[..., Any]:

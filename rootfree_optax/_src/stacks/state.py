@@ -75,12 +75,11 @@ def init_stacks(
       rule: what is done with a block.
       factor_dtypes: for each stack, the dtype of each axis's factor.
       momentum_dtypes: for each stack; None without momentum.
-      anchor: an array without entries that the state is to depend on, see `WholeStacks.anchor`.
+      anchor: a zero that the state is to depend on, see `WholeStacks.anchor`.
     """
-    zero = jnp.sum(anchor)
 
     def repeat(length: int, array: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(array, (length, *array.shape)) + zero.astype(array.dtype)
+        return jnp.broadcast_to(array, (length, *array.shape)) + anchor.astype(array.dtype)
 
     def init(index: int, dtypes: Sequence[jnp.dtype], momentum_dtype: DTypeLike | None) -> StackState:
         stack, number = placed.stacks[index], placed.numbers(index).astype(jnp.int32)
@@ -94,8 +93,8 @@ def init_stacks(
             momentum,
             squared_norm=repeat(length, jnp.zeros([], jnp.float32)),
             largest_gradient=repeat(length, jnp.zeros([], jnp.float32)),
-            size=size + zero.astype(size.dtype),
-            number=None if placed.holders is None else number + zero.astype(number.dtype),
+            size=size + anchor.astype(size.dtype),
+            number=None if placed.holders is None else number + anchor.astype(number.dtype),
         )
 
     count = len(placed.stacks)

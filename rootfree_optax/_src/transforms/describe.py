@@ -148,13 +148,14 @@ def _blocks(report: KroneckerReport, index: int, count: int) -> _Blocks:
 def _rows(items: Sequence[_Item]) -> Iterator[Row]:
     """Yields the rows of the items, those together that differ only by numbers in their names."""
     alike: dict[_Item, list[_Item]] = {}
+    plain = plain_paths(item.name for item in items)
     for item in items:
-        kind = dataclasses.replace(item, name=re.sub(r"\d+", "*", item.name), paths=())
+        kind = dataclasses.replace(item, name=re.sub(r"\d+", "*", plain[item.name]), paths=())
         alike.setdefault(kind, []).append(item)
-    names = [_common_path([item.name for item in members]) for members in alike.values()]
+    names = [_common_path([plain[item.name] for item in members]) for members in alike.values()]
     for name, (kind, members) in zip(names, alike.items(), strict=True):
         if names.count(name) > 1:  # layers 0 and 2 are alike, and so are 1 and 3, but not 0 and 1
-            name = f"{members[0].name}, …"
+            name = f"{plain[members[0].name]}, …"
         for blocks in kind.blocks:
             others = kind.other_bytes if blocks is kind.blocks[0] else 0
             yield Row(

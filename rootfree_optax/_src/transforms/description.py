@@ -19,7 +19,7 @@ class Row:
 
     Attributes:
       parameters: the key paths. A group that `Layout(group=…)` joins has one, as in 'dense/kernel+bias'.
-      name: one key path for all, with an asterisk for each number in which they differ.
+      name: one key path for all, as patterns see it, with an asterisk for each number in which they differ.
       shape: of one parameter, as text, behind their number if there are several: '2 of 256×600'.
       blocks: the number and the shape of the blocks, as text; empty for a parameter without blocks.
       structure: of the factors, for each axis if they differ; or why there are none.

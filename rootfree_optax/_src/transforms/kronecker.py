@@ -153,7 +153,7 @@ def scale_by_kronecker(
         sent = None
         if plan.stacks:
             _require_supported(rule, plan)
-            placed = place_stacks(plan, mesh_axes, params)
+            placed = place_stacks(plan, mesh_axes, (params, layout.shardings))
             axes = placed.axes
             widest = _widest_dtypes(plan, params)
             if placed.holders is not None:
@@ -196,7 +196,7 @@ def scale_by_kronecker(
         if not plan.stacks:
             updates = plan.unpack((), updates, rest=rest_updates)
             return updates, state._replace(count=count, rest=rest_state)
-        placed = _place_state(plan, mesh_axes, state.stacks, updates, params)
+        placed = _place_state(plan, mesh_axes, state.stacks, (updates, layout.shardings), params)
         step = StackStep(
             plan.stacks,
             rule,
@@ -291,7 +291,7 @@ def _widest_dtypes(plan: Plan, params: optax.Params) -> list[jnp.dtype]:
 
 
 def _place_state(
-    plan: Plan, mesh_axes: MeshAxes, states: Sequence[StackState], updates: optax.Updates, params: optax.Params | None
+    plan: Plan, mesh_axes: MeshAxes, states: Sequence[StackState], updates: Any, params: optax.Params | None
 ) -> WholeStacks:
     """Returns where a state's stacks are.
 
