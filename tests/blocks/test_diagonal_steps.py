@@ -116,9 +116,12 @@ def test_an_undamped_step_of_huge_gradients_is_as_long_as_adams():
 
 
 def test_gradients_whose_squares_vanish_make_no_long_step():
-    """Beside others whose squares do not: those are what ε is relative to."""
+    """Beside others whose squares do not: those are what ε and the root-free step's length are relative to."""
     for size in (1e-22, 3e-20, 1e-19, 3e-19, 1e-18, 1e-15):
         m = size * jnp.asarray([0.1, 1.0, 3.0])
         found = adam_step(m, jnp.square(m), eps=1e-8)
         assert np.all(np.abs(found) <= 1), size
+        root_free = root_free_step(m, jnp.square(m), damping=0.1)
+        assert rms(root_free) <= 1.001, size
     np.testing.assert_allclose(found, 1, rtol=0.02)
+    np.testing.assert_allclose(rms(root_free), 1, rtol=1e-3)

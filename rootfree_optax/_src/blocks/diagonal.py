@@ -155,8 +155,10 @@ def root_free_step(m: jax.Array, s: jax.Array, *, damping: ArrayLike) -> jax.Arr
       damping: ρ ≥ 0, relative to the mean of s.
     """
     # In units in which mean(s) is one, and with no entry above 2⁶⁰: m / s itself, or its square, may leave the range.
+    # An entry whose squares have all vanished counts for nothing in the length, whatever is left of it in m.
     relative, mean = damp_relatively(s, damping=damping)
-    adam = _divide(m, jnp.maximum(jnp.sqrt(upcast(s)).astype(jnp.abs(m).dtype), _LEAST_ROOT * jnp.abs(m)))
+    own_root = jnp.sqrt(upcast(s)).astype(jnp.abs(m).dtype)
+    adam = m / jnp.where(own_root == 0, 1, jnp.maximum(own_root, _LEAST_ROOT * jnp.abs(m))).astype(m.dtype)
     root = jnp.sqrt(upcast(s) / jnp.where(mean == 0, 1, mean))
     direction = _divide(adam * root.astype(adam.dtype), jnp.maximum(relative, _LEAST_ROOT**2))
     rms = lambda array: jnp.sqrt(jnp.mean(squared_magnitude(array)))
