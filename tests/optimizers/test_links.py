@@ -94,12 +94,14 @@ def test_parameters_may_be_python_numbers():
     assert updates["w"] == expected["w"]
 
 
-def test_a_velocity_beyond_its_range_comes_back():
-    tx = heavy_ball(0.5, mu_dtype=jnp.float16)
+@pytest.mark.parametrize(("dtype", "size"), [(jnp.float16, 6e4), (jnp.bfloat16, 3.4e38)], ids=["float16", "bfloat16"])
+def test_a_velocity_beyond_its_range_comes_back(dtype, size):
+    """Also from what bfloat16 would round to infinity, and float32 holds."""
+    tx = heavy_ball(0.5, mu_dtype=dtype)
     state = tx.init(jnp.zeros(2))
-    for update in ([6e4, 1.0], [6e4, 1.0], [0.0, 0.0]):
+    for update in ([size, 1.0], [size, 1.0], [0.0, 0.0]):
         velocity, state = tx.update(jnp.array(update), state)
-    np.testing.assert_array_equal(velocity, [32752.0, 0.75])  # half of float16's largest number
+    np.testing.assert_array_equal(velocity, [float(jnp.finfo(dtype).max) / 2, 0.75])
 
 
 def test_a_non_finite_update_shows_once_and_leaves_the_velocity():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rootfree_optax._src.numerics.dtypes import has_smaller_range, upcast
-from rootfree_optax._src.numerics.rounding import truncate
+from rootfree_optax._src.numerics.rounding import saturate, truncate
 
 
 def add_scaled(array: jax.Array, factor: ArrayLike, other: ArrayLike) -> jax.Array:
@@ -25,7 +25,7 @@ def keep_finite(old: jax.Array, average: jax.Array, update: jax.Array) -> tuple[
       average: of the momentum and the update, in at least single precision.
       update: what is averaged.
     """
-    narrow = truncate(average, old.dtype) if has_smaller_range(old.dtype, average.dtype) else average.astype(old.dtype)
+    narrow = (truncate if has_smaller_range(old.dtype, average.dtype) else saturate)(average, old.dtype)
     new = jnp.where(jnp.isfinite(average), narrow, old)
     if new.dtype == average.dtype:
         # The same average, read from the new momentum: while the old one has a reader, it is not overwritten in place.
