@@ -168,6 +168,18 @@ def test_a_direction_is_the_momentum_times_powers_of_the_curvature(rule):
     assert np.linalg.norm(direction - expected) < 5e-3 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("rule", POWERS, ids=lambda rule: f"{type(rule).__name__}{getattr(rule, 'power', '')}")
+def test_float16_factors_turn_a_momentum_beyond_their_range_as_one_within(rule):
+    """As after a gradient a million times as large as those that follow: it is divided by what they are."""
+    structures = [dense(3), diagonal(2)]
+    gradient, momentum = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 2)), jnp.float32)
+    start = rule.init(structures, [jnp.float16] * 2)
+    state = rule.start(start, gradient, structures=structures, step=step())
+    within, beyond = (rule.precondition_momentum(state, size * momentum, structures) for size in (1.0, 2.0**40))
+    unit = lambda direction: direction / jnp.linalg.norm(direction)
+    np.testing.assert_allclose(unit(beyond), unit(within), rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("exponent", [1 / 4, 1 / 8])
 def test_powers_of_the_curvature_are_accurate_over_four_decades(exponent):
     rng = np.random.default_rng(2)

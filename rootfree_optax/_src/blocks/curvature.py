@@ -29,7 +29,7 @@ from jax.typing import ArrayLike
 from rootfree_optax._src.blocks.apply import apply_factors, apply_transposes
 from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step, Structures
 from rootfree_optax._src.common.schedules import StepSize
-from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
+from rootfree_optax._src.numerics.dtypes import accumulation_dtype, has_smaller_range, is_low_precision, upcast
 from rootfree_optax._src.numerics.finite import max_abs, root_mean_square
 from rootfree_optax._src.numerics.inverse_root import LARGEST_CONDITION
 from rootfree_optax._src.numerics.polar import orthogonalize
@@ -657,6 +657,9 @@ class Spectral(CurvatureRule):
     def precondition_momentum(self, state: CurvatureState, momentum: jax.Array, structures: Structures) -> jax.Array:
         """Returns msign(M ×ₙ Kₙᵀ) ×ₙ Kₙ, or the same with S̃ₙ^(−q) in place of Kₙ."""
         matrices = state.factors if state.preconditioners is None else state.preconditioners
+        if has_smaller_range(matrices[0][0].dtype, momentum.dtype):
+            # msign forgets the size, which float16 may not hold.
+            momentum = momentum / power_of_two(exponent_of(jnp.max(jnp.abs(momentum)))).astype(momentum.dtype)
         w = apply_transposes(momentum, matrices, structures=structures, precision=self.precision)
         matrix = orthogonalize(w.reshape(-1, w.shape[-1]), precision=self.precision)
         return apply_factors(
