@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, make_gradients, make_params, quick_jit, refuses, run, scan
+from checks import assert_close, make_gradients, make_params, quick_jit, refuses, run, scan, shapes_and_dtypes
 from contract import (
     ALL,
     CONSTRUCTORS,
@@ -204,6 +204,14 @@ def test_numbers_of_numpy_and_arrays_without_axes_are_numbers(case: Case) -> Non
         case(**{name: make(HYPERPARAMETERS[name][0]) for name in case.numeric})
     for make in (int, np.int64, np.array, jnp.asarray):
         case(**{name: make(3) for name in set(INTERVALS) & set(case.parameters)})
+
+
+@over(CONSTRUCTORS)
+def test_numbers_may_be_of_half_precision_as_inject_hyperparams_makes_them(case: Case) -> None:
+    params = make_params(jnp.bfloat16)
+    tx = case(**{name: jnp.asarray(HYPERPARAMETERS[name][0], jnp.bfloat16) for name in case.numeric})
+    state = jax.eval_shape(tx.init, params)
+    assert shapes_and_dtypes(jax.eval_shape(tx.update, params, state, params)) == shapes_and_dtypes((params, state))
 
 
 @over(CONSTRUCTORS)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from rootfree_optax._src.blocks.momentum import average_heavy_ball, total_weight
+from rootfree_optax._src.blocks.momentum import add_scaled, average_heavy_ball, total_weight
 from rootfree_optax._src.blocks.rule import BlockRule, BlockState, Step
 from rootfree_optax._src.common.schedules import Staggered
 from rootfree_optax._src.common.trees import Shape
@@ -66,7 +66,7 @@ def _precondition(
         weight = total_weight(step.momentum, numbers.count + (2 if step.nesterov else 1))
         unit = jnp.asarray(1 - step.momentum, average.dtype) / weight.astype(average.dtype)
         average = average * unit
-        numbers = numbers._replace(newest=unit * (1 + step.momentum) if step.nesterov else unit)
+        numbers = numbers._replace(newest=add_scaled(unit, step.momentum, unit) if step.nesterov else unit)
     direction, block = map_blocks(step.rule.precondition, stack, numbers)(old.block, average, gradient=gradient)
     axes = list(range(direction.ndim))
     wide = upcast(direction)
