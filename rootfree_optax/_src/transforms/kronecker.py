@@ -38,9 +38,9 @@ class ScaleByKroneckerState(NamedTuple):
 
     Attributes:
       count: how many updates there have been.
-      stacks: what is kept for each stack of the plan. A plan without any block has one empty array in its place:
+      stacks: what is kept for each stack of the plan. A plan without any block has a zero in its place:
         `optax.tree.map_params` initialises on such a tree, and takes what it finds there for a leaf that stands for all
-        stacks of a real state.
+        stacks of a real state. Orbax saves no empty arrays.
       rest: what is kept for the parameters without factors, by their names in `Plan.rest`; likewise without any.
       refreshes: how many times a refresh of all blocks has been due; with `staggered`, how many rounds are over.
       origin: what the state belongs to, see `rf.check`.
@@ -147,8 +147,8 @@ def scale_by_kronecker(
     def init(params: optax.Params) -> ScaleByKroneckerState:
         plan = layout.plan(params)
         count, refreshes = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)  # two buffers, so both can be donated
-        rest_state = for_rest.init(_select_rest(plan, params, rest)) if plan.rest else jnp.zeros([0])
-        states: Any = jnp.zeros([0])
+        rest_state = for_rest.init(_select_rest(plan, params, rest)) if plan.rest else jnp.zeros([])
+        states: Any = jnp.zeros([])
         axes: tuple[str, ...] = ()
         sent = None
         if plan.stacks:
