@@ -140,7 +140,9 @@ _rms = functools.partial(Case, mechanized={"learning_rate": 1.0, "damping": 1.0}
 _adam = functools.partial(Case, mechanized={"learning_rate": 1.0, "b2": 0.99, "damping": 1.0}, diagonal=True)
 _matrix = functools.partial(Case, mechanized={"learning_rate": 1.0, "damping": 1.0})
 # Mechanic begins with a millionth of a step, which a parameter of 32 bits has to tell from none.
-_newton = functools.partial(Case, mechanized={"learning_rate": 1e3, "damping": 1.0}, diagonal=True, in_default_suite=False)
+_newton = functools.partial(
+    Case, mechanized={"learning_rate": 1e3, "damping": 1.0}, diagonal=True, in_default_suite=False
+)
 
 OPTIMIZERS = (
     _rms("rf_rmsprop", rf.rf_rmsprop, {**_DIAGONAL, **_FLOAT32_STATE}),
