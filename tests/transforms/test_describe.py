@@ -402,5 +402,5 @@ def test_notebooks_show_a_table() -> None:
 
 def test_of_nothing() -> None:
     description = rf.describe(published(), {})
-    assert (description.rows, description.blocks, description.flops, description.adam_ratio) == ((), 0, (0, 0, 0), 8)
-    assert str(description).splitlines()[-2].split() == ["total", "0", "0", "8B"]
+    assert (description.rows, description.blocks, description.flops, description.adam_ratio) == ((), 0, (0, 0, 0), 16)
+    assert str(description).splitlines()[-2].split() == ["total", "0", "0", "16B"]

@@ -58,7 +58,7 @@ def describe(tx: optax.GradientTransformation, params: optax.Params, *, compile:
       Step: 16.5M FLOPs of products, without refresh and statistics.
       Refresh: 34.4M FLOPs, every 10 steps.
       >>> description.state_bytes, description.flops.refresh
-      (771220, 34411008)
+      (771224, 34411008)
     """
     # Not tx.init itself: JAX does not call again what it has traced.
     init = lambda params: tx.init(params)
