@@ -77,6 +77,8 @@ def test_a_damaged_checkpoint_is_an_error_or_has_no_influence(
     process = processes.Process(target=fault_worker.answer_restores, args=(folder, 2, theirs))
     process.start()
     theirs.close()
+    mine.send(True)
+    assert mine.recv() == expected[2]  # undamaged
     rng, errors, cases = random.Random(0), 0, 0
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         content = file.read_bytes()
