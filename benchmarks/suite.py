@@ -4,6 +4,7 @@
     python benchmarks/suite.py --trees gpt12 resnet34 --methods adamw muon "sirf_muon*"
     python benchmarks/suite.py --trees share       # the optimizer's share of a training step
     python benchmarks/suite.py --trees cost        # compilation and temporaries on trees of many shapes
+    python benchmarks/suite.py --trees report      # all records as one Markdown page, costs.md; runs nothing
 
 The peers are installed as `harness/peers.py` says, PyTorch's official optimizer in an environment of its own:
 
@@ -37,7 +38,7 @@ import trees
 from harness import figure, machine, official, report
 from rich.console import Console
 from rich.progress import track
-from sections import cost, share, suite
+from sections import cost, share, suite, suite_report
 
 TREES: dict[str, Callable[[], trees.Shapes]] = {
     **{f"gpt{layers}": functools.partial(trees.gpt, layers) for layers in (4, 12, 48)},
@@ -45,7 +46,7 @@ TREES: dict[str, Callable[[], trees.Shapes]] = {
     "vit": functools.partial(trees.vit, 12),
     "gpt124M": lambda: trees.gpt(12, 768, vocabulary=50304, context=1024),
 }
-SHARE, COST = "share", "cost"
+SHARE, COST, REPORT = "share", "cost", "report"
 # Two realistic sizes of model and batch: (layers, width, tokens a step).
 TRAINING = ((4, 256, 4096), (2, 512, 4096))
 
@@ -105,7 +106,7 @@ def _write(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the chosen trees: each prints its table and writes its JSON and figure when it is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = [*TREES, SHARE, COST]
+    choices = [*TREES, SHARE, COST, REPORT]
     parser.add_argument("--trees", nargs="+", default=["gpt4", "resnet18", "vit"], choices=choices, metavar="TREE")
     parser.add_argument(
         "--methods", nargs="+", default=["*"], metavar="METHOD", help="names or patterns, 'sirf_*' (all)"
@@ -123,7 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for tree in options.trees:
         console = Console(stderr=True)
         watch = functools.partial(track, description=tree, console=console, transient=True)
-        if tree == SHARE:
+        if tree == REPORT:
+            Console().print(f"Wrote {suite_report.write(options.output)}")
+        elif tree == SHARE:
             run_share(options, watch)
         elif tree == COST:
             records = list(watch(cost.measure()))

@@ -7,13 +7,15 @@ psgd-jax imports modules of Optax that newer releases have moved or dropped (`op
 `safe_int32_increment`). They are put in place for the time of that import; the package itself is run as it is.
 precondition-opt calls `jax.tree_map` and its like, which its module gets back. SOAP_JAX has a known defect: when its
 basis turns, the second moment stays in the basis of before. "soap, block rule" is SOAP as a rule of this library's
-tests, in blocks of the default length, without that defect.
+tests, in blocks of the default length, without that defect. "online kl-shampoo" is the ladder's, of hidden matrices in
+blocks of 256, with new roots at every step; AdamW is for the rest.
 """
 
 import contextlib
 import importlib
 import importlib.util
 import pathlib
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -72,6 +74,16 @@ def _soap_rule() -> optax.GradientTransformation:
     return optax.chain(soap, optax.scale_by_learning_rate(1e-3))
 
 
+def _online_kl_shampoo() -> optax.GradientTransformation:
+    references = importlib.import_module("ladder.references")
+    is_matrix = lambda path, leaf: (
+        leaf.ndim > 1 and not re.search(rf.EMBEDDINGS, jax.tree_util.keystr(path, simple=True, separator="/"))
+    )
+    matrices = optax.chain(references.okls(blocks=256), optax.scale_by_learning_rate(1e-3))
+    labels = lambda params: jax.tree_util.tree_map_with_path(is_matrix, params)
+    return optax.partition({True: matrices, False: optax.adamw(1e-3)}, labels)
+
+
 class _OlderJax:
     """The module jax, with the functions of trees where older releases had them."""
 
@@ -98,6 +110,7 @@ PEERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "soap, T=10": _soap,
     "soap, block rule": _soap_rule,
     "distributed shampoo, T=10": _distributed_shampoo,
+    "online kl-shampoo": _online_kl_shampoo,
 }
 
 

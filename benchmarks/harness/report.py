@@ -61,6 +61,14 @@ def turned_table(title: str, caption: str, columns: Sequence[Column], records: S
     return result
 
 
+def markdown_table(columns: Sequence[Column], records: Sequence[dict[str, Any]]) -> str:
+    """Returns a table of Markdown with one row per record; an empty text reads "none"."""
+    headings = [column.heading.replace("-\n", "").replace("\n", " ") for column in columns]
+    bars = ["---:" if column.spec else "---" for column in columns]
+    rows = [[column.show(record) or "none" for column in columns] for record in records]
+    return "\n".join([f"| {' | '.join(cells)} |" for cells in (headings, bars, *rows)])
+
+
 def _empty(title: str, caption: str) -> Table:
     result = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     result.box, result.show_edge, result.pad_edge = box.SIMPLE_HEAD, False, False

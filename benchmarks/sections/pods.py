@@ -30,7 +30,7 @@ EVEN = 1.25  # the busiest chip's work over the mean, at most: how few blocks ar
 # The topology of each tree: its name, and the mesh's sizes, of which a second one is for tensor parallelism.
 PODS = {
     "125M": (("v5e:4x4", (16,)), ("v5e:4x4", (4, 4))),
-    "1.3B": (("v5e:4x4", (16,)), ("v5e:16x16", (256,))),
+    "1.3B": (("v5e:4x4", (16,)), ("v5e:16x16", (256,)), ("v5e:16x16", (16, 16))),
     "7B": (("v5e:16x16", (256,)), ("v5e:16x16", (16, 16))),
     "70B": (("v5p:8x8x8", (512,)), ("v5p:8x8x8", (64, 8))),
 }

@@ -36,27 +36,14 @@ def _place(run: dict[str, Any]) -> tuple[str, int]:
 
 def _section(run: dict[str, Any]) -> str:
     settings, machine = run["settings"], run["machine"]
+    compiled = [record for record in run["records"] if "error" not in record]
+    refused = [record for record in run["records"] if "error" in record]
     lines = [
         f"## {pods.TITLE.format(**settings)}",
         "",
         f"Blocks of {settings['block_size']}; compiled on {machine['processor']}, {machine['cores']} cores, "
         f"jax {machine['jax']}, {machine['date']}.",
         "",
-        _row([column.heading.replace("-\n", "").replace("\n", " ") for column in pods.COLUMNS]),
-        _row(["---:" if column.spec else "---" for column in pods.COLUMNS]),
+        report.markdown_table(pods.COLUMNS, compiled),
     ]
-    refused = []
-    for record in run["records"]:
-        if "error" in record:
-            refused.append(f"{record['method']} does not compile: {record['error']}")
-        else:
-            lines.append(_row([_cell(column, record) for column in pods.COLUMNS]))
-    return "\n".join([*lines, *(f"\n{line}" for line in refused), ""])
-
-
-def _cell(column: report.Column, record: dict[str, Any]) -> str:
-    return column.show(record) or "none"
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return "\n".join([*lines, *(f"\n{r['method']} does not compile: {r['error']}" for r in refused), ""])

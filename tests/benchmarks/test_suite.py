@@ -9,8 +9,8 @@ import optax
 import pytest
 import suite
 import trees
-from harness import busy, official, peers, program, roofline, turns
-from sections import methods
+from harness import busy, machine, official, peers, program, report, roofline, turns
+from sections import methods, suite_report
 
 import rootfree_optax as rf
 
@@ -39,6 +39,26 @@ def test_the_suite_compares_methods_and_names_what_is_absent(tmp_path, monkeypat
     assert "…" not in printed
     assert max(map(len, printed.splitlines())) <= 80
     assert "gone: absent" in printed
+
+
+def test_the_page_shows_what_ran_and_no_column_that_nothing_fills(tmp_path):
+    here = machine.describe()
+    settings = {"tree": "gpt4", "parameters": 3.8, "where": "2 threads", "block_size": 256}
+    records = [
+        {"method": "adamw", "mean_seconds": 2e-3, "compile_seconds": 1.5},
+        {"method": "gone", "problem": "absent"},
+    ]
+    report.write_json(tmp_path / "suite_gpt4.json", machine=here, settings=settings, records=records)
+    compiled = [{"tree": "unet", "method": "adamw", "compile_over_adamw": 1.0}]
+    report.write_json(tmp_path / "cost.json", machine=here, settings={}, records=compiled)
+    page = suite_report.write(tmp_path).read_text()
+    assert (
+        "## gpt4: 3.80 million parameters, 2 threads\n\n| method | mean ms |\n| --- | ---: |\n| adamw | 2.0 |\n\n"
+        in page
+    )
+    assert "| adamw | 1.5 | – | – | – |" in page
+    assert "| unet | adamw | – | 1.00 | – | – |" in page
+    assert "gone" not in page
 
 
 def test_the_official_optimizer_runs_where_jax_does_and_as_precisely(monkeypatch):
