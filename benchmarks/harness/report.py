@@ -62,7 +62,8 @@ def turned_table(title: str, caption: str, columns: Sequence[Column], records: S
 
 
 def markdown_table(columns: Sequence[Column], records: Sequence[dict[str, Any]]) -> str:
-    """Returns a table of Markdown with one row per record; an empty text reads "none"."""
+    """Returns a table of Markdown with one row per record, without columns that no record fills; no text is "none"."""
+    columns = [column for column in columns if any(record.get(column.key) is not None for record in records)]
     headings = [column.heading.replace("-\n", "").replace("\n", " ") for column in columns]
     bars = ["---:" if column.spec else "---" for column in columns]
     rows = [[column.show(record) or "none" for column in columns] for record in records]

@@ -30,9 +30,8 @@ def write(folder: pathlib.Path) -> pathlib.Path:
 def _sections_of_tree(run: dict[str, Any]) -> list[str]:
     settings, records = run["settings"], run["records"]
     ran = [record for record in records if "problem" not in record]
-    columns = [column for column in suite.time_columns() if any(column.key in record for record in ran)]
     tables = [
-        (suite.TITLE, suite.CAPTION, columns),
+        (suite.TITLE, suite.CAPTION, suite.time_columns()),
         (suite.PROGRAM_TITLE, suite.PROGRAM_CAPTION, suite.PROGRAM_COLUMNS),
     ]
     texts = [(title.format(**settings), caption.format(**settings), columns) for title, caption, columns in tables]
