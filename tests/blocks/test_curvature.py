@@ -442,6 +442,31 @@ def test_before_the_first_refresh_a_step_is_as_long_as_after_it(rule):
     np.testing.assert_allclose(factors[0][0], damped * np.eye(4), rtol=1e-5)
 
 
+def test_units_are_the_gradients_however_the_axes_share_the_curvature():
+    """c·S₁ and S₂/c act alike. Where three axes shrank and one grew, mean(x²) ran away, and S with it, to infinity."""
+    rule, structures = RootFree(), [dense(d) for d in (3, 3, 4, 4)]
+    gradients = jnp.asarray(np.random.default_rng(0).standard_normal((5, 3, 3, 4, 4)), jnp.float32)
+    given = {"structures": structures, "step": step()}
+
+    def go_on(state):
+        take_in = lambda state, g: (rule.refresh(rule.observe(state, g, **given), g, **given), None)
+        state, _ = jax.lax.scan(take_in, state, gradients)
+        return state, rule.precondition(state, gradients[0], gradient=gradients[0], **given)[0]
+
+    def share(state, shares):
+        scale = lambda matrices, degree: tuple(
+            [tuple([part * 2.0 ** (degree * c) for part in parts]) for parts, c in zip(matrices, shares, strict=True)]
+        )
+        return state._replace(statistics=scale(state.statistics, 2), factors=scale(state.factors, -1))
+
+    state, go_on = advance(rule, structures, gradients), quick_jit(go_on)
+    _, expected = go_on(state)
+    for shares in ((-3, -3, -3, 9), (3, 3, -3, -3), (9, -3, -3, -3), (-12, 4, 4, 4)):
+        after, direction = go_on(share(state, shares))
+        assert 2**-4 < after.power < 2**4, shares
+        np.testing.assert_allclose(direction, expected, rtol=0, atol=1e-5)
+
+
 def long_streams():
     """Returns the names of streams that move S or its scale, and their gradients [streams, steps, 3, 5]."""
     rng = np.random.default_rng(0)
@@ -475,9 +500,10 @@ def test_nothing_drifts_in_thousands_of_refreshes(dtype, tolerance):
     for index, name in enumerate(names):
         state = jax.tree.map(lambda leaf, index=index: leaf[index], states)
         assert state.refused == 0, name
+        assert 2**-4 <= state.power <= 2**4, name
         for parts, factor in zip(state.statistics, state.factors, strict=True):
             s, k = as_matrix(parts), as_matrix(factor)
             mean = np.trace(s) / len(s)
-            assert 2**-4 <= mean <= 2**4, name
+            assert 2**-8 <= mean <= 2**8, name
             error = k.T @ (s + DAMPING * mean * np.eye(len(s))) @ k - np.eye(len(s))
             assert np.abs(error).max() < tolerance, (name, error)

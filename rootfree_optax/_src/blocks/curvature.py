@@ -398,10 +398,11 @@ class CurvatureRule(BlockRule):
         sizes = [max_abs(parts) for parts in (*kept, *derived) if parts is not None]
         is_finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, sizes))
         keep = is_finite & (state.seen > 0)
-        # c·S₁ and S₂/c act alike, so that nothing holds c, and gradients that fade or grow take S with them. So its
-        # powers of two go to 2ᵉ.
-        means = [s.trace(parts) / s.dim for s, parts in zip(structures, state.statistics, strict=True)]
-        shifts = [jnp.where(keep, (exponent_of(mean) + 4) // 8, 0) for mean in means]
+        # c·S₁ and S₂/c act alike, so that nothing holds c, and gradients that fade or grow take S with them. So powers
+        # of two of S's axes go to 2ᵉ, and those of mean(x²) come back, to one axis after the other.
+        own = [(exponent_of(s.trace(k) / s.dim) + 4) // 8 for s, k in zip(structures, state.statistics, strict=True)]
+        rest = (exponent_of(scale_by_exponent(state.power, -8 * functools.reduce(jnp.add, own))) + 4) // 8
+        shifts = [jnp.where(keep, shift + (rest + n) // len(own), 0) for n, shift in enumerate(own)]
         total = functools.reduce(jnp.add, shifts)
         rescale = lambda factors, degree: tuple(
             [tuple([scale_by_exponent(p, degree * n) for p in k]) for k, n in zip(factors, shifts, strict=True)]
