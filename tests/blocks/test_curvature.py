@@ -1,5 +1,6 @@
 """The scale-free curvature rules against NumPy in double precision, and what they do with gradients of other sizes."""
 
+import functools
 import math
 
 import jax
@@ -467,35 +468,40 @@ def test_units_are_the_gradients_however_the_axes_share_the_curvature():
         np.testing.assert_allclose(direction, expected, rtol=0, atol=1e-5)
 
 
-def long_streams():
-    """Returns the names of streams that move S or its scale, and their gradients [streams, steps, 3, 5]."""
+def long_streams(shape):
+    """Returns the names of streams that move S or its scale, and their gradients [streams, steps, *shape]."""
     rng = np.random.default_rng(0)
-    steps, noise = np.arange(2000), rng.standard_normal((2000, 3, 5))
+    steps, noise = np.arange(2000), rng.standard_normal((2000, *shape))
+    along_steps = (-1, *[1] * len(shape))
     sizes = {
         "fading": 2.0 ** (-steps / 20),
         "growing": 2.0 ** (steps / 20 - 100),
         "spikes": np.where(rng.random(2000) < 0.1, 1e18, 1.0),
         "rare spikes, downward": np.where(steps % 7 == 0, 1e-18, 1.0),
     }
-    streams = {name: size[:, None, None] * noise for name, size in sizes.items()}
-    rank_one = rng.standard_normal((2000, 1, 1)) * np.outer([1.0, -2.0, 0.5], rng.standard_normal(5))
+    streams = {name: size.reshape(along_steps) * noise for name, size in sizes.items()}
+    vectors = [rng.standard_normal(length) for length in shape]
+    rank_one = rng.standard_normal(2000).reshape(along_steps) * functools.reduce(np.multiply.outer, vectors)
     return [*streams, "rank one"], np.float32(np.stack([*streams.values(), rank_one]))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-3), (jnp.float16, 0.05)])
-def test_nothing_drifts_in_thousands_of_refreshes(dtype, tolerance):
+@pytest.mark.parametrize(
+    ("shape", "dtype", "tolerance"),
+    [((3, 5), jnp.float32, 1e-3), ((3, 5), jnp.float16, 0.05), ((3, 2, 2, 5), jnp.float32, 1e-3)],
+)
+def test_nothing_drifts_in_thousands_of_refreshes(shape, dtype, tolerance):
     """c·S₁ and S₂/c act alike, and so do 2ᵉ and a factor of S; a rank of one pushes the two S apart at every step."""
-    rule, structures, given = RootFree(), [dense(3), dense(5)], {"step": step(weight=0.05)}
-    given["structures"] = structures
+    rule, structures = RootFree(), [dense(d) for d in shape]
+    given = {"structures": structures, "step": step(weight=0.05)}
 
     @quick_jit
     @jax.vmap
     def run(gradients):
         take_in = lambda state, g: (rule.refresh(rule.observe(state, g, **given), g, **given), None)
-        state = rule.start(rule.init(structures, [dtype] * 2), gradients[0], **given)
+        state = rule.start(rule.init(structures, [dtype] * len(shape)), gradients[0], **given)
         return jax.lax.scan(take_in, state, gradients)[0]
 
-    names, gradients = long_streams()
+    names, gradients = long_streams(shape)
     states = jax.device_get(run(jnp.asarray(gradients)))
     for index, name in enumerate(names):
         state = jax.tree.map(lambda leaf, index=index: leaf[index], states)
