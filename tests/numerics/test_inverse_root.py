@@ -81,6 +81,13 @@ def test_a_non_finite_excess_gives_a_non_finite_result():
     assert np.isnan(elementwise(jnp.ones(2), jnp.array([0.0, jnp.inf]), shift=SHIFT)).tolist() == [False, True]
 
 
+def test_a_diagonal_that_has_lost_its_digits_counts_as_their_resolution():
+    excess = jnp.float32(SHIFT) * jnp.array([-1.0, -1.0 - 1e-7, 0.0])
+    resolution = (SHIFT * np.finfo(np.float32).eps) ** -0.5
+    found = elementwise(jnp.ones(3), excess, shift=SHIFT)
+    np.testing.assert_allclose(found, [resolution, resolution, SHIFT**-0.5], rtol=1e-5)
+
+
 def test_double_precision():
     with double_precision():
         excess = excess_of(np.random.default_rng(1), "all", 6, 3.0)

@@ -42,6 +42,17 @@ class KeepsFirst(rf.BlockRule):
         return state.gradient, state
 
 
+def test_a_gradient_of_subnormal_numbers_is_waited_out():
+    """Their squares vanish: a block that started with them had no curvature, and no refresh of it ever was finite."""
+    tx, params = rf.scale_by_sirf_shampoo(refresh_every=1), jnp.zeros((4, 3))
+    state, update = tx.init(params), jax.jit(tx.update)  # quick programs take subnormal numbers for zero
+    for size in (1e-40, 1e-40, 1.0):
+        _, state = update(jnp.full((4, 3), size), state, params)
+        [stack] = state.stacks
+        assert stack.block.refused == 0
+        assert stack.block.seen == (0 if size < 1 else 2)
+
+
 def test_each_block_starts_once_at_its_first_gradient_that_is_finite_and_not_zero():
     shapes = {"dense": (4, 4), "late": (4, 4), "broken": (4, 4), "rows": (50, 3), "never": (3,), "huge": (2, 2)}
     gradients = draw(shapes, steps=4)

@@ -44,8 +44,6 @@ _LARGEST_MOMENTUM = 2
 _LARGEST_POWER = 2.0**60
 # How far mean(x²) may be from one, as a power of two, so that float16 holds x between two refreshes.
 _LARGEST_DRIFT = 16
-# S of so many axes, each within 2⁻⁴ and 2⁴, is within that drift.
-_MOST_AXES_AS_THEY_ARE = 3
 # A block whose gradients are below this part of the whole tree's is rounding noise.
 _LEAST_PART = 1e-6
 # Products of square matrices: KᵀS̃K, and K times an inverse root.
@@ -401,13 +399,12 @@ class CurvatureRule(BlockRule):
         is_finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, sizes))
         keep = is_finite & (state.seen > 0)
         # c·S₁ and S₂/c act alike, so that nothing holds c, and gradients that fade or grow take S with them. So its
-        # powers of two go to 2ᵉ. From more than three axes that would be too far from the gradients: there those of
-        # mean(x²) come back, to one axis after the other.
-        own = [(exponent_of(s.trace(k) / s.dim) + 4) // 8 for s, k in zip(structures, state.statistics, strict=True)]
-        if len(own) > _MOST_AXES_AS_THEY_ARE:
-            rest = (exponent_of(scale_by_exponent(state.power, -8 * functools.reduce(jnp.add, own))) + 4) // 8
-            own = [shift + (rest + n) // len(own) for n, shift in enumerate(own)]
-        shifts = [jnp.where(keep, shift, 0) for shift in own]
+        # powers of two go to 2ᵉ. Those of several axes may be far from the gradients: what mean(x²) has too much comes
+        # back, to one axis after the other, before it is taken for drift.
+        means = [s.trace(parts) / s.dim for s, parts in zip(structures, state.statistics, strict=True)]
+        own = [(exponent_of(mean) + 4) // 8 for mean in means]
+        back = (exponent_of(scale_by_exponent(state.power, -8 * functools.reduce(jnp.add, own))) + 8) // 16 * 2
+        shifts = [jnp.where(keep, shift + (back + n) // len(own), 0) for n, shift in enumerate(own)]
         total = functools.reduce(jnp.add, shifts)
         rescale = lambda factors, degree: tuple(
             [tuple([scale_by_exponent(p, degree * n) for p in k]) for k, n in zip(factors, shifts, strict=True)]

@@ -47,8 +47,12 @@ class Shifted(NamedTuple):
 
 
 def elementwise(factor: jax.Array, excess: jax.Array, *, shift: ArrayLike) -> jax.Array:
-    """Returns K (a·I + E)^(−1/2) of diagonal matrices, each held as [..., d]. Non-finite where `excess` is."""
-    root = jax.lax.rsqrt(jnp.asarray(shift, excess.dtype) + excess)
+    """Returns K (a·I + E)^(−1/2) of diagonal matrices, each held as [..., d]. Non-finite where `excess` is.
+
+    Where E is close to −a·I, its digits are lost, and their resolution is what is left.
+    """
+    a = jnp.asarray(shift, excess.dtype)
+    root = jax.lax.rsqrt(jnp.maximum(a + excess, jnp.finfo(a.dtype).eps * a))
     return upcast(factor) * jnp.where(jnp.isfinite(excess), root, jnp.nan)
 
 

@@ -127,9 +127,9 @@ def start_blocks(step: StackStep, samples: LazyStacks, states: Sequence[StackSta
 
 
 def _is_first(waits: jax.Array, sample: jax.Array) -> jax.Array:
-    """Returns whether a waiting block's gradient tells something: it is finite, and not all zero."""
-    largest = max_abs((sample,))
-    return waits & (largest > 0) & jnp.isfinite(largest)
+    """Returns whether a waiting block's gradient tells something: it is finite, and not all zero or subnormal."""
+    largest = upcast(max_abs((sample,)))
+    return waits & (largest >= jnp.finfo(largest.dtype).tiny) & jnp.isfinite(largest)
 
 
 def _any(flags: Sequence[jax.Array]) -> jax.Array:
