@@ -15,7 +15,6 @@ import contextlib
 import importlib
 import importlib.util
 import pathlib
-import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -75,13 +74,8 @@ def _soap_rule() -> optax.GradientTransformation:
 
 
 def _online_kl_shampoo() -> optax.GradientTransformation:
-    references = importlib.import_module("ladder.references")
-    is_matrix = lambda path, leaf: (
-        leaf.ndim > 1 and not re.search(rf.EMBEDDINGS, jax.tree_util.keystr(path, simple=True, separator="/"))
-    )
-    matrices = optax.chain(references.okls(blocks=256), optax.scale_by_learning_rate(1e-3))
-    labels = lambda params: jax.tree_util.tree_map_with_path(is_matrix, params)
-    return optax.partition({True: matrices, False: optax.adamw(1e-3)}, labels)
+    build = importlib.import_module("ladder.methods").BUILDERS["okls"]
+    return build(optax.constant_schedule(1e-3), 0.0, blocks=256)
 
 
 class _OlderJax:

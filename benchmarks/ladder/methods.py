@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def _with_adamw(matrices: Callable[..., optax.GradientTransformation]) -> Builde
 
     def label(path: Any, leaf: jax.Array) -> str:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return "matrix" if leaf.ndim > 1 and name not in ("embed", "pos", "head") else "rest"
+        return "matrix" if leaf.ndim > 1 and not re.search(rf.EMBEDDINGS, name) else "rest"
 
     def build(schedule: optax.Schedule, weight_decay: float, **options: Any) -> optax.GradientTransformation:
         hidden = optax.chain(

@@ -218,7 +218,7 @@ def test_the_absolute_damping_is_the_papers():
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 0.3, 1.0, 5e3, 1e20, 3e37])
 def test_a_gradient_of_another_size_changes_the_scale_at_once(size):
     gradient = size * jnp.asarray(np.random.default_rng(0).standard_normal((8, 8)), jnp.float32)
-    scaled = scale_gradient(gradient, jnp.int32(0), jnp.float32(1), largest_surprise=2)
+    scaled = scale_gradient(gradient, jnp.int32(0), jnp.float32(1), largest_rise=2, largest_fall=2)
     assert bool(scaled.is_evidence)
     exact = np.asarray(gradient, np.float64) / 2.0 ** int(scaled.exponent)
     np.testing.assert_array_equal(scaled.gradient, exact.astype(np.float32))

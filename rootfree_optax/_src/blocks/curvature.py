@@ -110,7 +110,9 @@ def scale_by_exponent(array: jax.Array, exponent: jax.Array) -> jax.Array:
     return array * power_of_two(jnp.clip(exponent, -126, 126)).astype(array.dtype)
 
 
-def scale_gradient(gradient: jax.Array, exponent: jax.Array, power: jax.Array, *, largest_surprise: float) -> Scaled:
+def scale_gradient(
+    gradient: jax.Array, exponent: jax.Array, power: jax.Array, *, largest_rise: float, largest_fall: float
+) -> Scaled:
     """Returns a gradient divided by 2ᵉ, where e follows gradients that are far from the average.
 
     Without that, a moving average would remember gradients of another size for many times its memory: a gradient a
@@ -120,7 +122,8 @@ def scale_gradient(gradient: jax.Array, exponent: jax.Array, power: jax.Array, *
       gradient: G, any shape.
       exponent: e so far, an int32.
       power: the average of mean(x²) so far, positive.
-      largest_surprise: by how many powers of two the root of mean(x²) may differ from the average's.
+      largest_rise: by how many powers of two the root of mean(x²) may be above the average's.
+      largest_fall: by how many it may be below.
     """
     g = upcast(gradient)
     largest = jnp.max(jnp.abs(g))
@@ -130,7 +133,7 @@ def scale_gradient(gradient: jax.Array, exponent: jax.Array, power: jax.Array, *
     is_evidence = (mean_square > 0) & jnp.isfinite(largest)
     mean_square = jnp.where(is_evidence, mean_square, 1)
     surprise = (top - exponent).astype(g.dtype) + 0.5 * (jnp.log2(mean_square) - jnp.log2(power.astype(g.dtype)))
-    excess = jnp.round(surprise - jnp.clip(surprise, -largest_surprise, largest_surprise)).astype(exponent.dtype)
+    excess = jnp.round(surprise - jnp.clip(surprise, -largest_fall, largest_rise)).astype(exponent.dtype)
     new_exponent = jnp.where(is_evidence, exponent + excess, exponent)
     shift = jnp.clip(top - new_exponent, -60, 60)
     return Scaled(
@@ -257,7 +260,7 @@ class CurvatureRule(BlockRule):
         The rows of an embedding that a mini-batch does not touch tell nothing of the curvature of those that it does,
         so that only entries count that are not zero.
         """
-        scaled = scale_gradient(gradient, state.exponent, state.power, largest_surprise=0.5)
+        scaled = scale_gradient(gradient, state.exponent, state.power, largest_rise=0.5, largest_fall=0.5)
         touched = jnp.mean((scaled.gradient != 0).astype(scaled.power.dtype))
         mean = (scaled.power / touched) ** (1 / len(structures))
         damped = (1 + jnp.asarray(step.damping, mean.dtype)) * mean
@@ -280,7 +283,12 @@ class CurvatureRule(BlockRule):
         Rows of a diagonal axis that the gradient does not touch keep their curvature.
         """
         with jax.named_scope("statistics"):
-            scaled = scale_gradient(gradient, state.exponent, state.power, largest_surprise=_LARGEST_SURPRISE)
+            # Newton's step is the momentum divided by the curvature. If one tiny gradient made that tiny, too, the step
+            # would be far too long. AdamW's length is short then, until the momentum has fallen.
+            largest_fall = _LARGEST_SURPRISE if self.step_size == "adamw" else math.inf
+            scaled = scale_gradient(
+                gradient, state.exponent, state.power, largest_rise=_LARGEST_SURPRISE, largest_fall=largest_fall
+            )
             weight = jnp.maximum(jnp.asarray(step.weight, state.seen.dtype), 1 / (state.seen + 1))
             weight = jnp.where(scaled.is_evidence, weight, 0)
             new = curvatures_along(scaled.gradient, structures, state.factors, precision=self.precision)

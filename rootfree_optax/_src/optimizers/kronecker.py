@@ -176,7 +176,7 @@ def sirf_shampoo(
       batch_size: B > 0, how many terms the loss averages, for `step_size="newton"`. A `batch_size=` passed to `update`
         wins.
       trust_radius: r > 0, for `step_size="newton"`: a step L long in the metric of the curvature is shortened to
-        min(1, (r/L)²) of it. None is 1; a large number shortens nothing.
+        min(1, (r/L)²) of it. None shortens nothing.
       layout: how parameters become blocks, and the structure and dtype of their factors.
       mesh_axes: mesh axes over which stacks of blocks are divided, see `scale_by_kronecker`.
       precision: of every matrix product, see `jax.lax.Precision`.
@@ -281,7 +281,7 @@ def kl_shampoo(
       batch_size: B > 0, how many terms the loss averages, for `step_size="newton"`. A `batch_size=` passed to `update`
         wins.
       trust_radius: r > 0, for `step_size="newton"`: a step L long in the metric of the curvature is shortened to
-        min(1, (r/L)²) of it. None is 1; a large number shortens nothing.
+        min(1, (r/L)²) of it. None shortens nothing.
       layout: how parameters become blocks, and the structure and dtype of their factors.
       mesh_axes: mesh axes over which stacks of blocks are divided, see `scale_by_kronecker`.
       precision: of every matrix product, see `jax.lax.Precision`.

@@ -143,7 +143,7 @@ def scale_by_sirf_shampoo(
       step_size: "adamw", at the length of AdamW's steps; or "newton", D itself for the curvature of the loss.
       batch_size: B > 0, how many terms the loss averages, for `step_size="newton"`.
       trust_radius: r > 0, for `step_size="newton"`: a step L long in the metric of the curvature is shortened to
-        min(1, (r/L)²) of it. None is 1; a large number shortens nothing.
+        min(1, (r/L)²) of it. None shortens nothing.
       layout: how parameters become blocks, and the structure and dtype of their factors. By default every parameter has
         factors, vectors diagonal ones.
       mesh_axes: mesh axes over which stacks are divided, see `scale_by_kronecker`.
@@ -170,7 +170,7 @@ def scale_by_sirf_shampoo(
       https://arxiv.org/abs/2402.03496
     """
     return _scale_by_curvature(
-        RootFree(step_size=step_size, trust_radius=_resolve_radius(step_size, trust_radius), precision=precision),
+        RootFree(step_size=step_size, trust_radius=trust_radius, precision=precision),
         momentum,
         statistics_decay,
         nesterov=nesterov,
@@ -224,7 +224,7 @@ def scale_by_kl_shampoo(
       step_size: "adamw", at the length of AdamW's steps; or "newton", D itself for the curvature of the loss.
       batch_size: B > 0, how many terms the loss averages, for `step_size="newton"`.
       trust_radius: r > 0, for `step_size="newton"`: a step L long in the metric of the curvature is shortened to
-        min(1, (r/L)²) of it. None is 1; a large number shortens nothing.
+        min(1, (r/L)²) of it. None shortens nothing.
       layout: how parameters become blocks, and the structure and dtype of their factors. By default every parameter has
         factors, vectors diagonal ones.
       mesh_axes: mesh axes over which stacks are divided, see `scale_by_kronecker`.
@@ -250,7 +250,7 @@ def scale_by_kl_shampoo(
       Lin et al., KL-Shampoo, https://arxiv.org/abs/2509.03378
     """
     return _scale_by_curvature(
-        Whitening(step_size=step_size, trust_radius=_resolve_radius(step_size, trust_radius), precision=precision),
+        Whitening(step_size=step_size, trust_radius=trust_radius, precision=precision),
         momentum,
         statistics_decay,
         nesterov=nesterov,
@@ -264,11 +264,6 @@ def scale_by_kl_shampoo(
         mesh_axes=mesh_axes,
         rest=rest,
     )
-
-
-def _resolve_radius(step_size: StepSize, trust_radius: ArrayLike | None) -> ArrayLike | None:
-    """Returns the trust radius, by default 1 for Newton's step: as long as the curvature's own gradients make it."""
-    return 1.0 if trust_radius is None and step_size == "newton" else trust_radius
 
 
 def _scale_by_curvature(
