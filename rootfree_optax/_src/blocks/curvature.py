@@ -411,7 +411,8 @@ class CurvatureRule(BlockRule):
         # back, to one axis after the other, before it is taken for drift.
         means = [s.trace(parts) / s.dim for s, parts in zip(structures, state.statistics, strict=True)]
         own = [(exponent_of(mean) + 4) // 8 for mean in means]
-        back = (exponent_of(scale_by_exponent(state.power, -8 * functools.reduce(jnp.add, own))) + 8) // 16 * 2
+        drift = exponent_of(scale_by_exponent(state.power, -8 * functools.reduce(jnp.add, own)))
+        back = jnp.sign(drift) * (jnp.abs(drift) // 8)
         shifts = [jnp.where(keep, shift + (back + n) // len(own), 0) for n, shift in enumerate(own)]
         total = functools.reduce(jnp.add, shifts)
         rescale = lambda factors, degree: tuple(
