@@ -12,7 +12,7 @@ from double_precision import double_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rootfree_optax._src.blocks.curvature import RootFree, Spectral, Whitening, scale_gradient
+from rootfree_optax._src.blocks.curvature import RootFree, Spectral, Whitening, curvatures_along, scale_gradient
 from rootfree_optax._src.blocks.rule import Step
 from rootfree_optax._src.numerics.polar import orthogonalize
 from rootfree_optax._src.structures import dense, diagonal
@@ -85,6 +85,10 @@ class Reference:
             h = np.diag(np.diag(h)) if self.kinds[n] == "diagonal" else h
             self.s[n] = (1 - weight) * self.s[n] + weight * h
         self.seen += 1
+        self.damp()
+        for n, (d, root, damped) in enumerate(zip(self.shape, roots, self.damped, strict=True)):
+            # Together the axes answer a change of the gradients once at most.
+            self.s[n] *= (np.trace(root @ damped @ root) / d) ** (1 / max(len(self.shape) * weight, 1) - 1)
         self.damp()
 
     def damp(self):
@@ -441,6 +445,14 @@ def test_before_the_first_refresh_a_step_is_as_long_as_after_it(rule):
     factors = state.factors if rule.power == 0.5 else state.preconditioners
     damped = (np.asarray(state.statistics[0][0])[0, 0] * (1 + DAMPING)) ** -rule.power
     np.testing.assert_allclose(factors[0][0], damped * np.eye(4), rtol=1e-5)
+
+
+def test_float16_factors_take_in_gradients_whose_products_they_do_not_hold():
+    gradient = np.float32(1e3 * np.random.default_rng(0).standard_normal((4, 3)))
+    factors = [((200 * np.eye(d)).astype(np.float16),) for d in gradient.shape]
+    found = curvatures_along(jnp.asarray(gradient), [dense(4), dense(3)], jax.tree.map(jnp.asarray, factors))
+    for part, expected in zip(found, (gradient @ gradient.T / 3, gradient.T @ gradient / 4), strict=True):
+        np.testing.assert_allclose(part[0], 4e4 * expected, rtol=0, atol=2e-3 * 4e4 * np.abs(expected).max())
 
 
 def test_units_are_the_gradients_however_the_axes_share_the_curvature():

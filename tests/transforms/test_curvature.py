@@ -171,6 +171,32 @@ def test_affine_invariance(make, settings, is_invariant):
         assert errors.max() > 1e-2
 
 
+@pytest.mark.parametrize("shape", [(6, 10), (3, 3, 4, 5)])
+def test_newtons_step_has_its_length_at_any_interval_and_damping(shape):
+    """Every axis answers a change of the gradients: where all of S is new, or λ's, it overshot by a factor of N − 1."""
+    lanes = [(1, 0.0), (10, 0.0), (50, 0.0), (1, 3.0), (10, 100.0), (50, 0.3), (50, 100.0)]
+    gradients = jnp.asarray(np.random.default_rng(0).standard_normal((220, *shape)), jnp.float32)
+    layout = rf.Layout(diagonal=None, merge_dims=None)
+
+    @quick_jit
+    @jax.vmap
+    def lengths(interval, absolute):
+        settings = {"batch_size": 1, "absolute_damping": absolute, "damping": 1e-3, "refresh_every": interval}
+        tx = rf.scale_by_sirf_shampoo(None, step_size="newton", nesterov=False, layout=layout, **settings)
+        size = lambda g: jnp.sqrt(jnp.mean(jnp.square(g)))
+
+        def step(state, gradient):
+            direction, state = tx.update(gradient, state, gradient)
+            return state, size(direction) / size(gradient)
+
+        return jax.lax.scan(step, tx.init(gradients[0]), gradients)[1]
+
+    intervals, absolutes = map(jnp.asarray, zip(*lanes, strict=True))
+    found = np.asarray(lengths(intervals, absolutes))[:, 100:] * (1 + np.asarray(absolutes))[:, None]
+    assert found.min() > 0.75
+    assert found.max() < 1.4
+
+
 @pytest.mark.parametrize("power", [pytest.param(0.5, marks=pytest.mark.research), 0.25])
 def test_strong_damping_makes_the_spectral_step_muons(power):
     gradients = jnp.asarray(kronecker_noise(12, (7, 5), 1e2, seed=2), jnp.float32)

@@ -4,6 +4,7 @@ A block is a tensor G with axes 1…N of lengths d₁…d_N. Along each axis
 
     Sₙ ← b₂ Sₙ + (1 − b₂) Hₙ,   Hₙ = G₍ₙ₎ (⊗_{j≠n} S̃ⱼ⁻¹) G₍ₙ₎ᵀ / Π_{j≠n} dⱼ          statistics, of every gradient
     S̃ₙ = Sₙ + (ρ·tr(Sₙ)/dₙ)·I,   KₙKₙᵀ = S̃ₙ⁻¹                                        refresh, by products alone
+    Sₙ ← Sₙ / gₙ^(1 − 1/max(Nu, 1)),   gₙ = tr(KₙᵀS̃ₙKₙ)/dₙ with the Kₙ before          where a part u of Sₙ is new
 
 These are the Kronecker factors that are nearest to the gradients' covariance by the Kullback–Leibler divergence. The
 steps along a momentum M differ by the power of S̃, and by whether the momentum is orthogonalized in between:
@@ -162,7 +163,10 @@ def curvatures_along(
     curvatures = []
     for n, structure in enumerate(structures):
         z = apply_transposes(gradient, factors, structures=structures, but=n, precision=precision)
-        outer = structure.project_outer(z.astype(factors[n][0].dtype), first_axis + n, precision=precision)
+        # Rounded to what multiplies fast; but float16 may not hold Z, whose products are in float32 anyway.
+        narrow = factors[n][0].dtype
+        z = z if has_smaller_range(narrow, z.dtype) else z.astype(narrow)
+        outer = structure.project_outer(z, first_axis + n, precision=precision)
         curvatures.append(times_scalar(outer, structure.dim / gradient.size))
     return tuple(curvatures)
 
@@ -344,25 +348,22 @@ class CurvatureRule(BlockRule):
     def _jobs(self, state: CurvatureState, *, structures: Structures, step: Step) -> list["_Job"]:
         """Returns what a block's factors are renewed from, for each axis."""
         retained = jnp.clip(state.retained, _LEAST_RETAINED, 1)
-        mean_inverse = [s.squared_norm(k) / s.dim for s, k in zip(structures, state.factors, strict=True)]
-        absolute = scale_by_exponent(
-            jnp.asarray(step.absolute_damping / step.batch_size, state.power.dtype), -2 * state.exponent
-        )
+        absolute = _absolute_part(state, structures, step)
         jobs = []
-        for n, (structure, s, k) in enumerate(zip(structures, state.statistics, state.factors, strict=True)):
-            others = [t.astype(s[0].dtype) for j, t in enumerate(mean_inverse) if j != n]
-            paper = math.prod(others, start=absolute.astype(s[0].dtype))
-            damping = self._damping(structure, s, k, structure.trace(s) / structure.dim, step.damping) + paper
+        for structure, s, k in zip(structures, state.statistics, state.factors, strict=True):
+            mean_inverse = (structure.squared_norm(k) / structure.dim).astype(s[0].dtype)
+            relative = self._damping(structure, s, k, structure.trace(s) / structure.dim, step.damping)
+            damping = relative + absolute.astype(s[0].dtype) / mean_inverse
             jobs.append(_Job(k, s, damping, retained.astype(s[0].dtype)))
         return jobs
 
-    def _renew_together(self, jobs: Sequence["_Job"], structures: Structures) -> list[tuple[Parts | None, ...]]:
+    def _renew_together(self, jobs: Sequence["_Job"], structures: Structures) -> list["_Renewed"]:
         """Returns `_renew` of several stacks' jobs: of one structure, or of dense ones about as long, at once."""
         batches: dict[tuple[Any, ...], list[int]] = {}
         for index, (job, structure) in enumerate(zip(jobs, structures, strict=True)):
             kind = (_rounded_length(structure) or structure, job.factor[0].dtype, job.statistics[0].dtype)
             batches.setdefault(kind, []).append(index)
-        renewed: dict[int, tuple[Parts | None, ...]] = {}
+        renewed: dict[int, _Renewed] = {}
         for members in batches.values():
             whole = max([structures[index] for index in members], key=lambda structure: structure.dim)
             is_padded = any(structures[index] != whole for index in members)
@@ -373,11 +374,13 @@ class CurvatureRule(BlockRule):
             for index in members:
                 shapes, last = structures[index].part_shapes, first + len(jobs[index].retained)
                 crop = lambda part, shape, rows=slice(first, last): part[(rows, *map(slice, shape))]
-                renewed[index] = tuple([parts and tuple(map(crop, parts, shapes)) for parts in result])
+                crop_all = lambda parts, crop=crop, shapes=shapes: tuple(map(crop, parts, shapes))
+                derived = result.derived and crop_all(result.derived)
+                renewed[index] = _Renewed(crop_all(result.factor), derived, result.growth[first:last])
                 first = last
         return [renewed[index] for index in range(len(jobs))]
 
-    def _renew(self, job: "_Job", *, structure: Structure) -> tuple[Parts, Parts | None]:
+    def _renew(self, job: "_Job", *, structure: Structure) -> "_Renewed":
         """Returns `derive_factor` of K (KᵀS̃K)^(−1/2) for one axis of one block."""
         k, s, damping, retained = job
         # Both numbers are vectors where rows are padding: zero there, so that the padding of all matrices stays zero.
@@ -391,13 +394,14 @@ class CurvatureRule(BlockRule):
         shift = 0.8 * jnp.maximum(jnp.max(retained), mean / LARGEST_CONDITION)
         excess = structure.add_identity(product, -shift * is_row)
         factor = structure.times_inverse_root(k, excess, shift=shift, precision=self.precision)
-        return self.derive_factor(factor, damped, structure)
+        return _Renewed(*self.derive_factor(factor, damped, structure), mean)
 
     def _keep_finite(
         self,
         state: CurvatureState,
         kept: Factors,
         derived: Sequence[Parts | None],
+        growths: Sequence[jax.Array],
         *,
         structures: Structures,
         step: Step,
@@ -406,18 +410,28 @@ class CurvatureRule(BlockRule):
         sizes = [max_abs(parts) for parts in (*kept, *derived) if parts is not None]
         is_finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, sizes))
         keep = is_finite & (state.seen > 0)
+        # A part u of each S̃ is λ's, or of gradients since the last refresh, in the metric of the K of then: when the
+        # gradients change, the N axes answer Nu times. Where that is more than once, they would overshoot, and swing.
+        count = len(structures)
+        growth = [jnp.clip(jnp.where(keep, number, 1), 1 / _LARGEST_POWER, _LARGEST_POWER) for number in growths]
+        absolute = _absolute_part(state, structures, step) / growth[0].astype(state.power.dtype)
+        answers = count * (1 - state.retained * (1 - absolute))
+        surplus = 1 - 1 / jnp.maximum(answers, 1)
+        excess = [number ** surplus.astype(number.dtype) for number in growth]
         # c·S₁ and S₂/c act alike, so that nothing holds c, and gradients that fade or grow take S with them. So its
         # powers of two go to 2ᵉ. Those of several axes may be far from the gradients: what mean(x²) has too much comes
         # back, to one axis after the other, before it is taken for drift.
-        means = [s.trace(parts) / s.dim for s, parts in zip(structures, state.statistics, strict=True)]
+        means = [s.trace(k) / (s.dim * x) for s, k, x in zip(structures, state.statistics, excess, strict=True)]
         own = [(exponent_of(mean) + 4) // 8 for mean in means]
         drift = exponent_of(scale_by_exponent(state.power, -8 * functools.reduce(jnp.add, own)))
         back = jnp.sign(drift) * (jnp.abs(drift) // 8)
-        shifts = [jnp.where(keep, shift + (back + n) // len(own), 0) for n, shift in enumerate(own)]
+        shifts = [jnp.where(keep, shift + (back + n) // count, 0) for n, shift in enumerate(own)]
         total = functools.reduce(jnp.add, shifts)
-        rescale = lambda factors, degree: tuple(
-            [tuple([scale_by_exponent(p, degree * n) for p in k]) for k, n in zip(factors, shifts, strict=True)]
-        )
+
+        def rescale(matrices: Sequence[Any], degree: int) -> tuple[Parts, ...]:
+            number = lambda x, n: scale_by_exponent(x ** (degree / 8), degree * n)
+            return tuple(map(times_scalar, matrices, map(number, excess, shifts)))
+
         store = lambda new, old: jnp.where(keep, round_dithered(new, old.dtype, step.count), old)
         degree = round(8 * self.degrees[1])
         old = state.preconditioners
@@ -546,6 +560,28 @@ class _Job(NamedTuple):
     statistics: Parts
     damping: jax.Array
     retained: jax.Array
+
+
+class _Renewed(NamedTuple):
+    """A renewed factor of one axis.
+
+    Attributes:
+      factor: the parts of K.
+      derived: the parts of the preconditioner that is made of it, or None.
+      growth: tr(KᵀS̃K)/d with the K before: by how much S̃ is larger than at the last refresh.
+    """
+
+    factor: Parts
+    derived: Parts | None
+    growth: jax.Array
+
+
+def _absolute_part(state: CurvatureState, structures: Structures, step: Step) -> jax.Array:
+    """Returns λ's part of tr(KₙᵀS̃ₙKₙ)/dₙ, which is the same for each axis."""
+    absolute = jnp.asarray(step.absolute_damping / step.batch_size, state.power.dtype)
+    inverses = [s.squared_norm(k) / s.dim for s, k in zip(structures, state.factors, strict=True)]
+    start = scale_by_exponent(absolute, -2 * state.exponent)
+    return math.prod([number.astype(start.dtype) for number in inverses], start=start)
 
 
 def _rounded_length(structure: Structure) -> int | None:

@@ -90,7 +90,7 @@ def force(stacks: LazyStacks) -> tuple[jax.Array, ...]:
 
 
 def _map_stacks(step: StackStep, of_stack: Callable[[Stack], Any], old: Any, samples: LazyStacks, *others: Any) -> Any:
-    """Returns for each stack what its function makes of what was before, its sample, and what else it takes."""
+    """Returns the result of each stack's function, of what was before, its sample, and what else it takes."""
     return tuple(
         [
             _in_portions(of_stack(stack), _portion(len(sample), stack.shape), was, sample, *rest)
