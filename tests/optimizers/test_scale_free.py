@@ -213,6 +213,17 @@ def test_newtons_steps_are_of_the_usual_length_where_one_gradient_among_others_i
     assert lengths[40:].min() > 0.2 * lengths[10:40].min()
 
 
+def test_a_tiny_first_gradient_makes_no_long_newton_steps_of_kl_shampoo():
+    """Its size is not counted: the next gradient, beside it, is not a surprise."""
+    params = jnp.zeros(SHAPES["up"])
+    usual = jnp.asarray(draw_histories()["usual"]["up"][:30], jnp.float32)
+    tx = make("kl_shampoo", step_size="newton", batch_size=1)
+    step = lambda state, gradient: tx.update(gradient, state, params)[::-1]
+    lengths_of = quick_jit(jax.vmap(lambda g: jax.lax.scan(step, tx.init(params), g)[1]))
+    expected, found = map(rms, lengths_of(jnp.stack([usual, usual.at[0].multiply(1e-6)])))
+    assert found.max() <= 1.2 * expected.max()
+
+
 DECOMPOSITIONS = ("eigh", "svd", "qr", "cholesky", "solve", "lu", "householder", "geqrf", "gesdd", "syevd", "potrf")
 
 

@@ -112,7 +112,7 @@ def scale_by_exponent(array: jax.Array, exponent: jax.Array) -> jax.Array:
 
 
 def scale_gradient(
-    gradient: jax.Array, exponent: jax.Array, power: jax.Array, *, largest_rise: float, largest_fall: float
+    gradient: jax.Array, exponent: jax.Array, power: jax.Array, *, largest_rise: jax.Array | float, largest_fall: float
 ) -> Scaled:
     """Returns a gradient divided by 2ᵉ, where e follows gradients that are far from the average.
 
@@ -289,9 +289,12 @@ class CurvatureRule(BlockRule):
         with jax.named_scope("statistics"):
             # Newton's step is the momentum divided by the curvature. If one tiny gradient made that tiny, too, the step
             # would be far too long. AdamW's length is short then, until the momentum has fallen.
-            largest_fall = _LARGEST_SURPRISE if self.step_size == "adamw" else math.inf
+            # Nor does a first gradient alone tell what is a surprise.
+            is_newton = self.step_size == "newton"
+            largest_fall = math.inf if is_newton else _LARGEST_SURPRISE
+            largest_rise = jnp.where(state.seen > 2, _LARGEST_SURPRISE, 0.5) if is_newton else _LARGEST_SURPRISE
             scaled = scale_gradient(
-                gradient, state.exponent, state.power, largest_rise=_LARGEST_SURPRISE, largest_fall=largest_fall
+                gradient, state.exponent, state.power, largest_rise=largest_rise, largest_fall=largest_fall
             )
             weight = jnp.maximum(jnp.asarray(step.weight, state.seen.dtype), 1 / (state.seen + 1))
             weight = jnp.where(scaled.is_evidence, weight, 0)
