@@ -20,7 +20,8 @@ def draw(path: pathlib.Path, title: str, records: Sequence[dict[str, Any]]) -> N
     axes.barh(positions, means, color=["tab:blue" if own else "tab:gray" for own in ours], height=0.7)
     axes.scatter(slowest, positions, color="black", marker="|", s=80, zorder=3)
     for position, value in zip(positions, means, strict=True):
-        axes.text(value / 1.05, position, f"{value:.3g}", va="center", ha="right", color="white", fontsize=8)
+        label = f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+        axes.text(value / 1.05, position, label, va="center", ha="right", color="white", fontsize=8)
     axes.set_yticks(positions, [record["method"] for record in timed], fontsize=8)
     axes.set_xscale("log")
     axes.set_xlim(left=min(means) / 3)  # room for the shortest bar's number

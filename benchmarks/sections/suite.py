@@ -19,11 +19,12 @@ TITLE = "{tree}: {parameters:.2f} million parameters, {where}"
 CAPTION = (
     "This library's methods in blocks of at most {block_size}; refreshed at every 10th step unless T=1. cached: with "
     "K Kᵀ in the state. official: SIRFShampoo in PyTorch, whole axes, T=10; official blocks: each block, of vectors "
-    "too, is a parameter. soap, T=10 keeps the second moment of the old basis when that turns, a known defect. mean, "
-    "max: of the steps of a period, medians over periods; an accelerator is not waited for between steps. /floor: step "
-    "with and without refresh over the least time that the products, at the measured rate of such products, or the "
-    "bytes, at that of a copy, take. rate: what the products of the refresh alone would take, of what it adds to a "
-    "step. busy: how long the accelerator's kernels run. The methods take turns."
+    "too, is a parameter. muon: Optax's, which takes parameters of two axes alone for matrices. soap, block rule: as a "
+    "rule of this library, in blocks; soap, T=10 keeps the second moment of the old basis when that turns, a known "
+    "defect. mean, max: of the steps of a period, medians over periods; an accelerator is not waited for between "
+    "steps. /floor: step with and without refresh over the least time that the products, at the measured rate of such "
+    "products, or the bytes, at that of a copy, take. rate: what the products of the refresh alone would take, of what "
+    "it adds to a step. busy: how long the accelerator's kernels run. The methods take turns."
 )
 TIME_COLUMNS = (
     report.Column("method", "method"),

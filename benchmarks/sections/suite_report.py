@@ -18,7 +18,7 @@ them, at their defaults unless the name says otherwise. Milliseconds are of one 
 def write(folder: pathlib.Path) -> pathlib.Path:
     """Writes the page `costs.md` from a folder's records, and returns its path."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("suite_*.json"))]
-    sections = [section for run in runs for section in _sections_of_tree(run)]
+    sections = [section for run in runs for section in _sections_of_tree(folder, run)]
     if (compiled := folder / "cost.json").exists():
         run = json.loads(compiled.read_text())
         sections.append(_section(cost.TITLE, cost.CAPTION, cost.COLUMNS, run["records"], run["machine"]))
@@ -27,15 +27,18 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def _sections_of_tree(run: dict[str, Any]) -> list[str]:
+def _sections_of_tree(folder: pathlib.Path, run: dict[str, Any]) -> list[str]:
     settings, records = run["settings"], run["records"]
+    figure = f"suite_{settings['tree']}.png"
     ran = [record for record in records if "problem" not in record]
     tables = [
         (suite.TITLE, suite.CAPTION, suite.time_columns()),
         (suite.PROGRAM_TITLE, suite.PROGRAM_CAPTION, suite.PROGRAM_COLUMNS),
     ]
     texts = [(title.format(**settings), caption.format(**settings), columns) for title, caption, columns in tables]
-    return [_section(title, caption, columns, ran, run["machine"]) for title, caption, columns in texts]
+    sections = [_section(title, caption, columns, ran, run["machine"]) for title, caption, columns in texts]
+    drawn = [f"![{texts[0][0]}]({figure})\n"] if (folder / figure).exists() else []
+    return [sections[0], *drawn, *sections[1:]]
 
 
 def _section(

@@ -49,6 +49,7 @@ def test_the_page_shows_what_ran_and_no_column_that_nothing_fills(tmp_path):
         {"method": "gone", "problem": "absent"},
     ]
     report.write_json(tmp_path / "suite_gpt4.json", machine=here, settings=settings, records=records)
+    (tmp_path / "suite_gpt4.png").touch()
     compiled = [{"tree": "unet", "method": "adamw", "compile_over_adamw": 1.0}]
     report.write_json(tmp_path / "cost.json", machine=here, settings={}, records=compiled)
     page = suite_report.write(tmp_path).read_text()
@@ -58,6 +59,7 @@ def test_the_page_shows_what_ran_and_no_column_that_nothing_fills(tmp_path):
     )
     assert "| method | compile s |\n| --- | ---: |\n| adamw | 1.5 |\n\n" in page
     assert "| unet | adamw | 1.00 |" in page
+    assert "](suite_gpt4.png)" in page
     assert "gone" not in page
 
 
