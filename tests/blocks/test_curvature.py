@@ -474,9 +474,9 @@ def test_units_are_the_gradients_however_the_axes_share_the_curvature():
 
     state, go_on = advance(rule, structures, gradients), quick_jit(go_on)
     _, expected = go_on(state)
-    for shares in ((-3, -3, -3, 9), (2, 2, -2, -2), (-12, 4, 4, 4)):
+    for shares in ((-3, -3, -3, 9), (3, 3, -3, -3), (9, -3, -3, -3), (2, 2, -2, -2), (-12, 4, 4, 4)):
         after, direction = go_on(share(state, shares))
-        assert 2**-8 < after.power < 2**8, shares
+        assert 2**-4 < after.power < 2**4, shares
         np.testing.assert_allclose(direction, expected, rtol=0, atol=1e-5)
 
 
@@ -498,10 +498,10 @@ def long_streams(shape):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "tolerance", "spread"),
-    [((3, 5), jnp.float32, 1e-3, 4), ((3, 5), jnp.float16, 0.05, 4), ((3, 2, 2, 5), jnp.float32, 1e-3, 8)],
+    ("shape", "dtype", "tolerance"),
+    [((3, 5), jnp.float32, 1e-3), ((3, 5), jnp.float16, 0.05), ((3, 2, 2, 5), jnp.float32, 1e-3)],
 )
-def test_nothing_drifts_in_thousands_of_refreshes(shape, dtype, tolerance, spread):
+def test_nothing_drifts_in_thousands_of_refreshes(shape, dtype, tolerance):
     """c·S₁ and S₂/c act alike, and so do 2ᵉ and a factor of S; a rank of one pushes the two S apart at every step."""
     rule, structures = RootFree(), [dense(d) for d in shape]
     given = {"structures": structures, "step": step(weight=0.05)}
@@ -518,10 +518,10 @@ def test_nothing_drifts_in_thousands_of_refreshes(shape, dtype, tolerance, sprea
     for index, name in enumerate(names):
         state = jax.tree.map(lambda leaf, index=index: leaf[index], states)
         assert state.refused == 0, name
-        assert 2**-8 <= state.power <= 2**8, name
+        assert 2**-4 <= state.power <= 2**4, name
         for parts, factor in zip(state.statistics, state.factors, strict=True):
             s, k = as_matrix(parts), as_matrix(factor)
             mean = np.trace(s) / len(s)
-            assert 2**-spread <= mean <= 2**spread, name
+            assert 2**-8 <= mean <= 2**8, name
             error = k.T @ (s + DAMPING * mean * np.eye(len(s))) @ k - np.eye(len(s))
             assert np.abs(error).max() < tolerance, (name, error)

@@ -201,16 +201,16 @@ def test_the_same_with_other_settings(name, settings):
     test_gradients_of_1e_30_leave_all_finite(name, updates, states)
 
 
-@pytest.mark.parametrize(("name", "bound"), [("sirf_muon", 2), ("sirf_shampoo", 8), ("kl_shampoo", 4)])
-def test_newtons_steps_are_of_the_usual_length_where_one_gradient_among_others_is_tiny(name, bound):
+@pytest.mark.parametrize("name", ["sirf_muon", "sirf_shampoo", "kl_shampoo"])
+def test_newtons_steps_are_of_the_usual_length_where_one_gradient_among_others_is_tiny(name):
     """The momentum of others, divided by a curvature that is as small as its square, would be 1e10 steps long."""
     params = jnp.zeros(SHAPES["up"])
     gradients = jnp.asarray(draw_histories()["usual"]["up"][:60], jnp.float32).at[40].multiply(1e-6)
     tx = make(name, step_size="newton", batch_size=1)
     step = lambda state, gradient: tx.update(gradient, state, params)[::-1]
     lengths = rms(quick_jit(lambda g: jax.lax.scan(step, tx.init(params), g)[1])(gradients))
-    assert lengths[40:].max() <= bound * lengths[10:40].max()
-    assert lengths[40:].min() > 0.2 * lengths[10:40].min()
+    assert lengths[40:].max() <= 1.2 * lengths[10:40].max()
+    assert lengths[40:].min() >= 0.6 * lengths[10:40].min()
 
 
 def test_a_tiny_first_gradient_makes_no_long_newton_steps_of_kl_shampoo():

@@ -41,7 +41,7 @@ from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
 _LARGEST_SURPRISE = 2
 # An average of gradients that is longer than this beside them, in rms, is of gradients that are gone.
 _LARGEST_MOMENTUM = 2
-# Where mean(x²), S between two refreshes, and the momentum end, so that their squares are numbers.
+# Where mean(x²), S and its growth between two refreshes, and the momentum end, so that their squares are numbers.
 _LARGEST_POWER = 2.0**60
 # How far mean(x²) may be from one, as a power of two, so that float16 holds x between two refreshes.
 _LARGEST_DRIFT = 16
@@ -288,8 +288,8 @@ class CurvatureRule(BlockRule):
         """
         with jax.named_scope("statistics"):
             # Newton's step is the momentum divided by the curvature. If one tiny gradient made that tiny, too, the step
-            # would be far too long. AdamW's length is short then, until the momentum has fallen.
-            # Nor does a first gradient alone tell what is a surprise.
+            # would be far too long. AdamW's length is short then, until the momentum has fallen. And one gradient alone
+            # does not tell that the next, beside it, is a surprise.
             is_newton = self.step_size == "newton"
             largest_fall = math.inf if is_newton else _LARGEST_SURPRISE
             largest_rise = jnp.where(state.seen > 2, _LARGEST_SURPRISE, 0.5) if is_newton else _LARGEST_SURPRISE
@@ -375,11 +375,9 @@ class CurvatureRule(BlockRule):
             result = jax.vmap(functools.partial(self._renew, structure=whole))(batch)
             first = 0
             for index in members:
-                shapes, last = structures[index].part_shapes, first + len(jobs[index].retained)
-                crop = lambda part, shape, rows=slice(first, last): part[(rows, *map(slice, shape))]
-                crop_all = lambda parts, crop=crop, shapes=shapes: tuple(map(crop, parts, shapes))
-                derived = result.derived and crop_all(result.derived)
-                renewed[index] = _Renewed(crop_all(result.factor), derived, result.growth[first:last])
+                last = first + len(jobs[index].retained)
+                own = jax.tree.map(lambda leaf, rows=slice(first, last): leaf[rows], result)
+                renewed[index] = _crop(own, structures[index]) if is_padded else own
                 first = last
         return [renewed[index] for index in range(len(jobs))]
 
@@ -413,27 +411,18 @@ class CurvatureRule(BlockRule):
         sizes = [max_abs(parts) for parts in (*kept, *derived) if parts is not None]
         is_finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, sizes))
         keep = is_finite & (state.seen > 0)
-        # A part u of each S̃ is λ's, or of gradients since the last refresh, in the metric of the K of then: when the
-        # gradients change, the N axes answer Nu times. Where that is more than once, they would overshoot, and swing.
-        count = len(structures)
-        growth = [jnp.clip(jnp.where(keep, number, 1), 1 / _LARGEST_POWER, _LARGEST_POWER) for number in growths]
-        absolute = _absolute_part(state, structures, step) / growth[0].astype(state.power.dtype)
-        answers = count * (1 - state.retained * (1 - absolute))
-        surplus = 1 - 1 / jnp.maximum(answers, 1)
-        excess = [number ** surplus.astype(number.dtype) for number in growth]
-        # c·S₁ and S₂/c act alike, so that nothing holds c, and gradients that fade or grow take S with them. So its
-        # powers of two go to 2ᵉ. Those of several axes may be far from the gradients: what mean(x²) has too much comes
-        # back, to one axis after the other, before it is taken for drift.
-        means = [s.trace(k) / (s.dim * x) for s, k, x in zip(structures, state.statistics, excess, strict=True)]
+        overshoot = self._overshoot(state, [jnp.where(keep, growth, 1) for growth in growths], structures, step)
+        # c·S₁ and S₂/c act alike, so that nothing holds c, and gradients that fade or grow take S with them. So powers
+        # of two of S's axes go to 2ᵉ, and those of mean(x²) come back, to one axis after the other.
+        means = [s.trace(k) / (s.dim * x) for s, k, x in zip(structures, state.statistics, overshoot, strict=True)]
         own = [(exponent_of(mean) + 4) // 8 for mean in means]
-        drift = exponent_of(scale_by_exponent(state.power, -8 * functools.reduce(jnp.add, own)))
-        back = jnp.sign(drift) * (jnp.abs(drift) // 8)
-        shifts = [jnp.where(keep, shift + (back + n) // count, 0) for n, shift in enumerate(own)]
+        rest = (exponent_of(scale_by_exponent(state.power, -8 * functools.reduce(jnp.add, own))) + 4) // 8
+        shifts = [jnp.where(keep, shift + (rest + n) // len(own), 0) for n, shift in enumerate(own)]
         total = functools.reduce(jnp.add, shifts)
 
         def rescale(matrices: Sequence[Any], degree: int) -> tuple[Parts, ...]:
             number = lambda x, n: scale_by_exponent(x ** (degree / 8), degree * n)
-            return tuple(map(times_scalar, matrices, map(number, excess, shifts)))
+            return tuple(map(times_scalar, matrices, map(number, overshoot, shifts)))
 
         store = lambda new, old: jnp.where(keep, round_dithered(new, old.dtype, step.count), old)
         degree = round(8 * self.degrees[1])
@@ -448,6 +437,27 @@ class CurvatureRule(BlockRule):
             last_momentum=scale_by_exponent(state.last_momentum, -4 * total),
             refused=state.refused + (~is_finite).astype(jnp.int32),
         )
+
+    @staticmethod
+    def _overshoot(
+        state: CurvatureState, growths: Sequence[jax.Array], structures: Structures, step: Step
+    ) -> list[jax.Array]:
+        """Returns how many times too large each Sₙ is, as every axis answers a change of the gradients.
+
+        A part u of each S̃ is λ's, or of gradients since the last refresh, in the metric of the K of then. When the
+        gradients change, N axes together answer N·u times. Where that is more than once, they overshoot, and swing.
+
+        Args:
+          state: before the refresh.
+          growths: tr(KₙᵀS̃ₙKₙ)/dₙ for each axis.
+          structures: of the axes.
+          step: of the refresh.
+        """
+        growths = [jnp.clip(growth, 1 / _LARGEST_POWER, _LARGEST_POWER) for growth in growths]
+        absolute = _absolute_part(state, structures, step) / growths[0].astype(state.power.dtype)
+        answers = len(structures) * (1 - state.retained * (1 - absolute))
+        exponent = 1 - 1 / jnp.maximum(answers, 1)
+        return [growth ** exponent.astype(growth.dtype) for growth in growths]
 
     @staticmethod
     def _damping(structure: Structure, s: Parts, k: Parts, mean: jax.Array, damping: ArrayLike) -> jax.Array:
@@ -606,6 +616,12 @@ def _pad(job: _Job, structure: Structure, whole: Structure) -> _Job:
     vector = lambda number: jnp.where(inside, number[:, None], 0)
     factor, statistics = jax.tree.map(widen, (job.factor, job.statistics))
     return _Job(factor, statistics, vector(job.damping), vector(job.retained))
+
+
+def _crop(renewed: _Renewed, structure: Structure) -> _Renewed:
+    """Returns a stack's renewed factors without the rows and columns that `_pad` added."""
+    crop = lambda parts: tuple([p[(..., *map(slice, d))] for p, d in zip(parts, structure.part_shapes, strict=True)])
+    return renewed._replace(factor=crop(renewed.factor), derived=renewed.derived and crop(renewed.derived))
 
 
 _register = functools.partial(
