@@ -308,7 +308,7 @@ class CurvatureRule(BlockRule):
             power = jnp.clip(average(state.power, scaled.power), 1 / _LARGEST_POWER, _LARGEST_POWER)
             # Each surprise may leave e a little lower, in units in which all that follows is larger.
             drift = exponent_of(power)
-            drift = jnp.where(jnp.abs(drift) > _LARGEST_DRIFT, drift // 2, 0)
+            drift = jnp.where(jnp.abs(drift) > _LARGEST_DRIFT, drift >> 1, 0)
             return state._replace(
                 statistics=jax.tree.map(lambda s: scale_by_exponent(s, -2 * drift), tuple(statistics)),
                 exponent=scaled.exponent + drift,
@@ -415,8 +415,8 @@ class CurvatureRule(BlockRule):
         # c·S₁ and S₂/c act alike, so that nothing holds c, and gradients that fade or grow take S with them. So powers
         # of two of S's axes go to 2ᵉ, and those of mean(x²) come back, to one axis after the other.
         means = [s.trace(k) / (s.dim * x) for s, k, x in zip(structures, state.statistics, overshoot, strict=True)]
-        own = [(exponent_of(mean) + 4) // 8 for mean in means]
-        rest = (exponent_of(scale_by_exponent(state.power, -8 * functools.reduce(jnp.add, own))) + 4) // 8
+        own = [(exponent_of(mean) + 4) >> 3 for mean in means]
+        rest = (exponent_of(scale_by_exponent(state.power, -8 * functools.reduce(jnp.add, own))) + 4) >> 3
         shifts = [jnp.where(keep, shift + (rest + n) // len(own), 0) for n, shift in enumerate(own)]
         total = functools.reduce(jnp.add, shifts)
 
