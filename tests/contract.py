@@ -156,6 +156,7 @@ OPTIMIZERS = (
         "sirf_shampoo_newton",
         rf.sirf_shampoo,
         {**_MATRIX_NEWTON, "trust_radius": 8.0},
+        in_default_suite=False,
     ),
     _matrix("kl_shampoo", rf.kl_shampoo, _MATRIX),
     _matrix(
@@ -209,7 +210,7 @@ CONSTRUCTORS = tuple(
     {case.make: case for case in reversed(ALL) if case.make.__module__.startswith("rootfree_optax")}.values()
 )
 # What all have in common is tested on one diagonal and one Kronecker method, unless `-m contract` asks for all.
-REPRESENTATIVES = ("rf_rmsprop", "sirf_shampoo_newton")
+REPRESENTATIVES = ("rf_rmsprop", "published_sirf_shampoo")
 
 
 @functools.cache

@@ -67,6 +67,7 @@ def test_a_diagonal_method_keeps_its_accumulators_alone(method: str) -> None:
     assert state_bytes(tx, GPT) == state_over_parameters * 4 * trees.size(GPT)
 
 
+@pytest.mark.contract
 @pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="older compilers fuse half-precision passes otherwise")
 @pytest.mark.parametrize("method", DIAGONAL)
 def test_a_diagonal_step_moves_no_more_than_promised(method: str) -> None:
@@ -117,6 +118,7 @@ def test_parameters_without_factors_need_no_copy() -> None:
     assert temporaries(rf.sirf_shampoo(1e-3), {"embedding": (512, 64)}) < 0.01
 
 
+@pytest.mark.contract
 def test_a_large_stack_is_in_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """As its gradients, in whose place the directions come; what is on the way is of one portion."""
     monkeypatch.setattr(step_module, "_MIN_ENTRIES_AT_ONCE", 1)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from checks import make_params
 from contract import OPTIMIZERS, Case, over
 
@@ -43,6 +44,7 @@ def test_derivatives_are_those_of_finite_differences(case: Case) -> None:
         np.testing.assert_allclose(float(slope), difference, rtol=0.05, atol=2e-3)
 
 
+@pytest.mark.contract
 @over(
     (case for case in OPTIMIZERS if case.name in ("rf_rmsprop", "published_rf_adamw", "published_sirf_shampoo")),
     wiring=True,

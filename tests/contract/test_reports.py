@@ -41,6 +41,7 @@ def compiled() -> Any:
     return quick_jit(shampoo().update)
 
 
+@pytest.mark.contract
 def test_fifty_steps_of_nan_leave_an_optimizer_that_goes_on() -> None:
     params = make_params()
     first, last = make_gradients(params, 2)
@@ -51,6 +52,7 @@ def test_fifty_steps_of_nan_leave_an_optimizer_that_goes_on() -> None:
     assert all(np.all(np.isfinite(leaf)) and np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(updates))
 
 
+@pytest.mark.contract
 def test_a_count_at_its_end_stays_there() -> None:
     params = make_params()
     state = jax.tree.map(

@@ -113,6 +113,7 @@ def test_init_from_sharded_shapes_equals_init_from_arrays(case: Case, kind: Axis
     assert_sharded_like(from_shapes, state)
 
 
+@pytest.mark.contract
 @over(ALL, wiring=True)
 def test_each_device_may_train_parameters_of_its_own_in_a_loop(case: Case) -> None:
     """Inside `jax.shard_map`, whose types say what varies between devices: the state's are the same from `init` on."""

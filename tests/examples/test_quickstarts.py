@@ -27,8 +27,13 @@ def test_an_example_is_short_and_says_how_to_run_it_and_how_long_it_takes(path: 
 
 
 @pytest.mark.parametrize(
-    "name", ["linen_quickstart", "equinox_quickstart", "custom_rule"]
-)  # the nnx loop is README's, too
+    "name",
+    [
+        "custom_rule",  # the nnx loop is README's, too
+        pytest.param("linen_quickstart", marks=pytest.mark.contract),
+        pytest.param("equinox_quickstart", marks=pytest.mark.contract),
+    ],
+)
 def test_an_epoch_runs(name: str, capsys: pytest.CaptureFixture) -> None:
     error = importlib.import_module(name).main(epochs=1)
     assert error < 0.95
@@ -41,6 +46,7 @@ def test_a_quickstart_learns_the_digits(name: str) -> None:
     assert importlib.import_module(name).main() < QUICKSTARTS[name]
 
 
+@pytest.mark.contract
 def test_both_optimizers_start_from_the_same_loss(capsys: pytest.CaptureFixture) -> None:
     losses = importlib.import_module("from_adamw").main(steps=4, every=2)
     first, second = losses.values()

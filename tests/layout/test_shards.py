@@ -43,6 +43,7 @@ def test_specs_are_told_by_trees_of_several_kinds_and_by_explicit_types_and_neve
     assert hash(rf.Layout(specs=named)) == hash(rf.Layout(specs=params))
 
 
+@pytest.mark.contract
 def test_shardings_tell_the_mesh_where_nothing_else_does() -> None:
     """Frameworks trace a state's shapes without a mesh, and make it by a program that has no arguments."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params_on(mesh_of()))

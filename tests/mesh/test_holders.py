@@ -96,8 +96,8 @@ def expected(make: Any, steps: int = 10) -> Any:
 @pytest.mark.parametrize(
     ("make", "kind", "sizes", "axes"),
     [
-        (products, AxisType.Auto, (8,), "x"),
-        (products, AxisType.Explicit, (4, 2), "yx"),
+        pytest.param(products, AxisType.Auto, (8,), "x", marks=pytest.mark.contract),
+        pytest.param(products, AxisType.Explicit, (4, 2), "yx", marks=pytest.mark.contract),
         (products, AxisType.Auto, (2, 2, 2), "xyz"),
         pytest.param(products, AxisType.Auto, (4, 2), "x", marks=pytest.mark.contract),
         pytest.param(products, AxisType.Explicit, (2, 2, 2), "zx", marks=pytest.mark.contract),
@@ -150,6 +150,7 @@ CASES = {
 }
 
 
+@pytest.mark.contract
 def test_every_device_has_the_blocks_that_its_numbers_tell() -> None:
     mesh, rng = mesh_of((4, 2)), np.random.default_rng(0)
     params = {name: np.float32(rng.normal(size=shape)) for name, (shape, _) in CASES.items()}
@@ -234,6 +235,7 @@ def test_cuts_nest_with_the_shards_of_real_models_and_devices_own_equally_many(d
     assert placed.holders.bytes_received([4] * len(plan.stacks)) <= 2 * 1.05 * 4 * shard
 
 
+@pytest.mark.contract
 def test_a_state_is_moved_between_meshes_and_refused_unless_it_was() -> None:
     first, second = (8,), (2, 2, 2)
     tx = {
@@ -271,6 +273,7 @@ def test_a_state_is_moved_between_meshes_and_refused_unless_it_was() -> None:
     assert_close((params, jax.device_get(rf.factors(state, params, WHOLE))), expected(products))
 
 
+@pytest.mark.contract
 def test_a_shard_mapped_step_works_on_a_state_that_was_made_outside() -> None:
     mesh = mesh_of((4, 2))
     sharded = specs_of("x", "y") | {"bias": PartitionSpec()}

@@ -90,13 +90,13 @@ def in_contract(*case: Any) -> Any:
     [
         (rf.published.sirf_shampoo, AxisType.Auto, (8,), FSDP, "data"),
         (rf.published.sirf_shampoo, AxisType.Explicit, (4, 2), TENSOR, ("data", "model")),
-        (rf.published.sirf_shampoo, AxisType.Auto, (4, 2), TENSOR, "data"),
+        in_contract(rf.published.sirf_shampoo, AxisType.Auto, (4, 2), TENSOR, "data"),
         in_contract(newton_within_a_radius, AxisType.Auto, (8,), FSDP, "data"),
-        (newton_within_a_radius, AxisType.Explicit, (4, 2), TENSOR, ("data", "model")),
+        in_contract(newton_within_a_radius, AxisType.Explicit, (4, 2), TENSOR, ("data", "model")),
         # By default see tests/transforms/test_curvature.py, with silence and a spike.
         in_contract(spectral, AxisType.Auto, (8,), FSDP, "data"),
         (rf.published.rf_shampoo, AxisType.Auto, (2, 4), TENSOR, ("model", "data")),
-        (rf.published.rf_shampoo, AxisType.Explicit, (1,), FSDP, "data"),
+        in_contract(rf.published.rf_shampoo, AxisType.Explicit, (1,), FSDP, "data"),
     ],
     ids=[
         "fsdp",
@@ -124,7 +124,7 @@ def test_ten_steps_equal_those_on_one_device(make: Any, kind: AxisType, sizes: A
     assert_close((jax.device_get(params), own_factors(state)), expected(make))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("kind", [in_contract(AxisType.Auto), AxisType.Explicit], ids=["auto", "explicit"])
 def test_the_state_is_sharded_from_init_on_and_updates_are_sharded_like_gradients(kind: AxisType) -> None:
     tx = rf.published.sirf_shampoo(0.1, mesh_axes=("data", "model"), **SETTINGS)
     mesh = mesh_of(kind, 4, 2)
@@ -162,6 +162,7 @@ def test_updates_are_laid_out_as_gradients_are_where_no_type_says_so(block_size:
         assert update.sharding.is_equivalent_to(shardings[name], update.ndim), name
 
 
+@pytest.mark.contract
 def test_a_shard_mapped_step_works_on_its_own_blocks() -> None:
     """On three devices some have two blocks of a stack, and some have padding."""
     tx = rf.published.sirf_shampoo(0.1, mesh_axes="data", **SETTINGS)
@@ -247,6 +248,7 @@ def test_mesh_axes_are_never_ignored() -> None:
             rf.published.rf_shampoo(0.1, mesh_axes=wrong)
 
 
+@pytest.mark.contract
 def test_a_state_of_another_mesh_is_refused_and_a_padded_one_serves_on_a_mesh_of_one_device() -> None:
     tx = scale_by_published(mesh_axes="data")
     alone = scale_by_published()
@@ -272,7 +274,7 @@ def test_a_state_of_another_mesh_is_refused_and_a_padded_one_serves_on_a_mesh_of
     ("structure", "options"),
     [
         in_contract("dense", {"statistics_every": 1}),
-        ("block2diagonal", {"momentum": 0.9, "nesterov": True}),
+        in_contract("block2diagonal", {"momentum": 0.9, "nesterov": True}),
     ],
     ids=["statistics", "momentum"],
 )

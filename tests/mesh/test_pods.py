@@ -35,6 +35,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Pat
     return folder, jax.device_get(params)
 
 
+@pytest.mark.contract
 def test_training_goes_on_on_other_meshes(uninterrupted: Any, tmp_path: pathlib.Path) -> None:
     folder, expected = uninterrupted
     shutil.copytree(folder / "2", tmp_path / "2")

@@ -287,6 +287,7 @@ def half_precision_run(name, dtype):
     return quick_jit(lambda gradients: (None, *jax.lax.scan(step, tx.init(params), gradients)))
 
 
+@pytest.mark.contract
 @by_default("sirf_shampoo", "rf_adamw")
 def test_clipping_by_the_norm_changes_nothing_but_clipped_steps(name):
     """A clipped gradient still counts, at its clipped length, in the averages: those forget it."""

@@ -150,6 +150,7 @@ def test_a_long_stack_is_refreshed_portion_by_portion():
     np.testing.assert_array_equal(stack.block.sample, gradients["a"])
 
 
+@pytest.mark.contract
 def test_portions_change_nothing(monkeypatch):
     """A stack whose blocks start at different steps, and whose length is no multiple of a portion."""
     shapes = {"a": (19, 4, 3)}

@@ -142,6 +142,7 @@ def test_operations_on_a_stack_agree_with_dense_algebra(name):
     check_stack(name, 37, [2, 3], 1, jnp.bfloat16)
 
 
+@pytest.mark.contract
 @given(problems())
 @settings(max_examples=12, deadline=None, derandomize=True)
 def test_operations_of_any_size_agree_with_dense_algebra(problem):

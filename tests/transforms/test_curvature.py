@@ -77,6 +77,7 @@ def covariance_eigenvalues(updates):
     return values / values.mean()
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.research)])
 def test_kl_shampoos_updates_are_white_for_kronecker_noise(dtype):
     gradients = jnp.asarray(kronecker_noise(6000, (8, 6), 2e2, seed=3), jnp.float32)
@@ -97,6 +98,7 @@ def after_a_change_of_basis(make, condition, dims=(20, 14), **settings):
     return directions[-1], block_of(state), state
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("interval", [10, pytest.param(1, marks=pytest.mark.research)])
 def test_kl_shampoos_direction_is_that_of_the_root_after_a_change_of_basis(interval):
     settings = {"momentum": 0.9, "damping": 0.0, "refresh_every": interval}
@@ -197,6 +199,7 @@ def test_newtons_step_has_its_length_at_any_interval_and_damping(shape):
     assert found.max() < 1.4
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("power", [pytest.param(0.5, marks=pytest.mark.research), 0.25])
 def test_strong_damping_makes_the_spectral_step_muons(power):
     gradients = jnp.asarray(kronecker_noise(12, (7, 5), 1e2, seed=2), jnp.float32)
@@ -238,6 +241,7 @@ def test_blocks_and_layers_are_parameters_of_their_own(make):
         close(take(together, name), apart[name])
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     "make", [rf.scale_by_sirf_muon, pytest.param(rf.scale_by_kl_shampoo, marks=pytest.mark.research)]
 )
@@ -322,6 +326,7 @@ def test_intervals_say_what_is_taken_in_and_when():
     assert refreshes == {"thirds": 3, "in turn": 4, "growing": 12}
 
 
+@pytest.mark.contract
 def test_statistics_of_every_third_gradient_are_those_of_their_own_run():
     # Their decay is per step: three steps keep b₂³.
     gradients = jnp.asarray(kronecker_noise(60, (5, 4), 10, seed=8), jnp.float32)

@@ -120,6 +120,7 @@ def test_the_bases_are_orthogonal_and_diagonalise_the_statistics() -> None:
     np.testing.assert_allclose(correlation, np.eye(6), atol=0.05)
 
 
+@pytest.mark.contract
 def test_blocks_are_preconditioned_as_parameters_of_their_own() -> None:
     whole = draw({"matrix": (8, 8), "uneven": (4, 6)})
     pieces = {f"matrix{i}{j}": np.s_[:, i : i + 4, j : j + 4] for i in (0, 4) for j in (0, 4)}
@@ -135,6 +136,7 @@ def first(gradients: Any) -> Any:
     return jax.tree.map(lambda g: g[0], gradients)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     "kind", [pytest.param(AxisType.Auto, marks=pytest.mark.contract), AxisType.Explicit], ids=["auto", "explicit"]
 )
@@ -169,6 +171,7 @@ def test_a_block_that_starts_late_starts_as_the_others_did() -> None:
     np.testing.assert_allclose(run(late)[6:], run(gradients), rtol=0, atol=1e-6)
 
 
+@pytest.mark.contract
 def test_an_interval_of_staggered_refreshes() -> None:
     """Each block as alone, on the steps that are its turn."""
     gradients = draw({"a": (4, 4), "b": (4, 4)})

@@ -68,6 +68,7 @@ def test_they_are_found_within_any_state(wrap: Any) -> None:
     jax.tree.map(lambda k, e: np.testing.assert_allclose(k, e, rtol=1e-5, atol=1e-6), found, expected)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("kind", [pytest.param(AxisType.Auto, marks=pytest.mark.contract), AxisType.Explicit])
 def test_they_are_found_in_stacks_that_are_padded_to_a_mesh(kind: AxisType) -> None:
     plain, gradients = draw(0), draw(1)

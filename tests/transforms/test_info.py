@@ -96,6 +96,7 @@ def test_refused_refreshes_and_shortened_steps_are_counted() -> None:
     assert rf.info(state)["refused"] == 0
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     ("rule", "kind"),
     [
@@ -126,6 +127,7 @@ def test_padding_to_a_mesh_counts_for_nothing(rule: rf.BlockRule, kind: AxisType
             np.testing.assert_allclose(scalars[name], value, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.contract
 def test_several_transformations_count_together() -> None:
     parts = {"x": scale_by(refresh_every=2), "y": scale_by(CholeskyInverse(), layout=rf.Layout(diagonal=None))}
     labels = {"up": "x", "down": "y", "odd": "x", "bias": "y"}

@@ -48,6 +48,7 @@ def test_a_block_equals_a_parameter_of_its_own(make):
     assert_close({names[name]: matrices for name, matrices in factors.items()}, expected_factors)
 
 
+@pytest.mark.contract
 def test_joined_and_merged_parameters_equal_matrices_made_by_hand():
     gradients = draw({"d": {"kernel": (2, 2, 3), "bias": (3,)}, "m": (2, 1, 3, 4)})
     layer = gradients["d"]
@@ -210,6 +211,7 @@ def test_samples_of_curvature_may_lack_a_parameter_that_has_no_gradient(tx):
     chex.assert_trees_all_close(directions["a"], expected["a"], rtol=1e-5)
 
 
+@pytest.mark.contract
 def test_pieces_of_length_one_beside_short_axes_keep_their_state():
     """Their factor is a diagonal's: of another shape than what a mean over a folded matrix has by itself."""
     gradients = draw({"w": (3, 3, 7, 2)}, steps=3)
@@ -241,6 +243,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_chain_has_one_count_of_steps(name):
     params = {"w": jnp.ones((2, 3))}

@@ -64,6 +64,7 @@ def relative_error(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     ("dtype", "steps", "tolerance"),
     # Four factors K make the product, each rounded by up to a unit in the last place: 4·2⁻⁷ = 3% and 4·2⁻¹⁰ = 0.4%.
@@ -122,6 +123,7 @@ def directions_after_slow_averages(dtype):
     return np.float64(direction(jnp.array([0.01, 0.002])))
 
 
+@pytest.mark.contract
 def test_slow_averages_are_followed_in_half_precision():
     """β₂ times a step is below bfloat16's resolution: rounded to nearest, K would stay nearly where it was.
 

@@ -150,6 +150,7 @@ def test_the_search_for_decompositions_finds_those_of_the_form_with_inverses():
     assert len(decompositions(rf.published.scale_by_rf_shampoo)) >= 2
 
 
+@pytest.mark.contract
 def test_bfloat16_products_of_every_shape_run():
     """Of a single vector they have no stack to go over, and X Xᵀ has no columns to sum."""
     layout = whole(structure=lambda path, _: path)

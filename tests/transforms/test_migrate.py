@@ -25,7 +25,9 @@ def rename(leaves: dict[str, Any]) -> dict[str, Any]:
     return {name.replace("layer_0", "z_block").replace("out", "a_out"): leaf for name, leaf in leaves.items()}
 
 
-@pytest.mark.parametrize("make", [rf.sirf_muon, rf.rf_rmsprop], ids=["sirf_muon", "rf_rmsprop"])
+@pytest.mark.parametrize(
+    "make", [pytest.param(rf.sirf_muon, marks=pytest.mark.contract), rf.rf_rmsprop], ids=["sirf_muon", "rf_rmsprop"]
+)
 def test_training_goes_on_under_other_names(make: Any) -> None:
     tx = optax.apply_if_finite(make(0.1), 5)
     update = quick_jit(tx.update)
@@ -42,6 +44,7 @@ def test_training_goes_on_under_other_names(make: Any) -> None:
     assert_close(back, expected_state)
 
 
+@pytest.mark.contract
 def test_what_is_new_starts_and_what_is_gone_is_dropped() -> None:
     tx = rf.scale_by_sirf_shampoo()
     params = tree(0)
