@@ -62,6 +62,7 @@ def test_converges(case: Case, problem: str) -> None:
         np.testing.assert_allclose(p, e, rtol=0, atol=3e-2)
 
 
+@pytest.mark.contract
 @over(ALL)
 def test_complex_parameters_are_refused_by_path_or_turn_with_their_phases(case: Case) -> None:
     """What is preconditioned by |g|² commutes with a rotation of every entry in the complex plane."""

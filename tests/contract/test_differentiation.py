@@ -34,6 +34,7 @@ def after_three_steps(case: Case, **changes: Any) -> Any:
     return jax.jit(trained)
 
 
+@pytest.mark.contract
 @over((case for case in OPTIMIZERS if case.differentiable), wiring=True)
 def test_derivatives_are_those_of_finite_differences(case: Case) -> None:
     trained, at, step = after_three_steps(case), (jnp.float32(0.0), jnp.float32(1.0)), 3e-3

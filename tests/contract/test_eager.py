@@ -8,7 +8,7 @@ import jax
 import optax
 import pytest
 from checks import assert_close, make_gradients, make_params, quick_jit
-from contract import ALL, OPTIMIZERS, Case, over, tolerance_of
+from contract import ALL, OPTIMIZERS, REPRESENTATIVES, Case, over, tolerance_of
 
 
 @over(ALL, wiring=True)
@@ -43,7 +43,7 @@ def test_other_numbers_need_no_other_program(case: Case, caplog: pytest.LogCaptu
 def test_an_optimizer_leaves_nothing_behind(case: Case) -> None:
     tx = case.make(**case.settings)
     params = make_params()
-    if case.name in ("rf_rmsprop", "sirf_shampoo_newton"):
+    if case.name in REPRESENTATIVES:
         tx.update(params, tx.init(params), params)
     reference = weakref.ref(tx.update)
     del tx
@@ -51,6 +51,7 @@ def test_an_optimizer_leaves_nothing_behind(case: Case) -> None:
     assert reference() is None
 
 
+@pytest.mark.contract
 @over(ALL, wiring=True)
 def test_eager_updates_work_without_a_compiler(case: Case) -> None:
     params = make_params()

@@ -214,6 +214,7 @@ def test_numbers_may_be_of_half_precision_as_inject_hyperparams_makes_them(case:
     assert shapes_and_dtypes(jax.eval_shape(tx.update, params, state, params)) == shapes_and_dtypes((params, state))
 
 
+@pytest.mark.contract
 @over(CONSTRUCTORS)
 def test_a_schedule_that_returns_no_number_is_refused_by_name_at_the_first_trace(case: Case) -> None:
     params = make_params()

@@ -89,6 +89,7 @@ PARAMS = {
 }
 
 
+@pytest.mark.contract
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("kind", PARAMS)
 def test_wrappers_keep_the_types_of_every_frameworks_parameters(kind: str) -> None:

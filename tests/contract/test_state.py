@@ -19,7 +19,7 @@ def uncommitted_copy(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
 
 
-REMAINING = (("float16", False), ("float32", False), ("float32", True))
+REMAINING = (("float16", False), ("float32", False), ("float32", True), ("float64", True))
 
 
 @over(ALL)
@@ -27,7 +27,6 @@ REMAINING = (("float16", False), ("float32", False), ("float32", True))
     ("dtype", "x64"),
     [
         ("bfloat16", False),
-        ("float64", True),
         *(pytest.param(*given, marks=pytest.mark.contract) for given in REMAINING),
     ],
 )
@@ -89,6 +88,7 @@ def test_updates_have_the_gradients_dtype(case: Case, param: str, gradient: str)
     assert types(after) == types(state)
 
 
+@pytest.mark.contract
 @over((case for case in ALL if not case.is_staggered), wiring=True)
 def test_each_leaf_of_a_mixed_tree_is_updated_as_if_alone(case: Case) -> None:
     dtypes = ["float16", "bfloat16", "float32", *(["complex64"] if case.diagonal else [])]

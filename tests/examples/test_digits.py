@@ -34,6 +34,7 @@ def test_trains_and_reports(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtur
     assert 102 <= int(rows[1][3]) <= 120  # in the last epochs it hardly falls
 
 
+@pytest.mark.contract
 def test_one_epoch_shows_where_everything_is(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

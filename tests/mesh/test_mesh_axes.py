@@ -95,7 +95,7 @@ def in_contract(*case: Any) -> Any:
         in_contract(newton_within_a_radius, AxisType.Explicit, (4, 2), TENSOR, ("data", "model")),
         # By default see tests/transforms/test_curvature.py, with silence and a spike.
         in_contract(spectral, AxisType.Auto, (8,), FSDP, "data"),
-        (rf.published.rf_shampoo, AxisType.Auto, (2, 4), TENSOR, ("model", "data")),
+        in_contract(rf.published.rf_shampoo, AxisType.Auto, (2, 4), TENSOR, ("model", "data")),
         in_contract(rf.published.rf_shampoo, AxisType.Explicit, (1,), FSDP, "data"),
     ],
     ids=[
@@ -147,6 +147,7 @@ def test_the_state_is_sharded_from_init_on_and_updates_are_sharded_like_gradient
         assert update.sharding.is_equivalent_to(shardings[name], update.ndim), name
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("block_size", [None, pytest.param(8, marks=pytest.mark.contract), 12])
 def test_updates_are_laid_out_as_gradients_are_where_no_type_says_so(block_size: int | None) -> None:
     mesh = mesh_of(AxisType.Auto, 8)

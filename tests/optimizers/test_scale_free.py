@@ -257,6 +257,7 @@ def test_learning_rate_and_damping_may_be_mapped_over(name):
     np.testing.assert_allclose(alone, mapped[1], rtol=0, atol=2e-5)
 
 
+@pytest.mark.contract
 @by_default("kl_shampoo", "rf_adamw", "rf_rmsprop")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.research)])
 def test_parameters_in_half_precision_follow_those_in_single(name, dtype):

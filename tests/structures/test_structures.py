@@ -149,6 +149,7 @@ def test_operations_of_any_size_agree_with_dense_algebra(problem):
     check_stack(*problem)
 
 
+@pytest.mark.contract
 @every_structure
 def test_operations_on_one_matrix_accumulate_in_float64(name):
     with double_precision():

@@ -284,6 +284,7 @@ def test_factors_hold_over_eight_decades_of_curvature():
     assert 0.9 < values.min() <= values.max() < 1.1
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("make", [rf.scale_by_sirf_shampoo, rf.scale_by_kl_shampoo], ids=["root_free", "whitening"])
 @pytest.mark.parametrize("damping", [0.0, pytest.param(1e-3, marks=pytest.mark.research)])
 def test_half_precision_factors_over_eight_decades_are_those_of_their_floor(make, damping):

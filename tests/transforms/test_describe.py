@@ -277,6 +277,7 @@ def compiled_flops(function: Any, *arguments: Any) -> float:
     return quick_jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("structure", ["dense", "block64diagonal"])
 @pytest.mark.parametrize(
     "rule",

@@ -162,7 +162,9 @@ def test_schedules_are_followed(make):
         assert_close(direction["w"], directions["w"][step])
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 4e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-5), pytest.param("float16", 4e-3, marks=pytest.mark.contract)]
+)
 def test_a_kept_preconditioner_changes_nothing_but_the_state(dtype, tolerance):
     """Also before the first refresh, at factors other than one."""
     gradients = draw({"matrix": (4, 3), "vector": (5,)}, steps=5)
@@ -198,7 +200,11 @@ def test_a_gradient_that_the_factors_did_not_expect_moves_no_further_than_the_ra
 
 @pytest.mark.parametrize(
     "tx",
-    [scale_by_published(batch_size=4), rf.published.scale_by_rf_shampoo(batch_size=4), rf.scale_by_sirf_shampoo()],
+    [
+        scale_by_published(batch_size=4),
+        rf.published.scale_by_rf_shampoo(batch_size=4),
+        pytest.param(rf.scale_by_sirf_shampoo(), marks=pytest.mark.contract),
+    ],
     ids=["published", "with inverses", "root-free"],
 )
 def test_samples_of_curvature_may_lack_a_parameter_that_has_no_gradient(tx):

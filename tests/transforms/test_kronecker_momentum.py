@@ -18,7 +18,7 @@ RULES = pytest.mark.parametrize(
 
 
 @RULES
-@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("nesterov", [False, pytest.param(True, marks=pytest.mark.contract)])
 def test_momentum_is_preconditioned_by_the_curvature_of_the_gradients(rule, nesterov):
     options = {
         "weight": 0.3,

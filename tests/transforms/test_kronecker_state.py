@@ -89,6 +89,7 @@ def traced(make, **options):
     return jax.jit(functools.partial(tx.update, batch_size=4)).trace(params, jax.eval_shape(tx.init, params))
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     ("make", "fewest"),
     [(scale_by_published, 40), (rf.scale_by_sirf_shampoo, 30), (rf.published.scale_by_rf_shampoo, 1)],

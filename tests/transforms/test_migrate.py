@@ -59,6 +59,7 @@ def test_what_is_new_starts_and_what_is_gone_is_dropped() -> None:
     assert int(migrated.count) == 1
 
 
+@pytest.mark.contract
 def test_another_option_keeps_what_both_have() -> None:
     params = tree(0)
     old, new = rf.sirf_muon(0.1, momentum=None), rf.sirf_muon(0.1, mu_dtype=jnp.bfloat16)
