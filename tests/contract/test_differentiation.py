@@ -35,7 +35,7 @@ def after_three_steps(case: Case, **changes: Any) -> Any:
 
 
 @pytest.mark.contract
-@over((case for case in OPTIMIZERS if case.differentiable), wiring=True)
+@over(case for case in OPTIMIZERS if case.differentiable)
 def test_derivatives_are_those_of_finite_differences(case: Case) -> None:
     trained, at, step = after_three_steps(case), (jnp.float32(0.0), jnp.float32(1.0)), 3e-3
     gradient = jax.jit(jax.grad(trained, argnums=(0, 1)))(*at)
@@ -46,10 +46,7 @@ def test_derivatives_are_those_of_finite_differences(case: Case) -> None:
 
 
 @pytest.mark.contract
-@over(
-    (case for case in OPTIMIZERS if case.name in ("rf_rmsprop", "published_rf_adamw", "published_sirf_shampoo")),
-    wiring=True,
-)
+@over(case for case in OPTIMIZERS if case.name in ("rf_rmsprop", "published_rf_adamw", "published_sirf_shampoo"))
 def test_derivatives_pass_the_rounding_of_half_precision(case: Case) -> None:
     dtype = (
         {"nu_dtype": jnp.bfloat16} if case.diagonal else {"layout": rf.Layout(diagonal=None, factor_dtype=jnp.bfloat16)}

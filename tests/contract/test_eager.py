@@ -52,7 +52,7 @@ def test_an_optimizer_leaves_nothing_behind(case: Case) -> None:
 
 
 @pytest.mark.contract
-@over(ALL, wiring=True)
+@over(ALL)
 def test_eager_updates_work_without_a_compiler(case: Case) -> None:
     params = make_params()
     expected, _ = quick_jit(case().update)(params, case().init(params), params)

@@ -114,7 +114,7 @@ def test_init_from_sharded_shapes_equals_init_from_arrays(case: Case, kind: Axis
 
 
 @pytest.mark.contract
-@over(ALL, wiring=True)
+@over(ALL)
 def test_each_device_may_train_parameters_of_its_own_in_a_loop(case: Case) -> None:
     """Inside `jax.shard_map`, whose types say what varies between devices: the state's are the same from `init` on."""
     params = jax.tree.map(lambda p: jnp.stack([p, -2 * p]), replicated_params())

@@ -89,7 +89,7 @@ def test_updates_have_the_gradients_dtype(case: Case, param: str, gradient: str)
 
 
 @pytest.mark.contract
-@over((case for case in ALL if not case.is_staggered), wiring=True)
+@over(case for case in ALL if not case.is_staggered)
 def test_each_leaf_of_a_mixed_tree_is_updated_as_if_alone(case: Case) -> None:
     dtypes = ["float16", "bfloat16", "float32", *(["complex64"] if case.diagonal else [])]
     params = {dtype: make_params(dtype)["layer"] for dtype in dtypes}

@@ -69,7 +69,7 @@ def test_they_are_found_within_any_state(wrap: Any) -> None:
 
 
 @pytest.mark.contract
-@pytest.mark.parametrize("kind", [pytest.param(AxisType.Auto, marks=pytest.mark.contract), AxisType.Explicit])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_they_are_found_in_stacks_that_are_padded_to_a_mesh(kind: AxisType) -> None:
     plain, gradients = draw(0), draw(1)
     expected = rf.factors(step(published(layout=BLOCKS), plain, gradients), plain, BLOCKS)

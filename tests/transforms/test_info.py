@@ -101,7 +101,7 @@ def test_refused_refreshes_and_shortened_steps_are_counted() -> None:
     ("rule", "kind"),
     [
         (RootFree(), AxisType.Explicit),
-        pytest.param(PublishedRefresh(), AxisType.Auto, marks=pytest.mark.contract),
+        (PublishedRefresh(), AxisType.Auto),
     ],
     ids=["explicit", "auto"],
 )

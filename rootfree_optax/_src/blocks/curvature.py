@@ -413,7 +413,8 @@ class CurvatureRule(BlockRule):
         keep = is_finite & (state.seen > 0)
         overshoot = self._overshoot(state, [jnp.where(keep, growth, 1) for growth in growths], structures, step)
         # c·S₁ and S₂/c act alike, so that nothing holds c, and gradients that fade or grow take S with them. So powers
-        # of two of S's axes go to 2ᵉ, and those of mean(x²) come back, to one axis after the other.
+        # of two of S's axes go to 2ᵉ, and those of mean(x²) come back, to one axis after the other. They are halved by
+        # shifts, as a floor division of integers is a dozen operations.
         means = [s.trace(k) / (s.dim * x) for s, k, x in zip(structures, state.statistics, overshoot, strict=True)]
         own = [(exponent_of(mean) + 4) >> 3 for mean in means]
         rest = (exponent_of(scale_by_exponent(state.power, -8 * functools.reduce(jnp.add, own))) + 4) >> 3

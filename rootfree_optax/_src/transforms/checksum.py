@@ -46,7 +46,7 @@ def checksum(tree: Any) -> jax.Array:
         if is_stack(node):
             is_block, numbers = node.size > 0, node.number
             node = node._replace(number=None)  # it differs between meshes, as the order of the blocks does
-            if numbers is not None:  # padding has −1
+            if numbers is not None:  # padding's is −1: this is zero, unless one is damaged
                 total += jnp.sum(_hash(jnp.where(node.size > 0, 0, numbers + 1).astype(jnp.uint32)), dtype=jnp.uint32)
         for leaf in jax.tree.leaves(node):
             words = _words(jnp.asarray(leaf)).astype(jnp.uint32)
