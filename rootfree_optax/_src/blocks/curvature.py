@@ -335,30 +335,17 @@ class CurvatureRule(BlockRule):
         """Renews every K of several stacks, see `refresh`: all axes of one length, rounded up, as one batch."""
         del gradients
         with jax.named_scope("refresh"):
-            jobs = [
-                job
-                for state, of_stack in zip(states, structures, strict=True)
-                for job in jax.vmap(functools.partial(self._jobs, structures=of_stack, step=step))(state)
-            ]
+            measure = lambda of_stack: jax.vmap(functools.partial(_measure, structures=of_stack))
+            sizes = [measure(of_stack)(state) for of_stack, state in zip(structures, states, strict=True)]
+            plan = jax.vmap(functools.partial(_plan_jobs, step=step))
+            jobs = [job for state, own in zip(states, sizes, strict=True) for job in plan(state, own)]
             kinds = [s for of_stack in structures for s in of_stack]
             renewed = iter(self._renew_together(jobs, kinds))
-            keep = lambda of_stack: jax.vmap(functools.partial(self._keep_finite, structures=of_stack, step=step))
+            keep = jax.vmap(functools.partial(self._keep_finite, step=step))
             return [
-                keep(of_stack)(state, *zip(*[next(renewed) for _ in of_stack], strict=True))
-                for state, of_stack in zip(states, structures, strict=True)
+                keep(state, own, [next(renewed) for _ in of_stack])
+                for state, own, of_stack in zip(states, sizes, structures, strict=True)
             ]
-
-    def _jobs(self, state: CurvatureState, *, structures: Structures, step: Step) -> list["_Job"]:
-        """Returns what a block's factors are renewed from, for each axis."""
-        retained = jnp.clip(state.retained, _LEAST_RETAINED, 1)
-        absolute = _absolute_part(state, structures, step)
-        jobs = []
-        for structure, s, k in zip(structures, state.statistics, state.factors, strict=True):
-            mean_inverse = (structure.squared_norm(k) / structure.dim).astype(s[0].dtype)
-            relative = self._damping(structure, s, k, structure.trace(s) / structure.dim, step.damping)
-            damping = relative + absolute.astype(s[0].dtype) / mean_inverse
-            jobs.append(_Job(k, s, damping, retained.astype(s[0].dtype)))
-        return jobs
 
     def _renew_together(self, jobs: Sequence["_Job"], structures: Structures) -> list["_Renewed"]:
         """Returns `_renew` of several stacks' jobs: of one structure, or of dense ones about as long, at once."""
@@ -395,78 +382,48 @@ class CurvatureRule(BlockRule):
         shift = 0.8 * jnp.maximum(jnp.max(retained), mean / LARGEST_CONDITION)
         excess = structure.add_identity(product, -shift * is_row)
         factor = structure.times_inverse_root(k, excess, shift=shift, precision=self.precision)
-        return _Renewed(*self.derive_factor(factor, damped, structure), mean)
+        factor, derived = self.derive_factor(factor, damped, structure)
+        return _Renewed(factor, derived, mean, max_abs((*factor, *(derived or ()))))
 
     def _keep_finite(
-        self,
-        state: CurvatureState,
-        kept: Factors,
-        derived: Sequence[Parts | None],
-        growths: Sequence[jax.Array],
-        *,
-        structures: Structures,
-        step: Step,
+        self, state: CurvatureState, sizes: "_Sizes", renewed: Sequence["_Renewed"], *, step: Step
     ) -> CurvatureState:
         """Returns a block's state with new factors, if all of them are finite."""
-        sizes = [max_abs(parts) for parts in (*kept, *derived) if parts is not None]
-        is_finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, sizes))
+        axes = len(renewed)
+        is_finite = jnp.all(jnp.isfinite(jnp.stack([new.largest for new in renewed])))
         keep = is_finite & (state.seen > 0)
-        overshoot = self._overshoot(state, [jnp.where(keep, growth, 1) for growth in growths], structures, step)
+        growths = jnp.where(keep, jnp.stack([new.growth.astype(sizes.mean.dtype) for new in renewed]), 1)
+        growths = jnp.clip(growths, 1 / _LARGEST_POWER, _LARGEST_POWER)
+        # A part u of each S̃ is λ's, or of gradients since the last refresh, in the metric of the K of then. When the
+        # gradients change, N axes together answer N·u times. Where that is more than once, they overshoot, and swing.
+        absolute = _absolute_part(state, sizes, step) / growths[0]
+        answers = axes * (1 - state.retained.astype(absolute.dtype) * (1 - absolute))
+        overshoot = growths ** (1 - 1 / jnp.maximum(answers, 1))
         # c·S₁ and S₂/c act alike, so that nothing holds c, and gradients that fade or grow take S with them. So powers
         # of two of S's axes go to 2ᵉ, and those of mean(x²) come back, to one axis after the other. They are halved by
         # shifts, as a floor division of integers is a dozen operations.
-        means = [s.trace(k) / (s.dim * x) for s, k, x in zip(structures, state.statistics, overshoot, strict=True)]
-        own = [(exponent_of(mean) + 4) >> 3 for mean in means]
-        rest = (exponent_of(scale_by_exponent(state.power, -8 * functools.reduce(jnp.add, own))) + 4) >> 3
-        shifts = [jnp.where(keep, shift + (rest + n) // len(own), 0) for n, shift in enumerate(own)]
-        total = functools.reduce(jnp.add, shifts)
+        own = (exponent_of(sizes.mean / overshoot) + 4) >> 3
+        rest = (exponent_of(scale_by_exponent(state.power, -8 * jnp.sum(own, dtype=own.dtype))) + 4) >> 3
+        shifts = jnp.where(keep, own + (rest + jnp.arange(axes, dtype=own.dtype)) // axes, 0)
+        total = jnp.sum(shifts, dtype=shifts.dtype)
 
-        def rescale(matrices: Sequence[Any], degree: int) -> tuple[Parts, ...]:
-            number = lambda x, n: scale_by_exponent(x ** (degree / 8), degree * n)
-            return tuple(map(times_scalar, matrices, map(number, overshoot, shifts)))
+        def rescale(matrices: Sequence[Any], degree: float) -> tuple[Parts, ...]:
+            numbers = scale_by_exponent(overshoot**degree, round(8 * degree) * shifts)
+            return tuple([times_scalar(parts, number) for parts, number in zip(matrices, numbers, strict=True)])
 
         store = lambda new, old: jnp.where(keep, round_dithered(new, old.dtype, step.count), old)
-        degree = round(8 * self.degrees[1])
+        factors, derived = zip(*[(new.factor, new.derived) for new in renewed], strict=True)
         old = state.preconditioners
         return state._replace(
-            statistics=rescale(state.statistics, -8),
-            factors=jax.tree.map(store, rescale(kept, 4), state.factors),
-            preconditioners=old and jax.tree.map(store, rescale(derived, degree), old),
+            statistics=rescale(state.statistics, -1),
+            factors=jax.tree.map(store, rescale(factors, 0.5), state.factors),
+            preconditioners=old and jax.tree.map(store, rescale(derived, self.degrees[1]), old),
             exponent=state.exponent + 4 * total,
             power=scale_by_exponent(state.power, -8 * total),
             retained=jnp.where(keep, 1, state.retained),
             last_momentum=scale_by_exponent(state.last_momentum, -4 * total),
             refused=state.refused + (~is_finite).astype(jnp.int32),
         )
-
-    @staticmethod
-    def _overshoot(
-        state: CurvatureState, growths: Sequence[jax.Array], structures: Structures, step: Step
-    ) -> list[jax.Array]:
-        """Returns how many times too large each Sₙ is, as every axis answers a change of the gradients.
-
-        A part u of each S̃ is λ's, or of gradients since the last refresh, in the metric of the K of then. When the
-        gradients change, N axes together answer N·u times. Where that is more than once, they overshoot, and swing.
-
-        Args:
-          state: before the refresh.
-          growths: tr(KₙᵀS̃ₙKₙ)/dₙ for each axis.
-          structures: of the axes.
-          step: of the refresh.
-        """
-        growths = [jnp.clip(growth, 1 / _LARGEST_POWER, _LARGEST_POWER) for growth in growths]
-        absolute = _absolute_part(state, structures, step) / growths[0].astype(state.power.dtype)
-        answers = len(structures) * (1 - state.retained * (1 - absolute))
-        exponent = 1 - 1 / jnp.maximum(answers, 1)
-        return [growth ** exponent.astype(growth.dtype) for growth in growths]
-
-    @staticmethod
-    def _damping(structure: Structure, s: Parts, k: Parts, mean: jax.Array, damping: ArrayLike) -> jax.Array:
-        """Returns ρ·tr(S)/d, a scalar, or the least that the dtypes of K and S need."""
-        relative = jnp.asarray(damping, s[0].dtype) * mean
-        resolution = float(jnp.finfo(s[0].dtype).eps) / 8
-        floor = _LOW_PRECISION_FLOOR if is_low_precision(k[0].dtype) else resolution
-        return jnp.maximum(relative, floor * jnp.sqrt(structure.squared_norm(s)))
 
     def precondition(
         self, state: CurvatureState, momentum: jax.Array, *, gradient: jax.Array, structures: Structures, step: Step
@@ -560,6 +517,20 @@ class CurvatureRule(BlockRule):
         )
 
 
+class _Sizes(NamedTuple):
+    """How large a block's matrices are, for each axis, [axes].
+
+    Attributes:
+      mean: tr(S)/d.
+      inverse: tr(KKᵀ)/d.
+      floor: the least damping that the dtypes of K and S need.
+    """
+
+    mean: jax.Array
+    inverse: jax.Array
+    floor: jax.Array
+
+
 class _Job(NamedTuple):
     """What a factor is renewed from.
 
@@ -583,19 +554,45 @@ class _Renewed(NamedTuple):
       factor: the parts of K.
       derived: the parts of the preconditioner that is made of it, or None.
       growth: tr(KᵀS̃K)/d with the K before: by how much S̃ is larger than at the last refresh.
+      largest: the largest absolute entry of both matrices; not finite if an entry is not.
     """
 
     factor: Parts
     derived: Parts | None
     growth: jax.Array
+    largest: jax.Array
 
 
-def _absolute_part(state: CurvatureState, structures: Structures, step: Step) -> jax.Array:
+def _measure(state: CurvatureState, *, structures: Structures) -> _Sizes:
+    """Returns the sizes of a block's matrices."""
+
+    def measure(structure: Structure, s: Parts, k: Parts) -> _Sizes:
+        resolution = float(jnp.finfo(s[0].dtype).eps) / 8
+        floor = _LOW_PRECISION_FLOOR if is_low_precision(k[0].dtype) else resolution
+        inverse = structure.squared_norm(k).astype(s[0].dtype) / structure.dim
+        return _Sizes(structure.trace(s) / structure.dim, inverse, floor * jnp.sqrt(structure.squared_norm(s)))
+
+    dtype = functools.reduce(jnp.promote_types, [s[0].dtype for s in state.statistics])
+    sizes = map(measure, structures, state.statistics, state.factors)
+    return jax.tree.map(lambda *numbers: jnp.stack([number.astype(dtype) for number in numbers]), *sizes)
+
+
+def _absolute_part(state: CurvatureState, sizes: _Sizes, step: Step) -> jax.Array:
     """Returns λ's part of tr(KₙᵀS̃ₙKₙ)/dₙ, which is the same for each axis."""
-    absolute = jnp.asarray(step.absolute_damping / step.batch_size, state.power.dtype)
-    inverses = [s.squared_norm(k) / s.dim for s, k in zip(structures, state.factors, strict=True)]
-    start = scale_by_exponent(absolute, -2 * state.exponent)
-    return math.prod([number.astype(start.dtype) for number in inverses], start=start)
+    absolute = jnp.asarray(step.absolute_damping / step.batch_size, sizes.inverse.dtype)
+    # One by one: the product of the others alone may overflow where λ is zero.
+    return math.prod([*sizes.inverse], start=scale_by_exponent(absolute, -2 * state.exponent))
+
+
+def _plan_jobs(state: CurvatureState, sizes: _Sizes, *, step: Step) -> list[_Job]:
+    """Returns what a block's factors are renewed from, for each axis."""
+    relative = jnp.maximum(jnp.asarray(step.damping, sizes.mean.dtype) * sizes.mean, sizes.floor)
+    dampings = relative + _absolute_part(state, sizes, step) / sizes.inverse
+    retained = jnp.clip(state.retained, _LEAST_RETAINED, 1)
+    return [
+        _Job(k, s, damping.astype(s[0].dtype), retained.astype(s[0].dtype))
+        for k, s, damping in zip(state.factors, state.statistics, dampings, strict=True)
+    ]
 
 
 def _rounded_length(structure: Structure) -> int | None:
