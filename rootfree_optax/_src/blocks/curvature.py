@@ -445,7 +445,7 @@ class CurvatureRule(BlockRule):
         self, state: CurvatureState, momentum: jax.Array, gradient: jax.Array, direction: jax.Array, step: Step
     ) -> tuple[jax.Array, jax.Array, CurvatureState]:
         """Returns what to multiply D by, whether that is less than the full length, and the state."""
-        size = root_mean_square(momentum)
+        size = jnp.sqrt(jnp.mean(jnp.square(momentum)))  # of entries that are clipped, whose squares are numbers
         is_silent = jnp.max(jnp.abs(gradient)) == 0  # what the stacks' state keeps, too, so that it costs no pass
         agreement = self.average_agreement(state, momentum, gradient, step)
         rms = self.rms + (1 - self.rms) * jnp.where(is_silent, 0, jnp.clip(2 * agreement, 0, 1)).astype(size.dtype)
