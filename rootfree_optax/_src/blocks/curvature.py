@@ -265,7 +265,7 @@ class CurvatureRule(BlockRule):
         so that only entries count that are not zero.
         """
         scaled = scale_gradient(gradient, state.exponent, state.power, largest_rise=0.5, largest_fall=0.5)
-        touched = jnp.mean((scaled.gradient != 0).astype(scaled.power.dtype))
+        touched = jnp.mean((gradient != 0).astype(scaled.power.dtype))
         mean = (scaled.power / touched) ** (1 / len(structures))
         damped = (1 + jnp.asarray(step.damping, mean.dtype)) * mean
         identities, derived = tuple([s.identity(mean.dtype) for s in structures]), state.preconditioners
