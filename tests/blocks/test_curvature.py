@@ -202,24 +202,60 @@ def test_powers_of_the_curvature_are_accurate_over_four_decades(exponent):
     np.testing.assert_allclose(relative, np.eye(24), rtol=0, atol=3e-3)
 
 
-def test_the_absolute_damping_is_the_papers():
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_the_absolute_damping_is_the_papers(size):
     # λ·Π_{j≠n} tr(S̃ⱼ⁻¹)/dⱼ is added to S̃ₙ, in the units of B·S.
     shape, rng = (3, 2), np.random.default_rng(1)
     structures = [dense(3), dense(2)]
-    gradient = rng.standard_normal(shape)
-    numbers = step(damping=0.0, absolute_damping=0.6, batch_size=2.0)
+    gradient = size * rng.standard_normal(shape)
+    numbers = step(damping=0.0, absolute_damping=0.6 * size**2, batch_size=2.0)
     given = {"structures": structures, "step": numbers}
     with double_precision():
         rule = RootFree(step_size="newton", precision="highest")
         before = rule.start(rule.init(structures, [jnp.float64] * 2), jnp.asarray(gradient), **given)
         after = rule.refresh(before, jnp.asarray(gradient), **given)
-    damping = 0.3 / 4.0 ** int(before.exponent)
+    damping = 0.3 * size**2 / 4.0 ** int(before.exponent)
     for n, structure in enumerate(structures):
         other = np.asarray(before.factors[1 - n][0])
         mean_inverse = np.trace(other @ other.T) / len(other)
         damped = np.asarray(before.statistics[n][0]) + damping * mean_inverse * np.eye(structure.dim)
         k = np.asarray(after.factors[n][0])
         np.testing.assert_allclose(k @ k.T @ damped, np.eye(structure.dim), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_without_damping_a_gradient_of_rank_one_leaves_what_the_dtype_resolves(dtype):
+    rule, structure = RootFree(), [dense(4), dense(3)]
+    gradient = jnp.zeros((4, 3)).at[0, 0].set(1.0)
+    state = advance(rule, structure, [gradient] * 400, dtype=dtype, numbers=step(damping=0.0))
+    assert int(state.refused) == 0
+    part = 2.0**-14 if dtype == jnp.bfloat16 else 2.0**-23 / 8
+    for s, k in zip(state.statistics, state.factors, strict=True):
+        s, k = as_matrix(s), as_matrix(jax.tree.map(lambda part: part.astype(jnp.float32), k))
+        np.testing.assert_allclose((k @ k.T)[1, 1], 1 / (part * np.linalg.norm(s)), rtol=0.05)
+
+
+def test_a_refresh_that_is_not_finite_for_one_axis_is_refused_for_all():
+    rule, structures = RootFree(), [dense(3), dense(2)]
+    gradients = [jnp.asarray(g, jnp.float32) for g in np.random.default_rng(0).standard_normal((2, 3, 2))]
+    state = advance(rule, structures, gradients)
+    given = {"structures": structures, "step": step()}
+    twice = jax.tree.map(lambda s: 2 * s, state.statistics[0])  # so that the finite axis has a new factor
+    bad = state._replace(statistics=(twice, jax.tree.map(lambda s: s * jnp.nan, state.statistics[1])))
+    after = quick_jit(lambda state: rule.refresh(state, gradients[0], **given))(bad)
+    assert int(after.refused) == int(state.refused) + 1
+    for old, new in zip(jax.tree.leaves(bad.factors), jax.tree.leaves(after.factors), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_entries_that_the_first_gradient_does_not_touch_do_not_count(rows):
+    rule, structures = RootFree(), [dense(4), dense(3)]
+    gradient = jnp.zeros((4, 3)).at[:rows].set(0.75)
+    start = rule.init(structures, [jnp.float32] * 2)
+    state = quick_jit(lambda g: rule.start(start, g, structures=structures, step=step()))(gradient)
+    first, second = [float(s[0][0, 0]) for s in state.statistics]
+    np.testing.assert_allclose(first * second * 4.0 ** int(state.exponent), 0.75**2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 0.3, 1.0, 5e3, 1e20, 3e37])
