@@ -12,17 +12,12 @@ from rootfree_optax._src.layout import EMBEDDINGS, Group, Layout, Plan, as_matri
 from rootfree_optax._src.mesh.state_shardings import state_shardings
 from rootfree_optax._src.optimizers.diagonal import rf_adamw, rf_rmsprop
 from rootfree_optax._src.optimizers.kronecker import kl_shampoo, sirf_muon, sirf_shampoo
-from rootfree_optax._src.structures import Structure
+from rootfree_optax._src.structures.base import Structure
 from rootfree_optax._src.transforms.check import check
 from rootfree_optax._src.transforms.checksum import checksum
 from rootfree_optax._src.transforms.curvature import scale_by_kl_shampoo, scale_by_sirf_muon, scale_by_sirf_shampoo
 from rootfree_optax._src.transforms.describe import describe
-from rootfree_optax._src.transforms.diagonal import (
-    ScaleByRfAdamState,
-    ScaleByRfRmsState,
-    scale_by_rf_adam,
-    scale_by_rf_rms,
-)
+from rootfree_optax._src.transforms.diagonal import ScaleByRfState, scale_by_rf_adam, scale_by_rf_rms
 from rootfree_optax._src.transforms.factors import factors
 from rootfree_optax._src.transforms.info import info
 from rootfree_optax._src.transforms.kronecker import ScaleByKroneckerState, scale_by_kronecker
@@ -39,8 +34,7 @@ __all__ = [
     "Layout",
     "Plan",
     "ScaleByKroneckerState",
-    "ScaleByRfAdamState",
-    "ScaleByRfRmsState",
+    "ScaleByRfState",
     "Step",
     "Structure",
     "as_matrix",

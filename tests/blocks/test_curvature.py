@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rootfree_optax._src.blocks.curvature import RootFree, Spectral, Whitening, curvatures_along, scale_gradient
 from rootfree_optax._src.blocks.rule import Step
 from rootfree_optax._src.numerics.polar import orthogonalize
-from rootfree_optax._src.structures import dense, diagonal
+from rootfree_optax._src.structures.names import dense, diagonal
 
 WEIGHT, DAMPING = 0.2, 0.1
 MAKE = {"dense": dense, "diagonal": diagonal}

@@ -10,7 +10,7 @@ from kronecker_runs import quick_jit
 
 from rootfree_optax._src.blocks.apply import apply_factors, fold
 from rootfree_optax._src.blocks.sirf import outer_products
-from rootfree_optax._src.structures import dense, diagonal
+from rootfree_optax._src.structures.names import dense, diagonal
 
 # Lengths, which of them are diagonal, and the groups that they fold into.
 CASES = {

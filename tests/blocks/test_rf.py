@@ -12,7 +12,7 @@ from kronecker_runs import quick_jit
 
 from rootfree_optax._src.blocks.rf import CholeskyInverse, RfState, cholesky, solve
 from rootfree_optax._src.blocks.rule import Step
-from rootfree_optax._src.structures import structure_factory
+from rootfree_optax._src.structures.names import structure_factory
 
 # Shape, structures, and the number of samples of the curvature (0: it is the gradient).
 CASES = {

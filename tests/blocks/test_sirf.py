@@ -12,7 +12,7 @@ from rootfree_optax._src.blocks.apply import apply_factors
 from rootfree_optax._src.blocks.rule import Step
 from rootfree_optax._src.blocks.sirf import PublishedRefresh, balance, factor_steps, outer_products
 from rootfree_optax._src.numerics.finite import max_abs
-from rootfree_optax._src.structures import structure_factory
+from rootfree_optax._src.structures.names import structure_factory
 
 # Shape, structures, and the number of samples of the curvature (0: it is the gradient).
 CASES = {

@@ -16,7 +16,7 @@ from layouts import whole
 
 import rootfree_optax as rf
 from rootfree_optax._src.layout import Layout, Plan, as_matrix, flatten, weight_and_bias
-from rootfree_optax._src.structures import dense, diagonal
+from rootfree_optax._src.structures.names import dense, diagonal
 
 SHAPES = st.lists(st.integers(1, 6), max_size=3).map(tuple)
 SIZES = st.none() | st.integers(1, 7)
@@ -336,10 +336,10 @@ def test_parameters_without_factors_are_in_no_stack_and_come_back_as_they_are_gi
 @pytest.mark.parametrize(
     ("rest", "message"),
     [
-        ({}, "rest must have an array for each parameter without factors, but 'bias' is missing"),
+        ({}, "rest, of the parameters without factors, must .* but 'bias' is missing"),
         ({"bias": (5,)}, "but 'embed' is missing"),
-        ({"bias": (5,), "embed": (4, 6)}, r"rest must .* got \(4, 6\) at 'embed' instead of \(6, 4\)"),
-        ({"bias": (5,), "embed": (6, 4), "kernel": (4, 5)}, "'kernel' is not one"),
+        ({"bias": (5,), "embed": (4, 6)}, r"rest, .* must .* got \(4, 6\) at 'embed' instead of \(6, 4\)"),
+        ({"bias": (5,), "embed": (6, 4), "kernel": (4, 5)}, "without factors, must .* but 'kernel' is no parameter"),
     ],
     ids=["none", "missing", "shape", "more"],
 )

@@ -13,7 +13,7 @@ from layouts import whole
 import rootfree_optax as rf
 from rootfree_optax._src.layout import flatten
 from rootfree_optax._src.layout.rules import freeze
-from rootfree_optax._src.structures import block_diagonal
+from rootfree_optax._src.structures.names import block_diagonal
 
 PARAMS = {
     "conv": jax.ShapeDtypeStruct((3, 3, 5, 8), jnp.float32),

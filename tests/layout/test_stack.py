@@ -6,7 +6,7 @@ import pytest
 
 from rootfree_optax._src.layout import stack as stacks_of_blocks
 from rootfree_optax._src.layout.stack import Placement, Stack, place, widest
-from rootfree_optax._src.structures import block_diagonal, dense, diagonal
+from rootfree_optax._src.structures.names import block_diagonal, dense, diagonal
 
 
 def parts() -> list[Stack]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from layouts import whole
 
-from rootfree_optax._src.layout.unit import axes_from_front, axes_to_front, merge, squeeze
+from rootfree_optax._src.layout.unit import merge, squeeze
 
 SHAPES = st.lists(st.integers(1, 9), max_size=5).map(tuple)
 
@@ -70,10 +70,12 @@ def test_a_unit_reads_its_axes_without_reordering(shape: tuple, bound: int, data
 
 @pytest.mark.parametrize("axes", [(), (0,), (1,), (2,), (0, 2), (2, 0), (1, 2), (0, 1, 2)])
 def test_layer_axes_move_to_the_front_and_back(axes: tuple[int, ...]) -> None:
-    array = np.arange(60).reshape(3, 4, 5)
-    moved = axes_to_front(jnp.asarray(array), axes)
-    np.testing.assert_array_equal(moved, np.moveaxis(array, axes, range(len(axes))))
-    np.testing.assert_array_equal(axes_from_front(moved, axes), array)
+    array = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
+    (unit,) = whole(layer_axes=axes).plan(array).units
+    (blocks,) = unit.to_blocks([jnp.asarray(array)])
+    moved = np.moveaxis(array, axes, range(len(axes)))
+    np.testing.assert_array_equal(blocks.ravel(), moved.ravel())
+    np.testing.assert_array_equal(unit.from_blocks([blocks])[0], array)
 
 
 def test_layer_axes_that_lead_are_not_moved() -> None:

@@ -2,9 +2,8 @@
 
 import pytest
 
-from rootfree_optax._src.structures import (
+from rootfree_optax._src.structures.names import (
     STRUCTURE_NAMES,
-    TriangularToeplitz,
     block_diagonal,
     corner_diagonal,
     dense,
@@ -115,18 +114,6 @@ def test_a_size_below_one_is_an_error(name, message):
         structure_factory(name)
 
 
-@pytest.mark.parametrize("dim", [0, -1])
-@pytest.mark.parametrize("name", STRUCTURE_NAMES)
-def test_a_structure_without_rows_is_an_error(name, dim):
-    with pytest.raises(ValueError, match="at least one row"):
-        structure_factory(name)(dim)
-
-
 def test_what_is_neither_a_name_nor_a_factory_is_an_error():
     with pytest.raises(TypeError, match=r"a name or a callable.*got 3"):
         structure_factory(3)
-
-
-def test_toeplitz_without_rows_is_an_error():
-    with pytest.raises(ValueError, match="at least one row, got 0"):
-        TriangularToeplitz(0, lower=True)

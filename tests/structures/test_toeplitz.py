@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rootfree_optax._src.structures import TriangularToeplitz
+from rootfree_optax._src.structures.toeplitz import TriangularToeplitz
 
 
 def test_float32_is_accurate_for_many_rows():

@@ -11,7 +11,7 @@ from kronecker_runs import factors_of, quick_jit, scale_by_published, sirf_publi
 from layouts import whole
 
 import rootfree_optax as rf
-from rootfree_optax._src.structures import structure_factory
+from rootfree_optax._src.structures.names import structure_factory
 
 BATCH, STEPS, TOLERANCE = 32, 15, 1e-5
 SETTING = {"preconditioner_lr": 0.2, "damping": 0.0, "momentum": 0.8, "weight_decay": 0.1, "batch_size": BATCH}

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, has_smaller_range, upcast
 from rootfree_optax._src.numerics.finite import max_abs
 from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two
-from rootfree_optax._src.structures import dense
 from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
+from rootfree_optax._src.structures.names import dense
 
 _LONGEST = 32  # rows of a Kronecker product: one with more would cost more than the passes that it saves
 

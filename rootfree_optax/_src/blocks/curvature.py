@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rootfree_optax._src.blocks.apply import apply_factors, apply_transposes
-from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step, Structures
+from rootfree_optax._src.blocks.rule import BlockRule, Factors, Step, Structures
 from rootfree_optax._src.common.schedules import StepSize
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, has_smaller_range, is_low_precision, upcast
 from rootfree_optax._src.numerics.finite import max_abs, root_mean_square
@@ -47,9 +47,6 @@ _LARGEST_POWER = 2.0**60
 _LARGEST_DRIFT = 16
 # A block whose gradients are below this part of the whole tree's is rounding noise.
 _LEAST_PART = 1e-6
-# Products of square matrices: KᵀS̃K, and K times an inverse root.
-_REFRESH_PRODUCTS = 10
-_SYMMETRIC_ROOT_PRODUCTS, _POSITIVE_ROOT_PRODUCTS = 22, 8
 # How many square roots of S̃^(−1/2) make S̃^(−q).
 _ROOTS = {1 / 4: 1, 1 / 8: 2}
 # Between two refreshes S may lose all that it was. K grows at most as if a part of this size were left.
@@ -196,12 +193,6 @@ class CurvatureRule(BlockRule):
     trust_radius: ArrayLike | None = None
     precision: jax.lax.PrecisionLike = None
     rms: ClassVar[float] = 0.4  # of a step in noise, beside the learning rate; the ladder chose it
-    applications: ClassVar[int] = 2  # how often a matrix is applied along each axis, for one direction
-
-    @property
-    def root_products(self) -> int:
-        """How many products of square matrices `derive_factor` takes for each axis."""
-        return 0
 
     @property
     @abc.abstractmethod
@@ -209,8 +200,8 @@ class CurvatureRule(BlockRule):
         """The powers of the momentum and of the inverse curvature that D is made of."""
 
     def squared_length(self, momentum: jax.Array, direction: jax.Array) -> jax.Array:
-        """Returns mean((M ×ₙ Kₙᵀ)²), a scalar, from M and its direction."""
-        raise TypeError(f"{type(self).__name__} bounds its steps itself, and takes no trust_radius.")
+        """Returns mean((M ×ₙ Kₙᵀ)²), a scalar: mean⟨M, D⟩ for D = M ×ₙ KₙKₙᵀ."""
+        return jnp.mean(momentum * direction)
 
     def scale(self, state: CurvatureState) -> jax.Array:
         """Returns the base-2 logarithm of the root mean square of the block's gradients; −∞ before the first."""
@@ -358,13 +349,13 @@ class CurvatureRule(BlockRule):
             whole = max([structures[index] for index in members], key=lambda structure: structure.dim)
             is_padded = any(structures[index] != whole for index in members)
             padded = [_pad(jobs[index], structures[index], whole) if is_padded else jobs[index] for index in members]
-            batch = jax.tree.map(lambda *leaves: jnp.concatenate(leaves) if len(leaves) > 1 else leaves[0], *padded)
+            batch = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *padded)
             result = jax.vmap(functools.partial(self._renew, structure=whole))(batch)
             first = 0
             for index in members:
                 last = first + len(jobs[index].retained)
                 own = jax.tree.map(lambda leaf, rows=slice(first, last): leaf[rows], result)
-                renewed[index] = _crop(own, structures[index]) if is_padded else own
+                renewed[index] = _crop(own, structures[index].dim) if is_padded else own
                 first = last
         return [renewed[index] for index in range(len(jobs))]
 
@@ -496,17 +487,6 @@ class CurvatureRule(BlockRule):
         excess = self.squared_length(momentum, direction) / jnp.square(jnp.asarray(self.trust_radius, dtype))
         return length / jnp.maximum(excess, 1), excess > 1
 
-    def flops(self, structures: Structures) -> BlockFlops:
-        """Returns the operations of the products; those of diagonal structures count, too."""
-        size = math.prod([structure.dim for structure in structures])
-        each = [structure.flops(size // structure.dim) for structure in structures]
-        applied = sum([flops.apply for flops in each])
-        return BlockFlops(
-            observe=(len(each) - 1) * applied + sum([flops.project_outer for flops in each]),
-            refresh=(_REFRESH_PRODUCTS + self.root_products) * sum([flops.matmul for flops in each]),
-            precondition=self.applications * applied,
-        )
-
     def supports(self, structure: Structure) -> str | None:
         """Returns why a structure has no statistics of its own, if it is not closed under transposition."""
         if structure.is_symmetric:
@@ -616,10 +596,10 @@ def _pad(job: _Job, structure: Structure, whole: Structure) -> _Job:
     return _Job(factor, statistics, vector(job.damping), vector(job.retained))
 
 
-def _crop(renewed: _Renewed, structure: Structure) -> _Renewed:
-    """Returns a stack's renewed factors without the rows and columns that `_pad` added."""
-    crop = lambda parts: tuple([p[(..., *map(slice, d))] for p, d in zip(parts, structure.part_shapes, strict=True)])
-    return renewed._replace(factor=crop(renewed.factor), derived=renewed.derived and crop(renewed.derived))
+def _crop(renewed: _Renewed, dim: int) -> _Renewed:
+    """Returns a stack's renewed dense factors without the rows and columns that `_pad` added."""
+    factor, derived = jax.tree.map(lambda part: part[:, :dim, :dim], (renewed.factor, renewed.derived))
+    return renewed._replace(factor=factor, derived=derived)
 
 
 _register = functools.partial(
@@ -633,10 +613,6 @@ class RootFree(CurvatureRule):
     """The root-free step, D = M ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ (Lin et al. 2024)."""
 
     degrees = 1.0, 1.0
-
-    def squared_length(self, momentum: jax.Array, direction: jax.Array) -> jax.Array:
-        """Returns mean⟨M, D⟩."""
-        return jnp.mean(momentum * direction)
 
     def precondition_momentum(self, state: CurvatureState, momentum: jax.Array, structures: Structures) -> jax.Array:
         """Returns M ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ."""
@@ -654,8 +630,6 @@ class Whitening(CurvatureRule):
     """
 
     degrees = 1.0, 0.5
-    applications = 1
-    root_products = _SYMMETRIC_ROOT_PRODUCTS
 
     def squared_length(self, momentum: jax.Array, direction: jax.Array) -> jax.Array:
         """Returns mean(D²)."""
@@ -690,18 +664,6 @@ class Spectral(CurvatureRule):
     def options(self) -> Mapping[str, Any]:
         """Returns the power: preconditioners are of it until the next refresh."""
         return {"power": float(self.power)}
-
-    @property
-    def root_products(self) -> int:
-        """How many products of square matrices `derive_factor` takes for each axis."""
-        return 0 if self.power == 0.5 else _SYMMETRIC_ROOT_PRODUCTS + _ROOTS[self.power] * _POSITIVE_ROOT_PRODUCTS
-
-    def flops(self, structures: Structures) -> BlockFlops:
-        """Returns the operations, those of the orthogonalization included."""
-        *others, columns = [structure.dim for structure in structures]
-        short, long = sorted([math.prod(others), columns])
-        flops = super().flops(structures)
-        return flops._replace(precondition=flops.precondition + 5 * (4 * short**2 * long + 2 * short**3))
 
     @property
     def degrees(self) -> tuple[float, float]:

@@ -127,13 +127,6 @@ def map_gradients(function: Callable[..., Any], gradients: Any, *rest: Any) -> A
     )
 
 
-def map_accumulators(function: Callable[..., Any], accumulators: Any, gradients: Any) -> Any:
-    """Maps `function(accumulator, gradient)` over trees; a gradient of None leaves the accumulator as it was."""
-    return jax.tree.map(
-        lambda g, a: a if g is None else function(a, jnp.asarray(g)), gradients, accumulators, is_leaf=is_none
-    )
-
-
 def map_steps(function: Callable[..., tuple[Any, ...]], gradients: Any, *accumulators: Any) -> tuple[Any, ...]:
     """Maps `function(gradient, *accumulators)`, which returns a result and new accumulators; returns a tree of each.
 

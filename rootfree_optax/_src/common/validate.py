@@ -30,12 +30,6 @@ AT_MOST_ONE = Range("in [0, 1]", lambda x: 0 <= x <= 1)
 _WHOLE = Range("a whole number of at least 1", lambda x: 1 <= x < math.inf and x == int(x))
 
 
-def known_value(value: Any) -> float | None:
-    """Returns the value of a Python or NumPy number, or of an array; None for a tracer, and for anything else."""
-    is_known = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
-    return float(value) if is_known and not isinstance(value, jax.core.Tracer) else None
-
-
 def is_zero(value: Any) -> bool:
     """Returns whether `value` is the number zero, which turns a feature off at construction; an array never does."""
     return isinstance(value, int | float | np.generic) and value == 0
@@ -49,7 +43,7 @@ def kind_of(value: Any) -> str | None:
 def require_scalar(name: str, value: Any) -> None:
     """Raises a TypeError for anything but a real number: of Python or NumPy, or an array or tracer without axes."""
     is_array = isinstance(value, np.generic | np.ndarray | jax.Array)
-    if is_array and np.shape(value) == () and _is_real(value.dtype):
+    if is_array and np.shape(value) == () and any(jnp.issubdtype(value.dtype, k) for k in (jnp.floating, jnp.integer)):
         return
     if isinstance(value, int | float) and not isinstance(value, bool):
         return
@@ -59,10 +53,6 @@ def require_scalar(name: str, value: Any) -> None:
         with contextlib.suppress(ValueError):
             hint = f"Convert it: {float(value)!r} without quotes. YAML reads 1e-3 as a string, and 1.0e-3 as a number."
     raise TypeError(f"{name} must be a real number, got {value!r}. {hint}")
-
-
-def _is_real(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
 def require_number(name: str, value: Any, allowed: Range, *, schedule: bool = True, optional: bool = False) -> None:
@@ -87,8 +77,7 @@ def require_number(name: str, value: Any, allowed: Range, *, schedule: bool = Tr
             "step, wrap the optimizer in optax.inject_hyperparams."
         )
     require_scalar(name, value)
-    number = known_value(value)
-    if number is not None and not allowed.contains(number):
+    if not isinstance(value, jax.core.Tracer) and not allowed.contains(float(value)):
         raise ValueError(f"{name} must be {allowed.text}, got {value}.")
 
 

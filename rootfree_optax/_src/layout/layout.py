@@ -31,7 +31,8 @@ from rootfree_optax._src.layout.shards import (
 from rootfree_optax._src.layout.split import Cut
 from rootfree_optax._src.layout.stack import place
 from rootfree_optax._src.layout.unit import Unit, make_stacks, merge, squeeze, without_axes
-from rootfree_optax._src.structures import Structure, StructureFactory, dense, diagonal
+from rootfree_optax._src.structures.base import Structure
+from rootfree_optax._src.structures.names import StructureFactory, dense, diagonal
 
 # A longer axis is that of a vocabulary, whose rows are updated one by one.
 _LONGEST_AXIS = 32_768

@@ -189,15 +189,8 @@ class Plan:
     def _require_rest(self, arrays: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the arrays of `rest` for the leaves that are not None, after checking paths and shapes."""
         expected = {entry.path: entry.shape for entry in self.rest if leaves[entry.path] is not None}
-        if missing := expected.keys() - arrays.keys():
-            raise ValueError(
-                f"rest must have an array for each parameter without factors, but {min(missing)!r} is missing. "
-                "Pass its update, or plan with Layout(diagonal=None)."
-            )
-        if unknown := arrays.keys() - {entry.path for entry in self.rest}:
-            raise ValueError(f"rest must have parameters without factors only, but {min(unknown)!r} is not one.")
-        found = {path: arrays[path] for path in expected}
-        trees.require_shapes(found, expected, name="rest")
+        found = {path: array for path, array in arrays.items() if leaves.get(path, array) is not None}
+        trees.require_shapes(found, expected, name="rest, of the parameters without factors,")
         return found
 
     @functools.cached_property

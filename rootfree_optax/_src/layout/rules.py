@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.common.validate import require_floating_dtype
 from rootfree_optax._src.layout.paths import require_expression
-from rootfree_optax._src.structures import StructureFactory, structure_factory
+from rootfree_optax._src.structures.names import StructureFactory, structure_factory
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")

@@ -80,7 +80,8 @@ def split(array: jax.Array, cuts: Sequence[Cut], relayout: RelayoutFn) -> tuple[
     Returns:
       One array [n, *block] for each window, ordered by layer and, within a layer, row by row.
     """
-    return tuple(_to_blocks(_slice(array, window), cuts, window, relayout) for window in windows(cuts))
+    inside = lambda window: array[(..., *(slice(run.start, run.stop) for run in window))]
+    return tuple(_to_blocks(inside(window), cuts, window, relayout) for window in windows(cuts))
 
 
 def join(blocks: Sequence[jax.Array], cuts: Sequence[Cut], layer_shape: Shape) -> jax.Array:
@@ -102,14 +103,6 @@ def join(blocks: Sequence[jax.Array], cuts: Sequence[Cut], layer_shape: Shape) -
             parts = [jax.lax.concatenate(pair, len(layer_shape) + axis) for pair in neighbours]
     (array,) = parts
     return array
-
-
-def _slice(array: jax.Array, window: Sequence[Run]) -> jax.Array:
-    layer_shape = array.shape[: array.ndim - len(window)]
-    starts = (*(0 for _ in layer_shape), *(run.start for run in window))
-    stops = (*layer_shape, *(run.stop for run in window))
-    # A slice of the whole array would still be an operation of the program.
-    return array if stops == array.shape and not any(starts) else jax.lax.slice(array, starts, stops)
 
 
 def _interleaved(window: Sequence[Run], layer_shape: Shape) -> tuple[Shape, tuple[int, ...]]:

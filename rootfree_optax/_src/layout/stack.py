@@ -1,7 +1,6 @@
 """Stacks: all blocks of one kind in the whole tree, as one array."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
@@ -30,8 +29,8 @@ class Stack:
 
     @property
     def part_shapes(self) -> list[Shape]:
-        """The shapes of the parts of all factors, axis by axis, with a leading axis of blocks."""
-        return [(self.count, *shape) for structure in self.structures for shape in structure.part_shapes]
+        """The shapes of the parts of a block's factors, axis by axis."""
+        return [shape for structure in self.structures for shape in structure.part_shapes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +56,6 @@ def place(parts: Sequence[Stack]) -> tuple[tuple[Stack, ...], tuple[Placement, .
         placements.append(Placement(list(counts).index(kind), start, part.count))
         counts[kind] += part.count
     return tuple(dataclasses.replace(kind, count=count) for kind, count in counts.items()), tuple(placements)
-
-
-def are_padded(counts: Sequence[int], lengths: Sequence[int]) -> bool:
-    """Returns whether lengths are counts rounded up to a multiple of one number, as of stacks split over devices."""
-    multiple = math.gcd(*lengths)
-    return all(0 <= length - count < multiple for count, length in zip(counts, lengths, strict=True))
 
 
 def widest(dtypes: Iterable[DTypeLike]) -> jnp.dtype:
@@ -96,7 +89,7 @@ def stack(
             jnp.full((count, *target.shape), -jnp.inf, dtype) if piece is None else piece.astype(dtype)
             for piece, count in parts
         ]
-        arrays.append(filled[0] if len(filled) == 1 else jax.lax.concatenate(filled, 0))
+        arrays.append(jax.lax.concatenate(filled, 0))
     return tuple(arrays)
 
 

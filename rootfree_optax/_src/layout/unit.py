@@ -17,7 +17,7 @@ from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.layout import split
 from rootfree_optax._src.layout.group import Group, join_members, split_members
 from rootfree_optax._src.layout.stack import Stack, widest
-from rootfree_optax._src.structures import StructureFactory
+from rootfree_optax._src.structures.names import StructureFactory
 
 
 def squeeze(shape: Shape) -> Shape:
@@ -43,22 +43,6 @@ def merge(shape: Shape, bound: int) -> Shape:
 def without_axes(shape: Sequence[int], axes: Sequence[int]) -> Shape:
     """Returns a shape without the axes at the given positions."""
     return tuple(length for axis, length in enumerate(shape) if axis not in axes)
-
-
-def axes_to_front(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Moves the axes at the given positions to the front, in their order."""
-    # An identity transposition would still be an operation of the program.
-    if axes == tuple(range(len(axes))):
-        return array
-    return array.transpose(*axes, *without_axes(range(array.ndim), axes))
-
-
-def axes_from_front(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Moves the leading axes to the given positions: the inverse of `axes_to_front`."""
-    if axes == tuple(range(len(axes))):
-        return array
-    permutation = (*axes, *without_axes(range(array.ndim), axes))
-    return array.transpose(*sorted(range(array.ndim), key=permutation.__getitem__))
 
 
 def no_relayout(array: jax.Array, cuts: Sequence[split.Cut], first: int) -> jax.Array:
@@ -109,7 +93,8 @@ class Unit:
           arrays: one array for each parameter, of `shapes`.
           relayout: reshards the tensor [*layers, *lengths] and the blocks cut from it, see `RelayoutFn`.
         """
-        arrays = [axes_to_front(array, axes) for array, axes in zip(arrays, self.layer_axes, strict=True)]
+        pairs = zip(arrays, self.layer_axes, strict=True)
+        arrays = [jnp.moveaxis(array, axes, range(len(axes))) for array, axes in pairs]
         tensor = arrays[0]
         if self.rule is not None:
             dtype = widest([array.dtype for array in arrays])
@@ -131,7 +116,8 @@ class Unit:
         if self.rule is not None:
             shapes = [without_axes(shape, axes) for shape, axes in zip(self.shapes, self.layer_axes, strict=True)]
             arrays = split_members(tensor, self.rule, shapes, len(self.layer_shape))
-        return tuple([axes_from_front(array, axes) for array, axes in zip(arrays, self.layer_axes, strict=True)])
+        pairs = zip(arrays, self.layer_axes, strict=True)
+        return tuple([jnp.moveaxis(array, range(len(axes)), axes) for array, axes in pairs])
 
     def block_indices(self) -> Iterator[list[tuple[Shape, Shape]]]:
         """Yields for each stack the indices of its blocks, in order: along the layer axes, and along the cut axes."""

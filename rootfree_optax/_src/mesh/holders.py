@@ -106,7 +106,7 @@ class Holders(NamedTuple):
         members = [[b for b, kind in zip(blocks, self.kinds, strict=True) if kind.stack == i] for i in range(stacks)]
         dtypes = [widest([block.dtype for block in of_stack]) for of_stack in members]
         pairs = zip(members, dtypes, strict=True)
-        return tuple([_concatenate([block.astype(dtype) for block in of_stack]) for of_stack, dtype in pairs])
+        return tuple([jnp.concatenate([block.astype(dtype) for block in of_stack]) for of_stack, dtype in pairs])
 
     def from_owners(self, blocks: Sequence[jax.Array]) -> list[jax.Array]:
         """Returns each kind's fragments: the inverse of `to_owners`."""
@@ -146,10 +146,6 @@ class Holders(NamedTuple):
 
 def _interleave(first: Sequence[int], second: Sequence[int]) -> list[int]:
     return [number for pair in zip(first, second, strict=True) for number in pair]
-
-
-def _concatenate(arrays: Sequence[jax.Array]) -> jax.Array:
-    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
 
 
 def _pad(rows: jax.Array, kind: Kind, value: int) -> jax.Array:

@@ -9,7 +9,6 @@ belongs to one of its holders, see `holders.py`. Elsewhere the compiler decides 
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -179,14 +178,6 @@ class DividedStacks(WholeStacks):
         """Returns the tree whose blocks are given: the inverse of `pack`."""
         return _unpack_divided(self, tuple(stacks), like, rest)
 
-    def _pack_padded(self, tree: Any, name: str, sample_axis: bool, relayout: RelayoutFn = no_relayout) -> Stacks:
-        stacks = _pack(self.plan, tree, name, sample_axis, relayout)
-        return tuple(_pad(stack, length) for stack, length in zip(stacks, self.lengths, strict=True))
-
-    def _unpack_padded(self, stacks: Sequence[jax.Array], like: Any, rest: Mapping[str, Any] | None) -> Any:
-        own = [array[: stack.count] for array, stack in zip(stacks, self.stacks, strict=True)]
-        return self.plan.unpack(own, like, rest=rest)
-
 
 @dataclasses.dataclass(frozen=True)
 class HeldStacks(DividedStacks):
@@ -305,7 +296,7 @@ def _pack_divided(divided: DividedStacks, tree: Any, name: str, sample_axis: boo
 
     def to_stacks(tree: Any) -> Stacks:
         relayout = functools.partial(split_within_blocks, mesh, axes)
-        stacks = divided._pack_padded(tree, name, sample_axis, relayout)
+        stacks = map(_pad, _pack(divided.plan, tree, name, sample_axis, relayout), divided.lengths)
         return tuple(move(mesh, stack, route(mesh, axes, stack.shape)) for stack in stacks)
 
     return partition(mesh, to_stacks, [PartitionSpec(axes)] * len(divided.stacks), tree)
@@ -320,8 +311,9 @@ def _unpack_divided(divided: DividedStacks, stacks: Stacks, like: Any, rest: Map
         # The stops of `_pack_divided` backwards, without the last, where the stacks are.
         stops = [route(mesh, divided.axes, stack.shape)[-2::-1] for stack in stacks]
         whole = [move(mesh, stack, back) for stack, back in zip(stacks, stops, strict=True)]
-        pairs = zip(jax.tree.leaves(divided._unpack_padded(whole, like, rest)), jax.tree.leaves(like), strict=True)
-        return tuple(itertools.starmap(_lay_out, pairs))
+        own = [array[: stack.count] for array, stack in zip(whole, divided.stacks, strict=True)]
+        directions = divided.plan.unpack(own, like, rest=rest)
+        return tuple(map(_lay_out, jax.tree.leaves(directions), jax.tree.leaves(like)))
 
     specs = [_spec(leaf) for leaf in leaves]
     return jax.tree.unflatten(structure, partition(mesh, to_leaves, specs, stacks, like, rest))

@@ -27,15 +27,12 @@ def power_of_two(exponent: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
-def within_range(array: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Clips a real `array` to the finite numbers of its own dtype and of `dtype`."""
-    limit = jnp.asarray(min(float(jnp.finfo(dtype).max), float(jnp.finfo(array.dtype).max)), array.dtype)
-    return jax.lax.clamp(-limit, array, limit)
-
-
 def saturate(array: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Casts `array` to `dtype`. Real entries outside of the range of either dtype become the end of that range."""
-    return array.astype(dtype) if jnp.iscomplexobj(array) else within_range(array, dtype).astype(dtype)
+    if jnp.iscomplexobj(array):
+        return array.astype(dtype)
+    limit = jnp.asarray(min(float(jnp.finfo(dtype).max), float(jnp.finfo(array.dtype).max)), array.dtype)
+    return jax.lax.clamp(-limit, array, limit).astype(dtype)
 
 
 def truncate(array: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -151,7 +151,7 @@ def _refresh_in_groups(step: StackStep, samples: tuple[jax.Array, ...], blocks: 
         given = [(blocks[index], samples[index]) for index in group]
         refresh = functools.partial(_refresh_stacks, step, [step.stacks[index] for index in group])
         if len(group) == 1:
-            size = _portion(len(given[0][1]), *_part_shapes(step.stacks[group[0]]), most=16)
+            size = _portion(len(given[0][1]), *step.stacks[group[0]].part_shapes, most=16)
             refreshed[group[0]] = _in_portions(lambda *own, refresh=refresh: refresh(own)[0], size, *given[0])
         else:
             refreshed |= zip(group, refresh(*given), strict=True)
@@ -162,7 +162,7 @@ def _groups(step: StackStep, lengths: Sequence[int]) -> list[list[int]]:
     """Returns the stacks that are refreshed together, in groups of factors as large as a quarter of all blocks."""
     if type(step.rule).refresh_stacks is BlockRule.refresh_stacks:
         return [[index] for index in range(len(lengths))]
-    entries = [sum(map(math.prod, _part_shapes(stack))) for stack in step.stacks]
+    entries = [sum(map(math.prod, stack.part_shapes)) for stack in step.stacks]
     sizes = [length * own for own, length in zip(entries, lengths, strict=True)]
     total = sum([length * math.prod(stack.shape) for stack, length in zip(step.stacks, lengths, strict=True)])
     limit = max(_MIN_ENTRIES_TOGETHER, total // 4)
@@ -174,11 +174,6 @@ def _groups(step: StackStep, lengths: Sequence[int]) -> list[list[int]]:
         groups[-1].append(index)
         room -= sizes[index]
     return groups
-
-
-def _part_shapes(stack: Stack) -> list[Shape]:
-    """Returns the shapes of the parts of a block's factors."""
-    return [shape for structure in stack.structures for shape in structure.part_shapes]
 
 
 def _refresh_stacks(step: StackStep, stacks: Sequence[Stack], *given: tuple[BlockState, jax.Array]) -> list[BlockState]:

@@ -11,7 +11,6 @@ https://arxiv.org/abs/2312.05705).
 """
 
 import abc
-import dataclasses
 from typing import TypeAlias
 
 import jax
@@ -20,16 +19,6 @@ from jax.lax import PrecisionLike
 from jax.typing import ArrayLike, DTypeLike
 
 Parts: TypeAlias = tuple[jax.Array, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Flops:
-    """The floating-point operations, with a multiply-add as two, of a structure's operations."""
-
-    apply: int
-    project_outer: int
-    matmul: int
-    project_inner: int
 
 
 def times_scalar(parts: Parts, factor: ArrayLike) -> Parts:
@@ -102,7 +91,7 @@ class Structure(abc.ABC):
         Raises:
           ValueError: if the set is not symmetric.
         """
-        raise self.not_symmetric("K Kᵀ")
+        raise self.not_symmetric()
 
     def symmetric_root(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
         """Returns the parts of (K Kᵀ)^(1/2), which is symmetric positive semidefinite, if the set is symmetric.
@@ -110,7 +99,7 @@ class Structure(abc.ABC):
         Raises:
           ValueError: if the set is not symmetric.
         """
-        raise self.not_symmetric("(K Kᵀ)^(1/2)")
+        raise self.not_symmetric()
 
     def positive_root(self, parts: Parts, least: ArrayLike, *, precision: PrecisionLike = None) -> Parts:
         """Returns the parts of M^(1/2) for symmetric M without eigenvalues below `least`, if the set is symmetric.
@@ -118,7 +107,7 @@ class Structure(abc.ABC):
         Raises:
           ValueError: if the set is not symmetric.
         """
-        raise self.not_symmetric("M^(1/2)")
+        raise self.not_symmetric()
 
     def congruence(self, parts: Parts, symmetric: Parts) -> Parts:
         """Returns the parts of Kᵀ S K for a symmetric S in the accumulation dtype, at the highest precision.
@@ -126,7 +115,7 @@ class Structure(abc.ABC):
         Raises:
           ValueError: if the set is not symmetric.
         """
-        raise self.not_symmetric("Kᵀ S K")
+        raise self.not_symmetric()
 
     def times_inverse_root(
         self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: PrecisionLike = None
@@ -142,7 +131,7 @@ class Structure(abc.ABC):
         Raises:
           ValueError: if the set is not symmetric.
         """
-        raise self.not_symmetric("K (a·I + E)^(−1/2)")
+        raise self.not_symmetric()
 
     @abc.abstractmethod
     def apply(
@@ -174,15 +163,11 @@ class Structure(abc.ABC):
         Raises:
           ValueError: if the set is not symmetric.
         """
-        raise self.not_symmetric("Tr(K)")
+        raise self.not_symmetric()
 
-    @abc.abstractmethod
-    def flops(self, columns: int) -> Flops:
-        """Returns the cost of the operations, for a tensor of d × `columns` entries."""
-
-    def not_symmetric(self, matrix: str) -> ValueError:
-        """Returns the error of an operation whose result, `matrix`, is in symmetric sets alone."""
-        return ValueError(f"{matrix} needs a structure that is closed under transposition, got {self.name!r}.")
+    def not_symmetric(self) -> ValueError:
+        """Returns the error of an operation whose result is in symmetric sets alone."""
+        return ValueError(f"this needs a structure that is closed under transposition, got {self.name!r}.")
 
     def __repr__(self) -> str:
         return f"{self.name}({self.dim})"

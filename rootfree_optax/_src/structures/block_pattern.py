@@ -20,7 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.numerics.dtypes import upcast
 from rootfree_optax._src.numerics.products import einsum
-from rootfree_optax._src.structures.base import Flops, Parts, Structure
+from rootfree_optax._src.structures.base import Parts, Structure
 from rootfree_optax._src.structures.block_diagonal import BlockDiagonal, multiply_along, subscripts_along
 
 Pair: TypeAlias = tuple[int, int]
@@ -50,19 +50,6 @@ class BlockPattern(Structure):
     segments: tuple[BlockDiagonal, ...]
     couplings: tuple[Pair, ...] = ()
     name: str = dataclasses.field(default="pattern", compare=False)
-
-    def __post_init__(self) -> None:
-        if len(self.segments) < 2:
-            raise ValueError(f"a pattern must have at least two segments, got {self.segments}.")
-        indices = range(len(self.segments))
-        if len(set(self.couplings)) < len(self.couplings) or not {*itertools.chain(*self.couplings)} <= {*indices}:
-            raise ValueError(f"couplings must be distinct pairs of {indices}, got {self.couplings}.")
-        for (i, k), (m, j) in itertools.product(self.couplings, repeat=2):
-            if k == m and (i == j or (i, j) not in self.couplings):
-                raise ValueError(
-                    f"couplings must be transitive and without cycles, got {self.couplings}: the product of the "
-                    f"blocks {(i, k)} and {(m, j)} falls outside the set."
-                )
 
     @property
     def dim(self) -> int:
@@ -108,27 +95,27 @@ class BlockPattern(Structure):
         )
 
     def square(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
-        return self._by_segment("K Kᵀ", lambda segment, k: segment.square(k, precision=precision), parts)
+        return self._by_segment(lambda segment, k: segment.square(k, precision=precision), parts)
 
     def congruence(self, parts: Parts, symmetric: Parts) -> Parts:
-        return self._by_segment("Kᵀ S K", lambda segment, k, s: segment.congruence(k, s), parts, symmetric)
+        return self._by_segment(lambda segment, k, s: segment.congruence(k, s), parts, symmetric)
 
     def trace(self, parts: Parts) -> jax.Array:
-        return _add(self._by_segment("Tr(K)", lambda segment, k: (segment.trace(k),), parts))
+        return _add(self._by_segment(lambda segment, k: (segment.trace(k),), parts))
 
     def symmetric_root(self, parts: Parts, *, precision: PrecisionLike = None) -> Parts:
         root = lambda segment, k: segment.symmetric_root(k, precision=precision)
-        return self._by_segment("(K Kᵀ)^(1/2)", root, parts)
+        return self._by_segment(root, parts)
 
     def positive_root(self, parts: Parts, least: ArrayLike, *, precision: PrecisionLike = None) -> Parts:
         root = lambda segment, m: segment.positive_root(m, least, precision=precision)
-        return self._by_segment("M^(1/2)", root, parts)
+        return self._by_segment(root, parts)
 
     def times_inverse_root(
         self, parts: Parts, excess: Parts, *, shift: ArrayLike, precision: PrecisionLike = None
     ) -> Parts:
         product = lambda segment, k, e: segment.times_inverse_root(k, e, shift=shift, precision=precision)
-        return self._by_segment("K (a·I + E)^(−1/2)", product, parts, excess)
+        return self._by_segment(product, parts, excess)
 
     def apply(
         self, parts: Parts, tensor: jax.Array, axis: int, *, transposed: bool = False, precision: PrecisionLike = None
@@ -169,23 +156,7 @@ class BlockPattern(Structure):
         """Returns ‖K‖²_F, the sum of the squares of all entries."""
         return _add([jnp.sum(jnp.square(upcast(part))) for part in parts])
 
-    def flops(self, columns: int) -> Flops:
-        dims, pairs = [segment.dim for segment in self.segments], self._pairs
-
-        def cost(i: int, j: int, columns: int) -> int:
-            return 2 * (self.segments[i].size if i == j else dims[i]) * dims[j] * columns
-
-        applied = sum(cost(i, j, columns) for i, j in pairs)
-        matmul = sum(cost(i, i, segment.size) for i, segment in enumerate(self.segments))
-        inner = matmul + sum(cost(i, i, dims[k]) for k, i in self.couplings)
-        for (i, j), k in itertools.product(self.couplings, range(len(dims))):
-            if (i, k) in pairs and (k, j) in pairs:
-                matmul += cost(j, j, dims[i]) if k == j else cost(i, k, dims[j])
-            if (k, i) in pairs and (k, j) in pairs:
-                inner += cost(i, k, dims[j])
-        return Flops(apply=applied, project_outer=applied, matmul=matmul, project_inner=inner)
-
-    def _by_segment(self, matrix: str, operation: Callable[..., Parts], *operands: Parts) -> Parts:
+    def _by_segment(self, operation: Callable[..., Parts], *operands: Parts) -> Parts:
         """Returns the parts of an operation on symmetric sets, which takes each segment by itself.
 
         Args:
@@ -197,7 +168,7 @@ class BlockPattern(Structure):
           ValueError: if there are couplings.
         """
         if self.couplings:
-            raise self.not_symmetric(matrix)
+            raise self.not_symmetric()
         each = zip(self.segments, *operands, strict=True)
         return (*itertools.chain(*[operation(segment, *[(part,) for part in own]) for segment, *own in each]),)
 

@@ -37,8 +37,6 @@ def _require_positive(**sizes: int) -> None:
 
 def _pattern(name: str, dim: int, sizes: Sequence[Pair], couplings: Sequence[Pair] = ()) -> Structure:
     """Returns the pattern with segments of the given (count, size), without empty segments and their couplings."""
-    if dim < 1:
-        raise ValueError(f"a structure must have at least one row, got {dim}.")
     left = [i for i, (count, size) in enumerate(sizes) if count * size > 0]
     segments = tuple(BlockDiagonal(*sizes[i]) for i in left)
     if len(segments) == 1:

@@ -45,7 +45,8 @@ def update_squares(
       ValueError: for a tree unlike the parameters.
     """
     trees.require_like(gradients, old, name="gradients")
-    if curvature is None:
-        return trees.map_accumulators(average, old, gradients)
-    trees.require_like(curvature, old, name="curvature", sample_axis=True)
-    return trees.map_accumulators(average, old, curvature)
+    if curvature is not None:
+        trees.require_like(curvature, old, name="curvature", sample_axis=True)
+    evidence = gradients if curvature is None else curvature
+    take_in = lambda g, s: s if g is None else average(s, jnp.asarray(g))
+    return jax.tree.map(take_in, evidence, old, is_leaf=trees.is_none)

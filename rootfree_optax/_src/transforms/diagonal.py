@@ -1,6 +1,7 @@
 """Scale-free root-free diagonal transformations: RF-RMSProp's and RF-Adam's rescaling of the gradient."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,31 +24,17 @@ from rootfree_optax._src.transforms.accumulators import init_average, init_squar
 from rootfree_optax._src.transforms.origin import describe_tree, dtype_name, make_origin, nan_unless, require_origin
 
 
-class ScaleByRfRmsState(NamedTuple):
-    """State of `scale_by_rf_rms`.
+class ScaleByRfState(NamedTuple):
+    """State of `scale_by_rf_rms` and of `scale_by_rf_adam`.
 
     Attributes:
       count: how many updates there have been.
+      mu: the gradient's average m, a tree like the parameters; None without.
       nu: the accumulator s, a tree like the parameters.
       origin: what the state belongs to, see `rf.check`.
     """
 
     count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
-    nu: Any
-    origin: Any
-
-
-class ScaleByRfAdamState(NamedTuple):
-    """State of `scale_by_rf_adam`.
-
-    Attributes:
-      count: how many updates there have been.
-      mu: the gradient's average m, a tree like the parameters.
-      nu: the accumulator s, a tree like the parameters.
-      origin: what the state belongs to, see `rf.check`.
-    """
-
-    count: jax.Array  # type: ignore[assignment]
     mu: Any
     nu: Any
     origin: Any
@@ -104,36 +91,11 @@ def scale_by_rf_rms(
       Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
       https://arxiv.org/abs/2402.03496
     """
-    at_construction = batch_size
     validate.require_number("decay", decay, validate.FRACTION)
-    _require_valid(damping, absolute_damping, step_size, batch_size, nu_dtype=nu_dtype)
     options = {"transformation": "scale_by_rf_rms", "nu_dtype": dtype_name(nu_dtype)}
-
-    def init(params: optax.Params) -> ScaleByRfRmsState:
-        trees.require_inexact(params)
-        nu = init_squares(params, nu_dtype)
-        return ScaleByRfRmsState(jnp.zeros([], jnp.int32), nu, make_origin(describe_tree(options, nu), params))
-
-    def update(
-        updates: optax.Updates,
-        state: ScaleByRfRmsState,
-        params: optax.Params | None = None,
-        *,
-        batch_size: ArrayLike | None = None,
-        curvature: optax.Updates | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByRfRmsState]:
-        del params, extra_args
-        count = optax.safe_increment(state.count)
-        is_own = require_origin(state.origin, describe_tree(options, state.nu))
-        average = functools.partial(_average_square, 1 - schedules.value_at("decay", decay, state.count), count)
-        nu = update_squares(average, state.nu, updates, curvature)
-        rho = nan_unless(is_own, schedules.value_at("damping", damping, state.count))
-        step = _step(step_size, rho, absolute_damping, batch_size, at_construction, state.count)
-        direction = trees.map_gradients(functools.partial(_rescale, step), updates, nu)
-        return direction, ScaleByRfRmsState(count, nu, state.origin)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _scale_by_rf(
+        options, None, decay, damping, absolute_damping, step_size, batch_size, mu_dtype=None, nu_dtype=nu_dtype
+    )
 
 
 def scale_by_rf_adam(
@@ -186,49 +148,64 @@ def scale_by_rf_adam(
       Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
       https://arxiv.org/abs/2402.03496
     """
-    at_construction = batch_size
     validate.require_number("b1", b1, validate.FRACTION, schedule=False)
     validate.require_number("b2", b2, validate.FRACTION)
-    _require_valid(damping, absolute_damping, step_size, batch_size, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
     dtypes = {"mu_dtype": dtype_name(mu_dtype), "nu_dtype": dtype_name(nu_dtype)}
     options = {"transformation": "scale_by_rf_adam", **dtypes}
+    return _scale_by_rf(
+        options, b1, b2, damping, absolute_damping, step_size, batch_size, mu_dtype=mu_dtype, nu_dtype=nu_dtype
+    )
 
-    def init(params: optax.Params) -> ScaleByRfAdamState:
+
+def _scale_by_rf(
+    options: Mapping[str, Any],
+    b1: ArrayLike | None,
+    b2: optax.ScalarOrSchedule,
+    damping: optax.ScalarOrSchedule,
+    absolute_damping: optax.ScalarOrSchedule,
+    step_size: StepSize,
+    at_construction: ArrayLike | None,
+    *,
+    mu_dtype: DTypeLike | None,
+    nu_dtype: DTypeLike | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the rescaling of gradients, or of their average with a decay of b1."""
+    validate.require_number("damping", damping, validate.NON_NEGATIVE)
+    schedules.require_step_size(step_size, absolute_damping, at_construction)
+    validate.require_floating_dtype("mu_dtype", mu_dtype)
+    validate.require_floating_dtype("nu_dtype", nu_dtype)
+
+    def init(params: optax.Params) -> ScaleByRfState:
         trees.require_inexact(params)
-        mu, nu = init_average(params, mu_dtype), init_squares(params, nu_dtype)
-        origin = make_origin(describe_tree(options, nu), params)
-        return ScaleByRfAdamState(jnp.zeros([], jnp.int32), mu, nu, origin)
+        mu = None if b1 is None else init_average(params, mu_dtype)
+        nu = init_squares(params, nu_dtype)
+        return ScaleByRfState(jnp.zeros([], jnp.int32), mu, nu, make_origin(describe_tree(options, nu), params))
 
     def update(
         updates: optax.Updates,
-        state: ScaleByRfAdamState,
+        state: ScaleByRfState,
         params: optax.Params | None = None,
         *,
         batch_size: ArrayLike | None = None,
         curvature: optax.Updates | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByRfAdamState]:
+    ) -> tuple[optax.Updates, ScaleByRfState]:
         del params, extra_args
         count = optax.safe_increment(state.count)
         is_own = require_origin(state.origin, describe_tree(options, state.nu))
-        average = functools.partial(_average_square, 1 - schedules.value_at("b2", b2, state.count), count)
+        name = "decay" if b1 is None else "b2"
+        average = functools.partial(_average_square, 1 - schedules.value_at(name, b2, state.count), count)
         nu = update_squares(average, state.nu, updates, curvature)
         rho = nan_unless(is_own, schedules.value_at("damping", damping, state.count))
         step = _step(step_size, rho, absolute_damping, batch_size, at_construction, state.count)
-        rescale = functools.partial(_rescale_average, step, b1, total_weight(b1, count))
-        direction, mu, nu = trees.map_steps(rescale, updates, state.mu, nu)
-        return direction, ScaleByRfAdamState(count, mu, nu, state.origin)
+        if b1 is None:
+            direction, mu = trees.map_gradients(functools.partial(_rescale, step), updates, nu), None
+        else:
+            rescale = functools.partial(_rescale_average, step, b1, total_weight(b1, count))
+            direction, mu, nu = trees.map_steps(rescale, updates, state.mu, nu)
+        return direction, ScaleByRfState(count, mu, nu, state.origin)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _require_valid(
-    damping: Any, absolute_damping: Any, step_size: Any, batch_size: Any, **dtypes: DTypeLike | None
-) -> None:
-    validate.require_number("damping", damping, validate.NON_NEGATIVE)
-    schedules.require_step_size(step_size, absolute_damping, batch_size)
-    for name, dtype in dtypes.items():
-        validate.require_floating_dtype(name, dtype)
 
 
 def _step(

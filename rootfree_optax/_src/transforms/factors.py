@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rootfree_optax._src.common.trees import Shape
-from rootfree_optax._src.layout import Layout, Stack
-from rootfree_optax._src.layout.stack import are_padded
+from rootfree_optax._src.layout import Layout, Plan, Stack
 from rootfree_optax._src.stacks.state import StackState
 from rootfree_optax._src.transforms.kronecker import find_kronecker_states
+from rootfree_optax._src.transforms.origin import is_of
 
 
 def factors(
@@ -47,48 +46,23 @@ def factors(
       {'dense/kernel': [(4, 4), (3, 3)]}
     """
     plan = layout.plan(params)
-    found = _find_factors(state, plan.stacks)
+    stacks = _find_stacks(state, plan) if plan.stacks else []
     return {
-        block.name: _dense_factors(found[block.stack], plan.stacks[block.stack], block.position)
+        block.name: _dense_factors(stacks[block.stack], plan.stacks[block.stack], block.position)
         for block in plan.blocks
     }
 
 
-def _find_factors(state: Any, stacks: Sequence[Stack]) -> Sequence[StackState]:
-    """Returns the state of each stack from anywhere in a state."""
-    if not stacks:
-        return []
-    expected = [shape for stack in stacks for shape in stack.part_shapes]
-    candidates = [node.stacks for node in find_kronecker_states(state) if isinstance(node.stacks, tuple)]
-    factors_of = lambda stacks: [getattr(stack.block, "factors", None) for stack in stacks]
-    shapes = [[part.shape for part in jax.tree.leaves(factors_of(candidate))] for candidate in candidates]
-    pairs = list(zip(candidates, shapes, strict=True))
-    exact = [candidate for candidate, found in pairs if found == expected]
-    padded = [candidate for candidate, found in pairs if _may_hold(candidate, found, expected)]
-    match exact or padded:
-        case []:
-            raise ValueError(
-                "the state must hold the factors of one transformation of these parameters with this layout: arrays of "
-                f"the shapes {expected}, got {shapes or 'no Kronecker transformation'}. Pass the layout that the "
-                "transformation has, and the parameters that it was given."
-            )
-        case [found]:
-            return found
-        case several:
-            raise ValueError(
-                f"the state must hold one transformation with factors of the shapes {expected}, got {len(several)}. "
-                "Pass the state of one of them, such as state.inner_states['label']."
-            )
-
-
-def _may_hold(stacks: Sequence[StackState], found: Sequence[Shape], expected: Sequence[Shape]) -> bool:
-    """Returns whether shapes are the expected ones, but for padding along their first axes."""
-    if [shape[1:] for shape in found] != [shape[1:] for shape in expected]:
-        return False
-    counts, lengths = [count for count, *_ in expected], [length for length, *_ in found]
-    if any(stack.number is not None for stack in stacks):
-        return all(length >= count for length, count in zip(lengths, counts, strict=True))
-    return are_padded(counts, lengths)
+def _find_stacks(state: Any, plan: Plan) -> Sequence[StackState]:
+    """Returns the stacks of the one transformation in a state that was made for a plan."""
+    found = [node for node in find_kronecker_states(state) if is_of(node.origin, plan.summary)]
+    if len(found) != 1 or not hasattr(found[0].stacks[0].block, "factors"):
+        raise ValueError(
+            "the state must hold the factors of one transformation of these parameters with this layout, got "
+            f"{len(found)} such transformations. Pass the layout that it has, the parameters that it was given, and "
+            "its own state, such as state.inner_states['label']."
+        )
+    return found[0].stacks
 
 
 def _dense_factors(state: StackState, stack: Stack, number: int) -> tuple[jax.Array, ...]:

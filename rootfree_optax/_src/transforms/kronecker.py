@@ -1,6 +1,5 @@
 """The one Kronecker transformation: packs parameters into stacks of blocks, each preconditioned as a rule says."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ from rootfree_optax._src.common.compat import match_varying_axes
 from rootfree_optax._src.common.compiled import call_compiled
 from rootfree_optax._src.common.schedules import Interval, RefreshEvery, Staggered
 from rootfree_optax._src.layout import Layout, Plan
-from rootfree_optax._src.layout.stack import are_padded
 from rootfree_optax._src.mesh.stacks_on_mesh import LocalStacks, MeshAxes, WholeStacks, place_stacks, require_mesh_axes
 from rootfree_optax._src.mesh.state_shardings import on_devices_of
 from rootfree_optax._src.stacks.state import StackState, StackStep, init_stacks
@@ -29,8 +27,6 @@ from rootfree_optax._src.transforms.origin import (
     require_origin,
 )
 from rootfree_optax._src.transforms.reports import KroneckerReport, report
-
-_MISSING_PARAMS = "params must be given where a gradient is None: call tx.update(grads, state, params)."
 
 
 class ScaleByKroneckerState(NamedTuple):
@@ -196,7 +192,7 @@ def scale_by_kronecker(
         if not plan.stacks:
             updates = plan.unpack((), updates, rest=rest_updates)
             return updates, state._replace(count=count, rest=rest_state)
-        placed = _place_state(plan, mesh_axes, state.stacks, (updates, layout.shardings), params)
+        placed = _place_state(plan, mesh_axes, state.stacks, (updates, layout.shardings))
         step = StackStep(
             plan.stacks,
             rule,
@@ -256,7 +252,9 @@ def _require_own(
         return require_origin(state.origin, text)
     except ValueError:
         if params is None and trees.has_none(updates):  # it is not known which are parameters without a gradient
-            raise ValueError(_MISSING_PARAMS) from None
+            raise ValueError(
+                "params must be given where a gradient is None: call tx.update(grads, state, params)."
+            ) from None
         raise
 
 
@@ -271,9 +269,7 @@ def _select_rest(plan: Plan, tree: Any, rest: optax.GradientTransformation | Non
             f"the layout gives no factors to {plan.rest[0].path!r}, so rest must update such parameters. "
             "Pass rest=optax.scale_by_adam(), or Layout(diagonal=None) for factors everywhere."
         )
-    leaves = trees.named_leaves(tree)
-    if missing := [parameter.path for parameter in plan.rest if parameter.path not in leaves]:
-        raise ValueError(f"gradients must be a tree like the parameters given to init, but {missing[0]!r} is missing.")
+    leaves = plan.named_leaves(tree, "gradients")
     return {parameter.name: leaves[parameter.path] for parameter in plan.rest}
 
 
@@ -290,43 +286,23 @@ def _widest_dtypes(plan: Plan, params: optax.Params) -> list[jnp.dtype]:
     return [packed.dtype for packed in jax.eval_shape(plan.pack, shapes)]
 
 
-def _place_state(
-    plan: Plan, mesh_axes: MeshAxes, states: Sequence[StackState], updates: Any, params: optax.Params | None
-) -> WholeStacks:
+def _place_state(plan: Plan, mesh_axes: MeshAxes, states: Sequence[StackState], updates: Any) -> WholeStacks:
     """Returns where a state's stacks are.
 
     Raises:
-      ValueError: if the state is of other parameters, another layout, rule or mesh.
+      ValueError: if the state is of another mesh.
     """
     placed = place_stacks(plan, mesh_axes, (states, updates))
-    if {state.number is None for state in states} - {placed.holders is None}:
-        raise ValueError(
-            "the state's blocks must be in the order that the mesh and the parameters' shardings ask for, but it was "
-            "made without them, or for others. Move it with rf.move_state(state, tx, params)."
-        )
-    lengths = tuple([len(state.size) for state in states])
     expected = placed.own_lengths if isinstance(placed, LocalStacks) else placed.lengths
-    # A parameter without a gradient is not planned for without params, and its blocks could pass for padding.
-    if params is None and (mesh_axes is not None or lengths != expected) and trees.has_none(updates):
-        raise ValueError(_MISSING_PARAMS)
-    found = [[part.shape for part in jax.tree.leaves(getattr(state.block, "factors", None))] for state in states]
-    wanted = [stack.part_shapes for stack in plan.stacks]
-    fits = lambda shapes, wanted: not shapes or [shape[1:] for shape in shapes] == [shape[1:] for shape in wanted]
-    if len(found) == len(wanted) and all(map(fits, found, wanted)):
-        if lengths == expected:
-            return placed
-        if placed.shards > 1:
-            raise ValueError(
-                f"the state's stacks must have {expected} blocks on the {placed.shards} devices of "
-                f"mesh_axes={mesh_axes!r}, got {lengths}: it is of another mesh or other parameters. Restore it for "
-                "this one as examples/pod_training.py does, or move it with rf.move_state(state, tx, params)."
-            )
-        if mesh_axes is not None and are_padded([stack.count for stack in plan.stacks], lengths):
-            return dataclasses.replace(placed, lengths=lengths)
-    raise ValueError(
-        "the state must come from init on parameters of the shapes that update is given, with the same layout. The "
-        f"factors' arrays have the shapes {found}, but the layout asks for {wanted}, and padding if need be."
-    )
+    lengths = tuple([len(state.size) for state in states])
+    in_order = {state.number is None for state in states}
+    if lengths != expected or in_order != {placed.holders is None}:
+        raise ValueError(
+            f"the state's stacks must have {expected} blocks, in the order that mesh_axes={mesh_axes!r} and the "
+            f"parameters' shardings ask for, got {lengths}: it is of another mesh. Move it with "
+            "rf.move_state(state, tx, params)."
+        )
+    return placed
 
 
 def _refuse_misplaced(

@@ -131,6 +131,11 @@ def nan_unless(is_own: jax.Array | None, number: Any) -> ArrayLike:
     return number if is_own is None else jnp.where(is_own, number, jnp.nan)
 
 
+def is_of(origin: Any, parameters: str) -> bool:
+    """Returns whether a state was made for the parameters that a JSON object describes, see `describe_origin`."""
+    return isinstance(origin, Origin) and origin.text.endswith(f'"parameters": {parameters}}}')
+
+
 def find_origins(tree: Any) -> Iterator[Origin]:
     """Yields all origins in a tree, in order."""
     is_origin = lambda node: isinstance(node, Origin)

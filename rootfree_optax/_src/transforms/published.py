@@ -1,6 +1,7 @@
 """Root-free diagonal transformations as published: RF-RMSProp's and RF-Adam's rescaling of the gradient."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from rootfree_optax._src.blocks.momentum import total_weight
 from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.numerics.dtypes import real_dtype
 from rootfree_optax._src.transforms.accumulators import fill_like, init_average, update_squares
-from rootfree_optax._src.transforms.diagonal import ScaleByRfAdamState, ScaleByRfRmsState
+from rootfree_optax._src.transforms.diagonal import ScaleByRfState
 from rootfree_optax._src.transforms.origin import describe_tree, dtype_name, make_origin, nan_unless, require_origin
 
 
@@ -68,42 +69,9 @@ def scale_by_rf_rms(
       Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
       https://arxiv.org/abs/2402.03496
     """
-    at_construction = batch_size
-    _require_valid(decay=decay, damping=damping, batch_size=batch_size, initial_scale=initial_scale)
-    validate.require_floating_dtype("nu_dtype", nu_dtype)
+    validate.require_number("decay", decay, validate.FRACTION)
     options = {"transformation": "published.scale_by_rf_rms", "nu_dtype": dtype_name(nu_dtype)}
-
-    def init(params: optax.Params) -> ScaleByRfRmsState:
-        trees.require_inexact(params)
-        nu = _initial_nu(params, initial_scale, nu_dtype)
-        return ScaleByRfRmsState(jnp.zeros([], jnp.int32), nu, make_origin(describe_tree(options, nu), params))
-
-    def update(
-        updates: optax.Updates,
-        state: ScaleByRfRmsState,
-        params: optax.Params | None = None,
-        *,
-        batch_size: ArrayLike | None = None,
-        curvature: optax.Updates | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByRfRmsState]:
-        del params, extra_args
-        batch_size = schedules.resolve_batch_size(batch_size, at_construction)
-        average = functools.partial(
-            second_moment,
-            decay=schedules.value_at("decay", decay, state.count),
-            batch_size=batch_size,
-            count=state.count,
-        )
-        nu = update_squares(average, state.nu, updates, curvature)
-        is_own = require_origin(state.origin, describe_tree(options, state.nu))
-        step = functools.partial(
-            root_free_direction, damping=nan_unless(is_own, schedules.value_at("damping", damping, state.count))
-        )
-        count = optax.safe_increment(state.count)
-        return trees.map_gradients(step, updates, nu), ScaleByRfRmsState(count, nu, state.origin)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _scale_by_rf(options, None, decay, damping, batch_size, initial_scale, nu_dtype=nu_dtype)
 
 
 def scale_by_rf_adam(
@@ -155,12 +123,9 @@ def scale_by_rf_adam(
       Lin et al., Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective, ICML 2024,
       https://arxiv.org/abs/2402.03496
     """
-    at_construction = batch_size
     validate.require_number("b1", b1, validate.FRACTION, schedule=False)
+    validate.require_number("b2", b2, validate.FRACTION)
     validate.require_choice("bias_correction", bias_correction, (False, True))
-    _require_valid(b2=b2, damping=damping, batch_size=batch_size, initial_scale=initial_scale)
-    validate.require_floating_dtype("mu_dtype", mu_dtype)
-    validate.require_floating_dtype("nu_dtype", nu_dtype)
     if bias_correction and callable(b2):
         raise ValueError("bias_correction assumes a constant b2, got a schedule. Pass bias_correction=False.")
     options = {
@@ -169,50 +134,64 @@ def scale_by_rf_adam(
         "mu_dtype": dtype_name(mu_dtype),
         "nu_dtype": dtype_name(nu_dtype),
     }
+    return _scale_by_rf(
+        options, b1, b2, damping, batch_size, initial_scale, bias_correction, mu_dtype=mu_dtype, nu_dtype=nu_dtype
+    )
 
-    def init(params: optax.Params) -> ScaleByRfAdamState:
+
+def _scale_by_rf(
+    options: Mapping[str, Any],
+    b1: ArrayLike | None,
+    b2: optax.ScalarOrSchedule,
+    damping: optax.ScalarOrSchedule,
+    at_construction: ArrayLike | None,
+    initial_scale: ArrayLike,
+    bias_correction: bool = False,
+    *,
+    mu_dtype: DTypeLike | None = None,
+    nu_dtype: DTypeLike | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the rescaling of gradients, or of their average with a decay of b1."""
+    validate.require_number("damping", damping, validate.NON_NEGATIVE)
+    validate.require_number("initial_scale", initial_scale, validate.NON_NEGATIVE, schedule=False)
+    schedules.require_batch_size(at_construction)
+    validate.require_floating_dtype("mu_dtype", mu_dtype)
+    validate.require_floating_dtype("nu_dtype", nu_dtype)
+
+    def init(params: optax.Params) -> ScaleByRfState:
         trees.require_inexact(params)
-        mu, nu = init_average(params, mu_dtype), _initial_nu(params, initial_scale, nu_dtype)
-        origin = make_origin(describe_tree(options, nu), params)
-        return ScaleByRfAdamState(jnp.zeros([], jnp.int32), mu, nu, origin)
+        mu = None if b1 is None else init_average(params, mu_dtype)
+        dtype_of = lambda param: real_dtype(jnp.result_type(param)) if nu_dtype is None else nu_dtype
+        nu = jax.tree.map(lambda param: fill_like(param, initial_scale, dtype_of(param)), params)
+        return ScaleByRfState(jnp.zeros([], jnp.int32), mu, nu, make_origin(describe_tree(options, nu), params))
 
     def update(
         updates: optax.Updates,
-        state: ScaleByRfAdamState,
+        state: ScaleByRfState,
         params: optax.Params | None = None,
         *,
         batch_size: ArrayLike | None = None,
         curvature: optax.Updates | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByRfAdamState]:
+    ) -> tuple[optax.Updates, ScaleByRfState]:
         del params, extra_args
         batch_size = schedules.resolve_batch_size(batch_size, at_construction)
-        average = functools.partial(
-            second_moment, decay=schedules.value_at("b2", b2, state.count), batch_size=batch_size, count=state.count
-        )
+        decay = schedules.value_at("decay" if b1 is None else "b2", b2, state.count)
+        average = functools.partial(second_moment, decay=decay, batch_size=batch_size, count=state.count)
         nu = update_squares(average, state.nu, updates, curvature)
-        averages, mu = trees.map_steps(lambda g, m: first_moment(m, g, decay=b1), updates, state.mu)
         is_own = require_origin(state.origin, describe_tree(options, state.nu))
         count = optax.safe_increment(state.count)
+        damping_now = nan_unless(is_own, schedules.value_at("damping", damping, state.count))
+        if b1 is None:
+            step = functools.partial(root_free_direction, damping=damping_now)
+            return trees.map_gradients(step, updates, nu), ScaleByRfState(count, None, nu, state.origin)
+        averages, mu = trees.map_steps(lambda g, m: first_moment(m, g, decay=b1), updates, state.mu)
         step = functools.partial(
             averaged_direction,
-            damping=nan_unless(is_own, schedules.value_at("damping", damping, state.count)),
+            damping=damping_now,
             m_weight=total_weight(b1, count) if bias_correction else 1.0,
             s_weight=total_weight(b2, count) if bias_correction else 1.0,
         )
-        return trees.map_gradients(step, updates, averages, nu), ScaleByRfAdamState(count, mu, nu, state.origin)
+        return trees.map_gradients(step, updates, averages, nu), ScaleByRfState(count, mu, nu, state.origin)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _require_valid(*, damping: Any, batch_size: Any, initial_scale: Any, **decay: Any) -> None:
-    for name, value in decay.items():
-        validate.require_number(name, value, validate.FRACTION)
-    validate.require_number("damping", damping, validate.NON_NEGATIVE)
-    validate.require_number("initial_scale", initial_scale, validate.NON_NEGATIVE, schedule=False)
-    schedules.require_batch_size(batch_size)
-
-
-def _initial_nu(params: optax.Params, initial_scale: ArrayLike, dtype: DTypeLike | None) -> Any:
-    dtype_of = lambda param: real_dtype(jnp.result_type(param)) if dtype is None else dtype
-    return jax.tree.map(lambda param: fill_like(param, initial_scale, dtype_of(param)), params)
