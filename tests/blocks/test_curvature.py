@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,13 @@ def advance(rule, structures, gradients, *, dtype=jnp.float32, numbers=None):
         return jax.lax.scan(take_in, rule.start(state, gradients[0], **given), gradients)[0]
 
     return run(jnp.stack(gradients))
+
+
+def compiled(rule, structures, **changes):
+    """Returns a rule's functions for some structures and one step's numbers, each as one program."""
+    given = {"structures": structures, "step": step(**changes)}
+    own = lambda name: quick_jit(lambda *arrays, **others: getattr(rule, name)(*arrays, **given, **others))
+    return types.SimpleNamespace(**{name: own(name) for name in ("start", "observe", "refresh", "precondition")})
 
 
 def as_matrix(parts):
@@ -128,8 +136,8 @@ def check_against_numpy(axes, samples, seed):
         numbers = step(batch_size=7.0, absolute_damping=0.0)
         state = advance(rule, structures, [jnp.asarray(g) for g in gradients], dtype=jnp.float64, numbers=numbers)
         momentum = rng.standard_normal(shape)
-        given = {"gradient": jnp.asarray(momentum), "structures": structures, "step": numbers}
-        direction, after = rule.precondition(state, jnp.asarray(momentum), **given)
+        take = compiled(rule, structures, batch_size=7.0, absolute_damping=0.0).precondition
+        direction, after = take(state, jnp.asarray(momentum), gradient=jnp.asarray(momentum))
     direction, unit = np.asarray(direction), 2.0 ** int(state.exponent)
     reference = Reference(shape, kinds, samples)
     for gradient in gradients:
@@ -163,8 +171,8 @@ def test_a_direction_is_the_momentum_times_powers_of_the_curvature(rule):
     momentum = rng.standard_normal(shape)
     with double_precision():
         state = advance(rule, structures, [jnp.asarray(g) for g in gradients], dtype=jnp.float64)
-        given = {"gradient": jnp.asarray(momentum), "structures": structures, "step": step()}
-        direction, _ = rule.precondition(state, jnp.asarray(momentum), **given)
+        take = compiled(rule, structures).precondition
+        direction, _ = take(state, jnp.asarray(momentum), gradient=jnp.asarray(momentum))
         direction, exponent = np.asarray(direction), POWERS[rule]
         s = [as_matrix(parts) for parts in state.statistics]
         powers = [power(x + DAMPING * np.trace(x) / len(x) * np.eye(len(x)), -exponent) for x in s]
@@ -182,8 +190,9 @@ def test_float16_factors_turn_a_momentum_beyond_their_range_as_one_within(rule):
     structures = [dense(3), diagonal(2)]
     gradient, momentum = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 2)), jnp.float32)
     start = rule.init(structures, [jnp.float16] * 2)
-    state = rule.start(start, gradient, structures=structures, step=step())
-    within, beyond = (rule.precondition_momentum(state, size * momentum, structures) for size in (1.0, 2.0**40))
+    state = compiled(rule, structures).start(start, gradient)
+    turn = quick_jit(lambda m: rule.precondition_momentum(state, m, structures))
+    within, beyond = (turn(size * momentum) for size in (1.0, 2.0**40))
     unit = lambda direction: direction / jnp.linalg.norm(direction)
     np.testing.assert_allclose(unit(beyond), unit(within), rtol=0, atol=2e-3)
 
@@ -208,12 +217,11 @@ def test_the_absolute_damping_is_the_papers(size):
     shape, rng = (3, 2), np.random.default_rng(1)
     structures = [dense(3), dense(2)]
     gradient = size * rng.standard_normal(shape)
-    numbers = step(damping=0.0, absolute_damping=0.6 * size**2, batch_size=2.0)
-    given = {"structures": structures, "step": numbers}
     with double_precision():
         rule = RootFree(step_size="newton", precision="highest")
-        before = rule.start(rule.init(structures, [jnp.float64] * 2), jnp.asarray(gradient), **given)
-        after = rule.refresh(before, jnp.asarray(gradient), **given)
+        own = compiled(rule, structures, damping=0.0, absolute_damping=0.6 * size**2, batch_size=2.0)
+        before = own.start(rule.init(structures, [jnp.float64] * 2), jnp.asarray(gradient))
+        after = own.refresh(before, jnp.asarray(gradient))
     damping = 0.3 * size**2 / 4.0 ** int(before.exponent)
     for n, structure in enumerate(structures):
         other = np.asarray(before.factors[1 - n][0])
@@ -239,10 +247,9 @@ def test_a_refresh_that_is_not_finite_for_one_axis_is_refused_for_all():
     rule, structures = RootFree(), [dense(3), dense(2)]
     gradients = [jnp.asarray(g, jnp.float32) for g in np.random.default_rng(0).standard_normal((2, 3, 2))]
     state = advance(rule, structures, gradients)
-    given = {"structures": structures, "step": step()}
     twice = jax.tree.map(lambda s: 2 * s, state.statistics[0])  # so that the finite axis has a new factor
     bad = state._replace(statistics=(twice, jax.tree.map(lambda s: s * jnp.nan, state.statistics[1])))
-    after = quick_jit(lambda state: rule.refresh(state, gradients[0], **given))(bad)
+    after = compiled(rule, structures).refresh(bad, gradients[0])
     assert int(after.refused) == int(state.refused) + 1
     for old, new in zip(jax.tree.leaves(bad.factors), jax.tree.leaves(after.factors), strict=True):
         np.testing.assert_array_equal(old, new)
@@ -253,7 +260,7 @@ def test_entries_that_the_first_gradient_does_not_touch_do_not_count(rows):
     rule, structures = RootFree(), [dense(4), dense(3)]
     gradient = jnp.zeros((4, 3)).at[:rows].set(0.75)
     start = rule.init(structures, [jnp.float32] * 2)
-    state = quick_jit(lambda g: rule.start(start, g, structures=structures, step=step()))(gradient)
+    state = compiled(rule, structures).start(start, gradient)
     first, second = [float(s[0][0, 0]) for s in state.statistics]
     np.testing.assert_allclose(first * second * 4.0 ** int(state.exponent), 0.75**2, rtol=1e-6)
 
@@ -279,7 +286,7 @@ def test_what_is_no_evidence_leaves_the_curvature_bit_for_bit(bad):
     last = jnp.zeros((3, 2)) if bad == 0 else first[0].at[1, 1].set(bad)
     rule = RootFree()
     before = advance(rule, structures, first)
-    after = rule.observe(before, last, structures=structures, step=step())
+    after = compiled(rule, structures).observe(before, last)
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(old, new)
 
@@ -289,10 +296,10 @@ def test_an_untouched_row_of_a_diagonal_axis_keeps_its_curvature():
     rng = np.random.default_rng(0)
     draws = jnp.asarray(rng.standard_normal((6, 4, 3)), jnp.float32)
     before = advance(RootFree(), structures, list(draws[:3]))
-    rule, rows = RootFree(), jnp.asarray([1.0, 0.0, 1.0, 1.0])[:, None]
+    rows, observe = jnp.asarray([1.0, 0.0, 1.0, 1.0])[:, None], compiled(RootFree(), structures).observe
     after = before
     for gradient in draws[3:]:
-        after = rule.observe(after, gradient * rows, structures=structures, step=step())
+        after = observe(after, gradient * rows)
     old, new = before.statistics[0][0], after.statistics[0][0]
     assert old[1] == new[1]
     assert np.all(old[jnp.asarray([0, 2, 3])] != new[jnp.asarray([0, 2, 3])])
@@ -305,10 +312,11 @@ def test_one_refresh_follows_rows_whose_curvature_fades():
     state = advance(rule, structures, list(jnp.asarray(rng.standard_normal((30, *shape)), jnp.float32)))
     fading = rng.standard_normal((10, *shape))
     fading[:, :3] = 0
+    own = compiled(rule, structures, damping=1e-3)
     for gradient in fading:
-        state = rule.observe(state, jnp.asarray(gradient, jnp.float32), structures=structures, step=step(damping=1e-3))
+        state = own.observe(state, jnp.asarray(gradient, jnp.float32))
     np.testing.assert_allclose(state.retained, (1 - WEIGHT) ** 10, rtol=1e-5)
-    after = rule.refresh(state, state.statistics[0][0], structures=structures, step=step(damping=1e-3))
+    after = own.refresh(state, state.statistics[0][0])
     assert after.retained == 1
     s, k = as_matrix(after.statistics[0]), as_matrix(after.factors[0])
     damped = s + 1e-3 * np.trace(s) / 6 * np.eye(6)
@@ -433,7 +441,7 @@ def test_a_step_is_as_long_as_adamws_while_gradients_agree(period, least, most):
         gradients = np.cos(2 * np.pi * count / period)[:, None, None] * gradients
     gradients = jnp.asarray(gradients, jnp.float32)
     given = {"structures": structures, "step": step(newest=weight)}
-    state = rule.start(rule.init(structures, [jnp.float32] * 2), gradients[0], **given)
+    state = compiled(rule, structures).start(rule.init(structures, [jnp.float32] * 2), gradients[0])
 
     def one(carry, gradient):
         state, average = carry
@@ -466,9 +474,14 @@ def test_a_block_of_rounding_noise_beside_the_tree_shrinks_in_proportion():
     gradient = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2)), jnp.float32)
     rule = RootFree()
     state = advance(rule, structures, [gradient])
-    for excess in (0.0, 18.0, 24.0):
+
+    @quick_jit
+    def take(excess):
         numbers = step(largest_scale=rule.scale(state) + excess)
-        direction, _ = rule.precondition(state, gradient, gradient=gradient, structures=structures, step=numbers)
+        return rule.precondition(state, gradient, gradient=gradient, structures=structures, step=numbers)[0]
+
+    for excess in (0.0, 18.0, 24.0):
+        direction = take(excess)
         expected = rule.rms * min(1, 2.0**-excess / 1e-6)
         np.testing.assert_allclose(np.sqrt(np.mean(np.square(direction))), expected, rtol=1e-5)
 
@@ -477,9 +490,9 @@ def test_a_block_of_rounding_noise_beside_the_tree_shrinks_in_proportion():
 def test_before_the_first_refresh_a_step_is_as_long_as_after_it(rule):
     structures, shape = [dense(4), dense(3)], (4, 3)
     gradient = 1e-3 * jnp.ones(shape).at[1:].set(0)  # entries touched are far from a root mean square of one
-    given = {"structures": structures, "step": step()}
-    state = rule.start(rule.init(structures, [jnp.float32] * 2), gradient, **given)
-    after = rule.refresh(state, gradient, **given)
+    own = compiled(rule, structures)
+    state = own.start(rule.init(structures, [jnp.float32] * 2), gradient)
+    after = own.refresh(state, gradient)
     for found, expected in zip(
         jax.tree.leaves(state.preconditioners), jax.tree.leaves(after.preconditioners), strict=True
     ):
