@@ -175,7 +175,7 @@ class CurvatureRule(BlockRule):
     Silence is not evidence: a gradient that is all zero, or not finite, leaves the curvature as it was.
 
     With `step_size="adamw"` a step has the length of AdamW's, so that its learning rate serves: D is scaled to a root
-    mean square of `rms`, and of up to one, as AdamW's is, while gradients agree with the momentum before them. Their
+    mean square of `rms` in noise, and of up to one while gradients agree with the momentum before them. Their
     average cosine is the slope of the loss in the length of the step (hypergradient descent, arXiv 1703.04782): above a
     half it gives the full length, in noise `rms`. A step is shorter, as AdamW's is, where the momentum is of the past:
     in proportion to it while a block's gradients are zero, and in inverse proportion where it is larger than they are
@@ -326,42 +326,44 @@ class CurvatureRule(BlockRule):
         """Renews every K of several stacks, see `refresh`: all axes of one length, rounded up, as one batch."""
         del gradients
         with jax.named_scope("refresh"):
-            measure = lambda of_stack: jax.vmap(functools.partial(_measure, structures=of_stack))
+            measure = lambda of_stack: jax.vmap(functools.partial(_measure_sizes, structures=of_stack))
             sizes = [measure(of_stack)(state) for of_stack, state in zip(structures, states, strict=True)]
-            plan = jax.vmap(functools.partial(_plan_jobs, step=step))
-            jobs = [job for state, own in zip(states, sizes, strict=True) for job in plan(state, own)]
+            plan = jax.vmap(functools.partial(_axis_inputs, step=step))
+            inputs = [axis for state, own in zip(states, sizes, strict=True) for axis in plan(state, own)]
             kinds = [s for of_stack in structures for s in of_stack]
-            renewed = iter(self._renew_together(jobs, kinds))
+            refreshed = iter(self._refresh_together(inputs, kinds))
             keep = jax.vmap(functools.partial(self._keep_finite, step=step))
             return [
-                keep(state, own, [next(renewed) for _ in of_stack])
+                keep(state, own, [next(refreshed) for _ in of_stack])
                 for state, own, of_stack in zip(states, sizes, structures, strict=True)
             ]
 
-    def _renew_together(self, jobs: Sequence["_Job"], structures: Structures) -> list["_Renewed"]:
-        """Returns `_renew` of several stacks' jobs: of one structure, or of dense ones about as long, at once."""
+    def _refresh_together(self, inputs: Sequence["_AxisInput"], structures: Structures) -> list["_RefreshedAxis"]:
+        """Returns `_refresh_axis` of several stacks' inputs: one structure, or dense ones about as long, at once."""
         batches: dict[tuple[Any, ...], list[int]] = {}
-        for index, (job, structure) in enumerate(zip(jobs, structures, strict=True)):
-            kind = (_rounded_length(structure) or structure, job.factor[0].dtype, job.statistics[0].dtype)
+        for index, (axis, structure) in enumerate(zip(inputs, structures, strict=True)):
+            kind = (_rounded_length(structure) or structure, axis.factor[0].dtype, axis.statistics[0].dtype)
             batches.setdefault(kind, []).append(index)
-        renewed: dict[int, _Renewed] = {}
+        refreshed: dict[int, _RefreshedAxis] = {}
         for members in batches.values():
             whole = max([structures[index] for index in members], key=lambda structure: structure.dim)
             is_padded = any(structures[index] != whole for index in members)
-            padded = [_pad(jobs[index], structures[index], whole) if is_padded else jobs[index] for index in members]
+            padded = [
+                _pad(inputs[index], structures[index], whole) if is_padded else inputs[index] for index in members
+            ]
             batch = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *padded)
-            result = jax.vmap(functools.partial(self._renew, structure=whole))(batch)
+            result = jax.vmap(functools.partial(self._refresh_axis, structure=whole))(batch)
             first = 0
             for index in members:
-                last = first + len(jobs[index].retained)
+                last = first + len(inputs[index].retained)
                 own = jax.tree.map(lambda leaf, rows=slice(first, last): leaf[rows], result)
-                renewed[index] = _crop(own, structures[index].dim) if is_padded else own
+                refreshed[index] = _crop(own, structures[index].dim) if is_padded else own
                 first = last
-        return [renewed[index] for index in range(len(jobs))]
+        return [refreshed[index] for index in range(len(inputs))]
 
-    def _renew(self, job: "_Job", *, structure: Structure) -> "_Renewed":
+    def _refresh_axis(self, axis: "_AxisInput", *, structure: Structure) -> "_RefreshedAxis":
         """Returns `derive_factor` of K (KᵀS̃K)^(−1/2) for one axis of one block."""
-        k, s, damping, retained = job
+        k, s, damping, retained = axis
         # Both numbers are vectors where rows are padding: zero there, so that the padding of all matrices stays zero.
         damped = structure.add_identity(s, damping)
         product = structure.congruence(k, damped)
@@ -374,19 +376,19 @@ class CurvatureRule(BlockRule):
         excess = structure.add_identity(product, -shift * is_row)
         factor = structure.times_inverse_root(k, excess, shift=shift, precision=self.precision)
         factor, derived = self.derive_factor(factor, damped, structure)
-        return _Renewed(factor, derived, mean, max_abs((*factor, *(derived or ()))))
+        return _RefreshedAxis(factor, derived, mean, max_abs((*factor, *(derived or ()))))
 
     def _keep_finite(
-        self, state: CurvatureState, sizes: "_Sizes", renewed: Sequence["_Renewed"], *, step: Step
+        self, state: CurvatureState, sizes: "_Sizes", refreshed: Sequence["_RefreshedAxis"], *, step: Step
     ) -> CurvatureState:
         """Returns a block's state with new factors, if all of them are finite."""
-        axes = len(renewed)
-        is_finite = jnp.all(jnp.isfinite(jnp.stack([new.largest for new in renewed])))
+        axes = len(refreshed)
+        is_finite = jnp.all(jnp.isfinite(jnp.stack([new.largest for new in refreshed])))
         keep = is_finite & (state.seen > 0)
-        growths = jnp.where(keep, jnp.stack([new.growth.astype(sizes.mean.dtype) for new in renewed]), 1)
+        growths = jnp.where(keep, jnp.stack([new.growth.astype(sizes.mean.dtype) for new in refreshed]), 1)
         growths = jnp.clip(growths, 1 / _LARGEST_POWER, _LARGEST_POWER)
-        # A part u of each S̃ is λ's, or of gradients since the last refresh, in the metric of the K of then. When the
-        # gradients change, N axes together answer N·u times. Where that is more than once, they overshoot, and swing.
+        # A part u of each S̃ is λ's, or of gradients since the last refresh, in the metric of the K of then. All N axes
+        # answer a change of the gradients, so that together they answer N·u times. Above one they overshoot, and swing.
         absolute = _absolute_part(state, sizes, step) / growths[0]
         answers = axes * (1 - state.retained.astype(absolute.dtype) * (1 - absolute))
         overshoot = growths ** (1 - 1 / jnp.maximum(answers, 1))
@@ -403,7 +405,7 @@ class CurvatureRule(BlockRule):
             return tuple([times_scalar(parts, number) for parts, number in zip(matrices, numbers, strict=True)])
 
         store = lambda new, old: jnp.where(keep, round_dithered(new, old.dtype, step.count), old)
-        factors, derived = zip(*[(new.factor, new.derived) for new in renewed], strict=True)
+        factors, derived = zip(*[(new.factor, new.derived) for new in refreshed], strict=True)
         old = state.preconditioners
         return state._replace(
             statistics=rescale(state.statistics, -1),
@@ -438,7 +440,7 @@ class CurvatureRule(BlockRule):
         """Returns what to multiply D by, whether that is less than the full length, and the state."""
         size = jnp.sqrt(jnp.mean(jnp.square(momentum)))  # of entries that are clipped, whose squares are numbers
         is_silent = jnp.max(jnp.abs(gradient)) == 0  # what the stacks' state keeps, too, so that it costs no pass
-        agreement = self.average_agreement(state, momentum, gradient, step)
+        agreement = self._average_agreement(state, momentum, gradient, step)
         rms = self.rms + (1 - self.rms) * jnp.where(is_silent, 0, jnp.clip(2 * agreement, 0, 1)).astype(size.dtype)
         last = jnp.where(is_silent | ~jnp.isfinite(size), state.last_momentum, size.astype(state.last_momentum.dtype))
         positive = lambda number: jnp.where(number > 0, number, 1)
@@ -454,7 +456,7 @@ class CurvatureRule(BlockRule):
         return length, shortening < 1, state._replace(last_momentum=last, agreement=agreement)
 
     @staticmethod
-    def average_agreement(state: CurvatureState, momentum: jax.Array, gradient: jax.Array, step: Step) -> jax.Array:
+    def _average_agreement(state: CurvatureState, momentum: jax.Array, gradient: jax.Array, step: Step) -> jax.Array:
         """Returns the moving average of cos(G, M), M the momentum before G.
 
         It is minus the slope of the loss along the last step, up to the preconditioner: positive where a longer step
@@ -511,8 +513,8 @@ class _Sizes(NamedTuple):
     floor: jax.Array
 
 
-class _Job(NamedTuple):
-    """What a factor is renewed from.
+class _AxisInput(NamedTuple):
+    """What a factor is refreshed from.
 
     Attributes:
       factor: the parts of K.
@@ -527,8 +529,8 @@ class _Job(NamedTuple):
     retained: jax.Array
 
 
-class _Renewed(NamedTuple):
-    """A renewed factor of one axis.
+class _RefreshedAxis(NamedTuple):
+    """A refreshed factor of one axis.
 
     Attributes:
       factor: the parts of K.
@@ -543,7 +545,7 @@ class _Renewed(NamedTuple):
     largest: jax.Array
 
 
-def _measure(state: CurvatureState, *, structures: Structures) -> _Sizes:
+def _measure_sizes(state: CurvatureState, *, structures: Structures) -> _Sizes:
     """Returns the sizes of a block's matrices."""
 
     def measure(structure: Structure, s: Parts, k: Parts) -> _Sizes:
@@ -564,13 +566,13 @@ def _absolute_part(state: CurvatureState, sizes: _Sizes, step: Step) -> jax.Arra
     return math.prod([*sizes.inverse], start=scale_by_exponent(absolute, -2 * state.exponent))
 
 
-def _plan_jobs(state: CurvatureState, sizes: _Sizes, *, step: Step) -> list[_Job]:
-    """Returns what a block's factors are renewed from, for each axis."""
+def _axis_inputs(state: CurvatureState, sizes: _Sizes, *, step: Step) -> list[_AxisInput]:
+    """Returns what a block's factors are refreshed from, for each axis."""
     relative = jnp.maximum(jnp.asarray(step.damping, sizes.mean.dtype) * sizes.mean, sizes.floor)
     dampings = relative + _absolute_part(state, sizes, step) / sizes.inverse
     retained = jnp.clip(state.retained, _LEAST_RETAINED, 1)
     return [
-        _Job(k, s, damping.astype(s[0].dtype), retained.astype(s[0].dtype))
+        _AxisInput(k, s, damping.astype(s[0].dtype), retained.astype(s[0].dtype))
         for k, s, damping in zip(state.factors, state.statistics, dampings, strict=True)
     ]
 
@@ -586,20 +588,20 @@ def _rounded_length(structure: Structure) -> int | None:
     return math.ceil(structure.dim / unit) * unit
 
 
-def _pad(job: _Job, structure: Structure, whole: Structure) -> _Job:
-    """Returns the jobs of a stack for a longer structure: their matrices are zero in the rows and columns beyond."""
+def _pad(axis: _AxisInput, structure: Structure, whole: Structure) -> _AxisInput:
+    """Returns the inputs of a stack for a longer structure: their matrices are zero in the rows and columns beyond."""
     rows = [(0, 0), (0, whole.dim - structure.dim)]
     widen = lambda part: part if part.shape[-1] == whole.dim else jnp.pad(part, [*rows, rows[1]])
     inside = jnp.arange(whole.dim) < structure.dim
     vector = lambda number: jnp.where(inside, number[:, None], 0)
-    factor, statistics = jax.tree.map(widen, (job.factor, job.statistics))
-    return _Job(factor, statistics, vector(job.damping), vector(job.retained))
+    factor, statistics = jax.tree.map(widen, (axis.factor, axis.statistics))
+    return _AxisInput(factor, statistics, vector(axis.damping), vector(axis.retained))
 
 
-def _crop(renewed: _Renewed, dim: int) -> _Renewed:
-    """Returns a stack's renewed dense factors without the rows and columns that `_pad` added."""
-    factor, derived = jax.tree.map(lambda part: part[:, :dim, :dim], (renewed.factor, renewed.derived))
-    return renewed._replace(factor=factor, derived=derived)
+def _crop(refreshed: _RefreshedAxis, dim: int) -> _RefreshedAxis:
+    """Returns a stack's refreshed dense factors without the rows and columns that `_pad` added."""
+    factor, derived = jax.tree.map(lambda part: part[:, :dim, :dim], (refreshed.factor, refreshed.derived))
+    return refreshed._replace(factor=factor, derived=derived)
 
 
 _register = functools.partial(

@@ -28,7 +28,7 @@ def keep_finite(old: jax.Array, average: jax.Array, update: jax.Array) -> tuple[
     narrow = (truncate if has_smaller_range(old.dtype, average.dtype) else saturate)(average, old.dtype)
     new = jnp.where(jnp.isfinite(average), narrow, old)
     if new.dtype == average.dtype:
-        # The same average, read from the new momentum: while the old one has a reader, it is not overwritten in place.
+        # The same average, from the new momentum: the old one has no later reader, and is overwritten in place.
         average = new + jnp.where(jnp.isfinite(update), 0, update).astype(new.dtype)
     return average, new
 

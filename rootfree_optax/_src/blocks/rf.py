@@ -24,8 +24,8 @@ from rootfree_optax._src.structures.base import Structure
 def _one_at_a_time(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Returns a function of matrices that works through a batch of them by a loop on CPUs, and elsewhere as it is.
 
-    Batched factorizations and solves each take a thread of a CPU's pool and wait for others of it to work on the batch:
-    as many at once as there are threads wait for ever. One matrix after another asks for no other thread.
+    A batched factorization or solve takes one thread of a CPU's pool and waits for others. If as many run at once as
+    there are threads, they wait for ever. One matrix at a time needs no other thread.
     """
     alone = jax.custom_batching.sequential_vmap(function)
 

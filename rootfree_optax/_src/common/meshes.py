@@ -44,7 +44,7 @@ def names_of(sharding: NamedSharding | PartitionSpec, ndim: int) -> Spec:
 
 
 def typed_spec(leaf: Any) -> Spec:
-    """Returns what divides each axis of an array by its type: the explicit axes of its mesh."""
+    """Returns the explicit mesh axes that divide each axis of an array, read from its type."""
     if (sharding := named_sharding(leaf)) is None:
         return ()
     typed = _typed_axes.get()
@@ -72,7 +72,7 @@ def reshard(tree: Any, like: Any, spec: PartitionSpec | None = None) -> Any:
 
 @contextlib.contextmanager
 def only_typed(axes: Axes) -> Iterator[None]:
-    """Within the context, `typed_spec` sees these axes alone: others are explicit for the purpose of a trace."""
+    """Within the context, `typed_spec` tells of these axes alone: `state_shardings` makes all explicit for a trace."""
     token = _typed_axes.set(axes)
     try:
         yield

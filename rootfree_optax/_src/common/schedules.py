@@ -28,9 +28,7 @@ RefreshEvery = Interval | Staggered
 StepSize = Literal["adamw", "newton"]
 
 _MISSING_BATCH_SIZE = (
-    "batch_size is required: the second-order view scales the squared gradient by the number of terms that the loss "
-    "averages, and without it every other hyperparameter would depend on the batch size. Pass batch_size= when "
-    "constructing the transformation (a constant batch size), or batch_size= at each update, "
+    "batch_size is required: the number of terms that the loss averages. Pass it at construction, or at each update: "
     "tx.update(grads, state, params, batch_size=...)."
 )
 

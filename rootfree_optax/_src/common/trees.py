@@ -12,7 +12,7 @@ import numpy as np
 Shape: TypeAlias = tuple[int, ...]
 
 
-# Called at every node of a tree, so no Python functions.
+# Partials of functions in C: they are called at every node of a tree, where functions in Python would be slow.
 is_none: Callable[[Any], bool] = functools.partial(operator.is_, None)
 path_of: Callable[[Any], str] = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 

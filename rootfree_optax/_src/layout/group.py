@@ -289,8 +289,7 @@ def weight_and_bias(
 
     Raises:
       ValueError: for an invalid regular expression or another output axis, and for None where the weight has another
-        name. `Layout.plan` raises one for shapes that do
-        not fit.
+        name. `Layout.plan` raises one for shapes that do not fit.
 
     Example:
       >>> import jax.numpy as jnp, rootfree_optax as rf

@@ -21,10 +21,10 @@ from rootfree_optax._src.layout.shards import (
     AUTO_BLOCK_SIZE,
     carriers,
     carry,
+    count_shards,
     even_piece,
     keep_nested,
     nested_pieces,
-    parts,
     read_specs,
     shards_of,
 )
@@ -344,7 +344,7 @@ def _pieces(
 ) -> Shape:
     """Returns the lengths of a unit's blocks; `alike` units are of its shape and sharded as it is."""
     whole = [factory(length) == diagonal(length) for factory, length in zip(factories, lengths, strict=True)]
-    shards = [parts(names, mesh_sizes) for names in spec]
+    shards = [count_shards(names, mesh_sizes) for names in spec]
     if layout.block_size == "auto" and math.prod(shards) > 1:
         layers = len(layer_shape)
         tensors = alike * math.prod(layer_shape) // math.prod(shards[:layers])

@@ -88,9 +88,9 @@ def shards_of(
 
 
 def carriers(shape: Shape, layer_axes: Sequence[int], lengths: Shape) -> tuple[int | None, ...]:
-    """Returns for each of the axes [*layers, *lengths] the axis of the parameter that it begins with, if with any.
+    """Returns for each axis of [*layers, *lengths] the parameter's axis that starts there, or None.
 
-    The parameter's other axes were reshaped to `lengths`.
+    Those of the parameter's axes that are no layers were reshaped to `lengths`.
     """
     starts, product = {}, 1
     for axis in (axis for axis in range(len(shape)) if axis not in layer_axes):
@@ -104,10 +104,12 @@ def carriers(shape: Shape, layer_axes: Sequence[int], lengths: Shape) -> tuple[i
 def carry(spec: Spec, carried: Sequence[int | None], lengths: Shape, sizes: Mapping[str, int]) -> Spec:
     """Returns what divides axes of the given lengths that begin with those of a parameter, see `carriers`."""
     names = [() if axis is None else spec[axis] for axis in carried]
-    return tuple(of_axis if n % parts(of_axis, sizes) == 0 else () for of_axis, n in zip(names, lengths, strict=True))
+    return tuple(
+        of_axis if n % count_shards(of_axis, sizes) == 0 else () for of_axis, n in zip(names, lengths, strict=True)
+    )
 
 
-def parts(names: Iterable[str], sizes: Mapping[str, int]) -> int:
+def count_shards(names: Iterable[str], sizes: Mapping[str, int]) -> int:
     """Returns into how many parts mesh axes divide an axis."""
     return math.prod(sizes[name] for name in names)
 
@@ -121,7 +123,7 @@ def nests(length: int, piece: int, shards: int) -> bool:
 def keep_nested(spec: Spec, lengths: Sequence[int], pieces: Sequence[int], sizes: Mapping[str, int]) -> Spec:
     """Returns what divides axes cut into pieces, without the axes whose pieces and shards do not nest."""
     of_axes = zip(spec, lengths, pieces, strict=True)
-    return tuple(names if nests(length, piece, parts(names, sizes)) else () for names, length, piece in of_axes)
+    return tuple(names if nests(length, piece, count_shards(names, sizes)) else () for names, length, piece in of_axes)
 
 
 def even_piece(length: int, block_size: int | None) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from rootfree_optax._src.common.meshes import Axes, Spec
 from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.layout import Plan
-from rootfree_optax._src.layout.shards import carriers, keep_nested, parts
+from rootfree_optax._src.layout.shards import carriers, count_shards, keep_nested
 from rootfree_optax._src.layout.split import Cut, block_count, block_shape, windows
 from rootfree_optax._src.layout.stack import Placement, Stack, widest
 from rootfree_optax._src.layout.unit import Unit, without_axes
@@ -179,7 +179,7 @@ def find_holders(plan: Plan, mesh: tuple[tuple[str, int], ...]) -> Holders | Non
     """
     sizes = dict(mesh)
     specs = [_within(unit, sizes) for unit in plan.units]
-    if all(parts(names, sizes) == 1 for spec in specs for names in spec):
+    if all(count_shards(names, sizes) == 1 for spec in specs for names in spec):
         return None
     local = [_shard(unit, spec, sizes) for unit, spec in zip(plan.units, specs, strict=True)]
     # Fragments of one arrangement, in the order of the parameters: their shape, their count, and their numbers.
@@ -240,7 +240,7 @@ def _kind(
 ) -> Kind:
     used = {*which.layers, *(name for names in which.spec for name in names)}
     others = tuple(name for name in sizes if name not in used)
-    copy, copies, holders = _shard_index(others, sizes), parts(others, sizes), math.prod(which.parts)
+    copy, copies, holders = _shard_index(others, sizes), count_shards(others, sizes), math.prod(which.parts)
     part, blocks = np.zeros_like(copy), [_shard_index(which.layers, sizes)]
     for names, divided in zip(which.spec, which.parts, strict=True):
         index = _shard_index(names, sizes)
@@ -274,7 +274,9 @@ def _shard(unit: Unit, spec: Spec, sizes: Mapping[str, int]) -> tuple[Unit, dict
     [path], [shape], [layer_axes] = unit.paths, unit.shapes, unit.layer_axes  # parameters that are joined have no spec
     axes = carriers(shape, layer_axes, unit.lengths)
     of_parameter = tuple(spec[axes.index(axis)] if axis in axes else () for axis in range(len(shape)))
-    divide = lambda lengths, spec: tuple(n // parts(names, sizes) for n, names in zip(lengths, spec, strict=True))
+    divide = lambda lengths, spec: tuple(
+        n // count_shards(names, sizes) for n, names in zip(lengths, spec, strict=True)
+    )
     local_shape, layer_shape = divide(shape, of_parameter), divide(unit.layer_shape, spec[:layers])
     lengths = divide(unit.lengths, spec[layers:])
     cuts = tuple(Cut(n, min(cut.piece, n)) for n, cut in zip(lengths, unit.cuts, strict=True))

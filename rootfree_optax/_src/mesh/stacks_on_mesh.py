@@ -93,7 +93,7 @@ class WholeStacks:
         return jnp.zeros([])
 
     def on_shards(self, function: Callable[..., Any], replicated: int = 1) -> Callable[..., Any]:
-        """Returns a function of whole stacks for one of each device's own parts.
+        """Returns a function of whole stacks that calls `function` on each device's own parts.
 
         Args:
           function: a function of a module. Its results are split as its arguments are.
@@ -265,7 +265,7 @@ def _spec(leaf: jax.Array) -> PartitionSpec:
 def _lay_out(direction: jax.Array, gradient: jax.Array) -> jax.Array:
     """Returns a direction that the compiler lays out as its gradient.
 
-    Where a gradient is NaN its direction is. Saying so changes nothing, but is an operation on both, entry by entry.
+    Where the gradient is NaN, so is the direction: this changes no value, but makes the compiler lay both out alike.
     """
     return jax.lax.select(jnp.isnan(gradient), gradient, direction)
 

@@ -24,7 +24,7 @@ def use_mesh_of(params: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def sharding_beside(params: Any) -> Any:
-    """Returns the sharding of what every device of the parameters has whole; None where no device is asked for."""
+    """Returns a sharding that replicates over the parameters' devices; None if they are committed to none."""
     first = next(iter(jax.tree.leaves(params)), None)
     sharding = None if isinstance(first, jax.core.Tracer) else getattr(first, "sharding", None)
     if sharding is None or not getattr(first, "committed", True):

@@ -43,7 +43,7 @@ class StackStep(NamedTuple):
     Attributes:
       stacks: the plan's stacks.
       rule: what is done with a block.
-      numbers: what the rule is given.
+      scalars: what the rule is given.
       observe: whether the statistics take in this gradient; None if they never do.
       refresh: whether preconditioners are refreshed, or how in turn.
       momentum: the decay of the gradients' average; None without momentum.
@@ -53,7 +53,7 @@ class StackStep(NamedTuple):
 
     stacks: tuple[Stack, ...]
     rule: BlockRule
-    numbers: Step
+    scalars: Step
     observe: Due | None
     refresh: Due
     momentum: ArrayLike | None

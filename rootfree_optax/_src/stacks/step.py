@@ -39,13 +39,7 @@ def step_stacks(
       samples: for each stack what the curvature is estimated from, [blocks, *shape] or [blocks, samples, *shape].
       states: of the stacks.
     """
-    blocks = start_blocks(step, samples, states)
-    if step.observe is not None:
-        observe = functools.partial(
-            _map_stacks, step, functools.partial(map_blocks, step.rule.observe, numbers=step.numbers), blocks, samples
-        )
-        blocks = observe() if step.observe is True else jax.lax.cond(step.observe, observe, lambda old=blocks: old)
-    blocks = refresh_when_due(step, samples, blocks)
+    blocks = refresh_when_due(step, samples, observe_when_due(step, samples, start_blocks(step, samples, states)))
     ready = [state._replace(block=block) for state, block in zip(states, blocks, strict=True)]
     stepped = [
         _in_portions(functools.partial(_precondition, step, stack), _portion(len(gradient), stack.shape), of_stack)
@@ -59,15 +53,15 @@ def _precondition(
 ) -> tuple[jax.Array, StackState]:
     """Returns a stack's directions, in the gradients' place and dtype, and its new state."""
     gradient, old = of_stack
-    average, momentum, numbers = gradient, old.momentum, step.numbers
+    average, momentum, scalars = gradient, old.momentum, step.scalars
     if step.momentum is not None:
         limited = jnp.where(jnp.isfinite(gradient), jnp.clip(gradient, -_LARGEST, _LARGEST), gradient)
         average, momentum = average_heavy_ball(old.momentum, limited, step.momentum, nesterov=step.nesterov)
-        weight = total_weight(step.momentum, numbers.count + (2 if step.nesterov else 1))
+        weight = total_weight(step.momentum, scalars.count + (2 if step.nesterov else 1))
         unit = jnp.asarray(1 - step.momentum, average.dtype) / weight.astype(average.dtype)
         average = average * unit
-        numbers = numbers._replace(newest=add_scaled(unit, step.momentum, unit) if step.nesterov else unit)
-    direction, block = map_blocks(step.rule.precondition, stack, numbers)(old.block, average, gradient=gradient)
+        scalars = scalars._replace(newest=add_scaled(unit, step.momentum, unit) if step.nesterov else unit)
+    direction, block = map_blocks(step.rule.precondition, stack, scalars)(old.block, average, gradient=gradient)
     axes = list(range(direction.ndim))
     wide = upcast(direction)
     squared_norm = jnp.einsum(wide, axes, wide, axes, [0]).astype(jnp.float32)
@@ -79,9 +73,9 @@ def _precondition(
     return direction.astype(gradient.dtype), StackState(block, momentum, squared_norm, largest, old.size, old.number)
 
 
-def map_blocks(function: Any, stack: Stack, numbers: Step) -> Any:
-    """Returns a function of a whole stack for one of a block that also takes its structures and the step's numbers."""
-    return jax.vmap(functools.partial(function, structures=stack.structures, step=numbers))
+def map_blocks(function: Any, stack: Stack, scalars: Step) -> Any:
+    """Maps a function of one block over a stack, given the stack's structures and the step's scalars."""
+    return jax.vmap(functools.partial(function, structures=stack.structures, step=scalars))
 
 
 def force(stacks: LazyStacks) -> tuple[jax.Array, ...]:
@@ -90,7 +84,7 @@ def force(stacks: LazyStacks) -> tuple[jax.Array, ...]:
 
 
 def _map_stacks(step: StackStep, of_stack: Callable[[Stack], Any], old: Any, samples: LazyStacks, *others: Any) -> Any:
-    """Returns the result of each stack's function, of what was before, its sample, and what else it takes."""
+    """Calls `of_stack(stack)` with each stack's old state, its sample and its other arguments."""
     return tuple(
         [
             _in_portions(of_stack(stack), _portion(len(sample), stack.shape), was, sample, *rest)
@@ -122,8 +116,19 @@ def start_blocks(step: StackStep, samples: LazyStacks, states: Sequence[StackSta
         started = rule.start(block, sample, structures=structures, step=step)
         return jax.tree.map(lambda new, old: old if new is old else jnp.where(is_first, new, old), started, block)
 
-    start = functools.partial(map_blocks, start_block, numbers=step.numbers)
+    start = functools.partial(map_blocks, start_block, scalars=step.scalars)
     return jax.lax.cond(_any(firsts), lambda: _map_stacks(step, start, blocks, samples, firsts), lambda: blocks)
+
+
+def observe_when_due(step: StackStep, samples: LazyStacks, blocks: Blocks) -> Blocks:
+    """Returns the blocks' states after those statistics that are due."""
+
+    def observe() -> Blocks:
+        return _map_stacks(step, lambda stack: map_blocks(step.rule.observe, stack, step.scalars), blocks, samples)
+
+    if step.observe is None:
+        return blocks
+    return observe() if step.observe is True else jax.lax.cond(step.observe, observe, lambda: blocks)
 
 
 def _is_first(waits: jax.Array, sample: jax.Array) -> jax.Array:
@@ -179,7 +184,7 @@ def _groups(step: StackStep, lengths: Sequence[int]) -> list[list[int]]:
 def _refresh_stacks(step: StackStep, stacks: Sequence[Stack], *given: tuple[BlockState, jax.Array]) -> list[BlockState]:
     """Returns the refreshed blocks of some stacks, given the blocks and the sample of each."""
     blocks, samples = zip(*given, strict=True)
-    return step.rule.refresh_stacks(blocks, samples, [stack.structures for stack in stacks], step.numbers)
+    return step.rule.refresh_stacks(blocks, samples, [stack.structures for stack in stacks], step.scalars)
 
 
 def _portion(length: int, *shapes: Shape, most: int = 8) -> int:
@@ -218,7 +223,7 @@ def _refresh_in_turn(step: StackStep, period: int, samples: tuple[jax.Array, ...
     for stack, sample, block in zip(step.stacks, samples, blocks, strict=True):
         size = -(-len(sample) // period)
         turns = -(-len(sample) // size)
-        index = (step.numbers.count - begin) % period
+        index = (step.scalars.count - begin) % period
         begin += turns  # so that stacks of few turns have them at different steps
         refresh = lambda *own, stack=stack: _refresh_stacks(step, [stack], own)[0]
         turn = functools.partial(_take_turn, refresh, size, (sample,), index)
@@ -241,7 +246,7 @@ def _take_turn(
     is_due = first + jnp.arange(size) >= index * size  # others had an earlier turn
 
     def write(whole: jax.Array, was: jax.Array, now: jax.Array) -> jax.Array:
-        # Rows that are written back as they were would have the compiler copy the whole array, at every turn.
+        # What did not change is not written back: the compiler would copy the whole array for it, at every turn.
         if now is was:
             return whole
         chosen = jax.vmap(jnp.where)(is_due, now, was) if length % size else now

@@ -102,6 +102,6 @@ def _step(
     gradient = limit_to_squares(gradient)
     v = second_moment(v, gradient, decay=numbers.b2, batch_size=1, count=count)
     average, m = first_moment(m, gradient, decay=numbers.b1)
-    # The corrections are one factor of m: the mean of v itself needs no copy of v.
+    # Both corrections are one factor of m, so that v needs no corrected copy.
     corrected = average * (jnp.sqrt(numbers.nu_weight) / numbers.mu_weight).astype(average.dtype)
     return adam_step(corrected, v, eps=numbers.eps).astype(gradient.dtype), m, v

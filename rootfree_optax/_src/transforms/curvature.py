@@ -38,8 +38,8 @@ def scale_by_sirf_muon(
         Sₙ ← b₂ Sₙ + (1 − b₂) G₍ₙ₎ (⊗_{j≠n} S̃ⱼ⁻¹) G₍ₙ₎ᵀ / Π_{j≠n} dⱼ,   S̃ₙ = Sₙ + (ρ·tr(Sₙ)/dₙ)·I
         D = msign(M ×ₙ S̃ₙ^(−q)) ×ₙ S̃ₙ^(−q)
 
-    In the metric's coordinates all singular values of the step are equal. See `Spectral`, and
-    `CurvatureRule` for its length.
+    In the metric's coordinates all singular values of the step are equal. With AdamW's length D has an rms of 0.4 in
+    noise, and of up to one while gradients agree with the momentum before them.
 
     Args:
       momentum: decay of the gradients' average M, in [0, 1). A number or a traced scalar; None averages nothing.
@@ -127,8 +127,8 @@ def scale_by_sirf_shampoo(
         Sₙ ← b₂ Sₙ + (1 − b₂) G₍ₙ₎ (⊗_{j≠n} S̃ⱼ⁻¹) G₍ₙ₎ᵀ / Π_{j≠n} dⱼ,   S̃ₙ = Sₙ + (ρ·tr(Sₙ)/dₙ)·I
         D = M ×₁ S̃₁⁻¹ … ×_N S̃_N⁻¹
 
-    The root-free step. See `RootFree`, and `CurvatureRule` for its length. `rf.published.scale_by_sirf_shampoo` is the
-    paper's own form.
+    The root-free step. With AdamW's length D has an rms of 0.4 in noise, and of up to one while gradients agree with
+    the momentum before them. `rf.published.scale_by_sirf_shampoo` is the paper's own form.
 
     Args:
       momentum: decay of the gradients' average M, in [0, 1). A number or a traced scalar; None averages nothing.
@@ -209,7 +209,8 @@ def scale_by_kl_shampoo(
         Sₙ ← b₂ Sₙ + (1 − b₂) G₍ₙ₎ (⊗_{j≠n} S̃ⱼ⁻¹) G₍ₙ₎ᵀ / Π_{j≠n} dⱼ,   S̃ₙ = Sₙ + (ρ·tr(Sₙ)/dₙ)·I
         D = M ×₁ S̃₁^(−1/2) … ×_N S̃_N^(−1/2)
 
-    The whitening step. See `Whitening`, and `CurvatureRule` for its length.
+    The whitening step. With AdamW's length D has an rms of 0.4 in noise, and of up to one while gradients agree with
+    the momentum before them.
 
     Args:
       momentum: decay of the gradients' average M, in [0, 1). A number or a traced scalar; None averages nothing.

@@ -34,9 +34,8 @@ class ScaleByKroneckerState(NamedTuple):
 
     Attributes:
       count: how many updates there have been.
-      stacks: what is kept for each stack of the plan. A plan without any block has a zero in its place:
-        `optax.tree.map_params` initialises on such a tree, and takes what it finds there for a leaf that stands for all
-        stacks of a real state. Orbax saves no empty arrays.
+      stacks: what is kept for each stack of the plan. Without any block, a zero: `optax.tree.map_params` runs `init` on
+        an empty tree and matches its leaves with a real state's, and Orbax saves no empty arrays.
       rest: what is kept for the parameters without factors, by their names in `Plan.rest`; likewise without any.
       refreshes: how many times a refresh of all blocks has been due; with `staggered`, how many rounds are over.
       origin: what the state belongs to, see `rf.check`.
@@ -86,7 +85,8 @@ def scale_by_kronecker(
       weight: β₂, what rules find as `step.weight`. A number, a traced scalar or a schedule.
       damping: at least 0, what rules find as `step.damping`. A number, a traced scalar or a schedule.
       absolute_damping: λ ≥ 0, what rules find as `step.absolute_damping`. A number, a traced scalar or a schedule.
-      batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins; None requires one.
+      batch_size: B > 0, how many terms the loss averages. A `batch_size=` passed to `update` wins; it must have one if
+        this is None.
       momentum: in [0, 1): the gradients' average takes the gradient's place in the direction, not in the curvature. A
         number or a traced scalar; None averages nothing and keeps no M.
       nesterov: whether it is Nesterov's, (1 − momentum)·G + momentum·M.
@@ -213,7 +213,7 @@ def scale_by_kronecker(
         if trees.has_tracer((step, arrays)):
             new_updates, states = _step_tree(placed, step, *arrays)
         else:  # each small operation would be compiled by itself
-            step = step._replace(numbers=Step(*map(jnp.asarray, step.numbers)))
+            step = step._replace(scalars=Step(*map(jnp.asarray, step.scalars)))
             new_updates, states = call_compiled(_step_tree, (placed, step), *arrays)
         is_done = count % step.refresh.period == 0 if isinstance(step.refresh, Staggered) else step.refresh
         refreshes = state.refreshes + jnp.asarray(is_done, state.refreshes.dtype)
@@ -235,7 +235,7 @@ def _step_tree(
     gradients = placed.pack(updates, "gradients")
     samples = _pack_samples(placed, curvature, updates, gradients, is_lazy=step.observe is not True)
     largest = measure_largest_scale(step.rule, states, placed.local_axes)
-    step = step._replace(numbers=step.numbers._replace(largest_scale=largest))
+    step = step._replace(scalars=step.scalars._replace(largest_scale=largest))
     directions, states = placed.on_shards(step_stacks)(step, gradients, samples, states)
     if placed.holders is not None:
         numbers = tuple([state.number for state in states])

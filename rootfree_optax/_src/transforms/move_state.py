@@ -50,9 +50,9 @@ def move_state(state: Any, tx: optax.GradientTransformation, params: optax.Param
     before, now = _blocks(state), _blocks(fresh)
     if before != now:
         raise ValueError(
-            "the state must have the blocks that tx makes of the parameters, but by stack their numbers and the shapes "
-            f"of what is kept of each are {before}, and not {now}: it is of other parameters or options, or its blocks "
-            "were cut for other shards. Layout(block_size=...) pins the cuts."
+            "the state must have the blocks into which tx cuts the parameters, but by stack their numbers and the "
+            f"shapes of what is kept of each are {before}, and not {now}: it is of other parameters or options, or "
+            "its blocks were cut for other shards. Layout(block_size=...) pins the cuts."
         )
 
     def move(state: Any, fresh: Any) -> tuple[jax.Array, ...]:
