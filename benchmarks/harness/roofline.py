@@ -81,7 +81,8 @@ def _mean_rate(plan: rf.Plan, dtype: DTypeLike) -> float:
     operations = seconds = 0.0
     for stack in plan.stacks:
         size = math.prod(stack.shape)
-        widest = max((s.dim for s in stack.structures if not s.is_diagonal), default=None)
+        # The product of two diagonal factors takes as many operations as they have entries.
+        widest = max((s.dim for s in stack.structures if s.flops(1).matmul > s.dim), default=None)
         if widest is None:
             continue
         rows = size // widest if size > widest else widest

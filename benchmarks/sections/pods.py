@@ -23,7 +23,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import rootfree_optax as rf
 from rootfree_optax._src.blocks.sirf import PublishedRefresh
 from rootfree_optax._src.layout.stack import Stack
-from rootfree_optax._src.transforms.flops import count_flops
 
 LENGTH = 2048
 EVEN = 1.25  # the busiest chip's work over the mean, at most: how few blocks are too few
@@ -221,7 +220,7 @@ def balance(plan: rf.Plan, chips: int, owned: Sequence[int] = ()) -> dict[str, A
         state = jax.eval_shape(lambda: rule.init(stack.structures, dtypes))
         return stack.count * program.tree_bytes((state.factors, state.momenta))
 
-    work = lambda stack: stack.count * sum(count_flops(rule, stack.structures))
+    work = lambda stack: stack.count * sum(rule.flops(stack.structures))
     owned = owned or [-(-stack.count // chips) for stack in plan.stacks]
     pairs = list(zip(plan.stacks, owned, strict=True))
     of_a_chip = lambda number: sum(number(stack) * blocks // stack.count for stack, blocks in pairs)

@@ -78,13 +78,16 @@ def test_state_leaves_are_arrays_of_their_own(case: Case) -> None:
     ("param", "gradient"),
     [("bfloat16", "float32"), pytest.param("float32", "bfloat16", marks=pytest.mark.contract)],
 )
-def test_updates_have_the_gradients_dtype(case: Case, param: str, gradient: str) -> None:
+def test_updates_have_the_gradients_dtype_or_a_wider_one_of_the_parameters(
+    case: Case, param: str, gradient: str
+) -> None:
     tx = case()
     params = make_params(param)
     (gradients,) = make_gradients(params, 1, gradient)
     state = tx.init(params)
     updates, after = jax.eval_shape(tx.update, gradients, state, params)
-    assert shapes_and_dtypes(updates) == shapes_and_dtypes(gradients)
+    wider = gradients if case.name.startswith("scale_by") else make_params("float32")
+    assert shapes_and_dtypes(updates) == shapes_and_dtypes(wider)
     assert types(after) == types(state)
 
 

@@ -185,7 +185,7 @@ def test_blocks_that_are_refreshed_in_turn_divide_over_a_mesh():
 def test_intervals_out_of_range_are_refused():
     for name in ("refresh_every", "statistics_every"):
         for value in (0, 2.5, float("inf")):
-            with refuses(ValueError, f"{name} must be a whole number of at least 1, got {value}"):
+            with refuses(ValueError, f"{name} must be a whole number of at least 1 and below 2³¹, got {value}"):
                 record(**{name: value})
     for value in (0, 2.5, True, jnp.int32(3), rf.growing(10)):
         with refuses(ValueError, "period must be a whole number of at least 1, as a Python int"):

@@ -10,6 +10,7 @@ from double_precision import double_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rootfree_optax._src.structures.base import Flops
 from rootfree_optax._src.structures.names import STRUCTURE_NAMES, structure_factory
 from rootfree_optax._src.structures.toeplitz import TriangularToeplitz
 
@@ -284,3 +285,33 @@ def test_a_square_takes_one_product():
 def test_diagonal_takes_no_matrix_product():
     names = [equation.primitive.name for equation in traced(structure_factory("diagonal")(8), 1, (2, 8, 3))]
     assert "dot_general" not in names
+
+
+def counted_flops(operation, *operands):
+    """Returns the floating-point operations of the matrix products in a function."""
+    total = 0
+    for equation in intermediates(jax.make_jaxpr(operation)(*operands).jaxpr):
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            summed = np.prod([equation.invars[0].aval.shape[axis] for axis in contracted])
+            total += 2 * int(summed) * equation.outvars[0].aval.size
+    return total
+
+
+@pytest.mark.parametrize(("name", "dim"), [("dense", 9), ("block3diagonal", 11), ("hierarchical15_15", 27)])
+def test_flops_are_those_of_the_products(name, dim):
+    structure = structure_factory(name)(dim)
+    parts, tensor = structure.identity(jnp.float32), jnp.zeros((dim, 5))
+    assert structure.flops(5) == Flops(
+        apply=counted_flops(lambda: structure.apply(parts, tensor, 0)),
+        project_outer=counted_flops(lambda: structure.project_outer(tensor, 0)),
+        matmul=counted_flops(lambda: structure.matmul(parts, parts)),
+        project_inner=counted_flops(lambda: structure.project_inner(parts)),
+    )
+
+
+def test_flops_of_structures_without_matrix_products():
+    assert structure_factory("diagonal")(10).flops(3) == Flops(apply=60, project_outer=60, matmul=20, project_inner=20)
+    dense_cost, toeplitz_cost = (structure_factory(name)(512).flops(512) for name in ("dense", "triltoeplitz"))
+    assert toeplitz_cost.apply < dense_cost.apply / 2
+    assert toeplitz_cost.matmul < dense_cost.matmul / 1000

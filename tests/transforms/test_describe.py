@@ -19,7 +19,6 @@ from rootfree_optax._src.blocks.curvature import RootFree
 from rootfree_optax._src.blocks.rf import CholeskyInverse
 from rootfree_optax._src.blocks.sirf import PublishedRefresh
 from rootfree_optax._src.transforms import reports
-from rootfree_optax._src.transforms.flops import count_flops
 
 
 def struct(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
@@ -176,7 +175,7 @@ def test_bytes_are_those_of_the_whole_state(wrap: Any, beside: dict[str, int], m
     }
     counters = description.state_bytes - sum(row.state_bytes for row in description.rows)
     assert counters == sum(
-        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim == 0 or leaf.dtype == "uint8"
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim == 0 or leaf.shape == (1024,)
     )
     for name, row in rows.items():
         blocks, structure, dtype = {
@@ -264,28 +263,14 @@ class KeepsNothing(rf.BlockRule):
         return momentum, state
 
 
-@dataclasses.dataclass(frozen=True)
-class MultipliesTwice(KeepsNothing):
-    def init(self, structures: Any, dtypes: Any) -> Any:
-        return jnp.zeros([structure.dim for structure in structures])
-
-    def refresh(self, state: Any, gradient: Any, **others: Any) -> Any:
-        return jax.lax.scan(lambda g, _: (g @ (gradient.T @ gradient), None), state, length=3)[0]
-
-    def precondition(self, state: Any, momentum: Any, **others: Any) -> Any:
-        once, twice = lambda m: m @ (m.T @ m), lambda m: m @ m.T @ m @ m.T @ m
-        return jax.lax.cond(momentum[0, 0] > 0, once, twice, momentum), state
-
-
-def test_a_rule_of_ones_own_is_described_with_the_products_that_it_takes() -> None:
+def test_a_rule_of_ones_own_is_described_as_far_as_it_tells() -> None:
     description = rf.describe(rf.scale_by_kronecker(KeepsNothing(), layout=layout_of()), ONE)
-    assert description.flops == (0, 0, 0)
+    assert description.flops is None
     assert [(row.dtype, row.state_bytes) for row in description.rows] == [("", 12)] * 3
-    rule = MultipliesTwice()
-    a, b = (structure.dim for structure in layout_of().plan({"w": struct(6, 4)}).stacks[0].structures)
-    of_one, of_longest = 2 * (2 * a * b * b), 2 * (2 * a * a * b) + 2 * (2 * a * a * b)
-    description = rf.describe(rf.scale_by_kronecker(rule, layout=layout_of()), {"w": struct(6, 4)})
-    assert description.flops == (0, 3 * of_one, of_longest)
+    assert "Step: unknown FLOPs of products" in str(description)
+    assert "Refresh: unknown FLOPs, at every step." in str(description)
+    both = optax.chain(published(), rf.scale_by_kronecker(KeepsNothing(), layout=layout_of()))
+    assert rf.describe(both, ONE).flops is None
 
 
 def compiled_flops(function: Any, *arguments: Any) -> float:
@@ -310,7 +295,7 @@ def test_flops_are_those_of_the_compiled_program(rule: Any, structure: str) -> N
     state = jax.eval_shape(lambda: rule.init(stack.structures, (jnp.float32, jnp.float32)))
     gradient = struct(256, 192)
     given = {"structures": stack.structures, "step": step}
-    told = count_flops(rule, stack.structures)
+    told = rule.flops(stack.structures)
     refresh = compiled_flops(lambda state, g: rule.refresh(state, g, **given), state, gradient)
     direction = compiled_flops(lambda state, g: rule.precondition(state, g, gradient=g, **given), state, gradient)
     # What the compiler counts beside products is passes over the factors: of products of 64 columns 14 % in a refresh.
@@ -324,7 +309,7 @@ def test_flops_are_those_of_the_compiled_program(rule: Any, structure: str) -> N
 def test_flops_of_the_cholesky_inverse_are_those_of_its_equations() -> None:
     a, b = 30, 20
     [stack] = layout_of().plan({"w": struct(a, b)}).stacks
-    told = count_flops(CholeskyInverse(), stack.structures)
+    told = CholeskyInverse().flops(stack.structures)
     choleskys = (a**3 + b**3) // 3
     # L⁻¹G and L⁻ᵀ of that, for both axes; for curvatures one solve with the other factor, X Xᵀ, and L⁻¹ for the trace.
     assert told == (
@@ -332,8 +317,8 @@ def test_flops_of_the_cholesky_inverse_are_those_of_its_equations() -> None:
         2 * choleskys + a * b * (a + b) + 2 * a * b * (a + b) + a**3 + b**3,
         choleskys + 2 * a * b * (a + b),
     )
-    [vector] = layout_of("diagonal").plan({"w": struct(a, b)}).stacks
-    assert count_flops(CholeskyInverse(), vector.structures) == (0, 0, 0)
+    [vector] = layout_of().plan({"w": struct(a)}).stacks
+    assert CholeskyInverse().flops(vector.structures) == (0, 2 * a + 2 * (a // 3), 2 * a + a // 3)
 
 
 def test_flops_count_every_block() -> None:
@@ -343,7 +328,7 @@ def test_flops_count_every_block() -> None:
     description = rf.describe(tx, {"a": struct(16, 8), "b": struct(8, 8)})
     [stack] = layout.plan({"a": struct(16, 8), "b": struct(8, 8)}).stacks
     assert description.blocks == stack.count == 3
-    assert description.flops == tuple(3 * number for number in count_flops(rule, stack.structures))
+    assert description.flops == tuple(3 * number for number in rule.flops(stack.structures))
     assert (description.refresh_every, description.statistics_every) == (("spread over 5 steps",), ("every 2 steps",))
 
 

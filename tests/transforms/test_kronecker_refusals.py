@@ -70,7 +70,7 @@ def test_what_is_no_rule_is_refused():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"refresh_every": 0}, "refresh_every must be a whole number of at least 1, got 0"),
+        ({"refresh_every": 0}, "refresh_every must be a whole number of at least 1 and below 2³¹, got 0"),
         ({"preconditioner_lr": -0.1}, r"preconditioner_lr must be .*, got -0\.1"),
         ({"damping": float("nan")}, "damping must be a finite number of at least 0, got nan"),
         ({"batch_size": 0}, "batch_size must be a finite positive number, got 0"),

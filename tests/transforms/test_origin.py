@@ -179,7 +179,7 @@ def test_one_more_layer_that_a_checkpoint_had_not_is_refused_by_name() -> None:
 def test_a_later_format_is_refused_by_number() -> None:
     text = describe_origin({"power": 0.5}, '{"w": {}}')
     later = text.replace('"format": 1', '"format": 2')
-    for origin in (make_origin(later, PARAMS), Origin(text, make_origin(later, PARAMS).code)):
+    for origin in (make_origin(later, PARAMS), Origin(make_origin(later, PARAMS).code, text)):
         with refuses(ValueError, "format 2", "reads format 1", "the version that saved it"):
             require_origin(origin, text)
 
@@ -191,7 +191,7 @@ def test_a_damaged_origin_is_an_error(place: int) -> None:
     code[place] ^= 16
     code[0] ^= 1  # else nothing would be read but the digest
     with refuses(ValueError, "unreadable", "damaged"):
-        require_origin(Origin(text, jnp.asarray(code)), text)
+        require_origin(Origin(jnp.asarray(code), text), text)
 
 
 def test_its_representation_does_not_grow_with_the_model() -> None:

@@ -28,10 +28,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rootfree_optax._src.blocks.apply import apply_factors, apply_transposes
-from rootfree_optax._src.blocks.rule import BlockRule, Factors, Step, Structures
+from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step, Structures
 from rootfree_optax._src.common.schedules import StepSize
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, has_smaller_range, is_low_precision, upcast
-from rootfree_optax._src.numerics.finite import max_abs, root_mean_square
+from rootfree_optax._src.numerics.finite import max_abs, mean_sizes
 from rootfree_optax._src.numerics.inverse_root import LARGEST_CONDITION
 from rootfree_optax._src.numerics.polar import orthogonalize
 from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered
@@ -45,8 +45,14 @@ _LARGEST_MOMENTUM = 2
 _LARGEST_POWER = 2.0**60
 # How far mean(x²) may be from one, as a power of two, so that float16 holds x between two refreshes.
 _LARGEST_DRIFT = 16
+# Of a direction's mean size, the most that its root mean square may be before the direction counts as sparse. One entry
+# then moves by as much as AdamW moves it; directions on the ladder are below 2.3 (1.25 for numbers of a Gaussian).
+_DENSE = 2.5
 # A block whose gradients are below this part of the whole tree's is rounding noise.
 _LEAST_PART = 1e-6
+# Products of square matrices: KᵀS̃K, and K times an inverse root.
+_REFRESH_PRODUCTS = 10
+_SYMMETRIC_ROOT_PRODUCTS, _POSITIVE_ROOT_PRODUCTS = 22, 8
 # How many square roots of S̃^(−1/2) make S̃^(−q).
 _ROOTS = {1 / 4: 1, 1 / 8: 2}
 # Between two refreshes S may lose all that it was. K grows at most as if a part of this size were left.
@@ -180,8 +186,9 @@ class CurvatureRule(BlockRule):
     half it gives the full length, in noise `rms`. A step is shorter, as AdamW's is, where the momentum is of the past:
     in proportion to it while a block's gradients are zero, and in inverse proportion where it is larger than they are
     by far, after they have fallen. So silence does not move a block by more than rms/(1 − momentum). It is shorter,
-    too, where a block's gradients are rounding noise beside the tree's. With "newton" it is D itself for the curvature
-    B·S, no longer than the trust radius.
+    too, where few entries of a block move, so that none moves further than with AdamW, and where a block's gradients
+    are rounding noise beside the tree's. With "newton" it is D itself for the curvature B·S, no longer than the trust
+    radius.
 
     Args:
       step_size: "adamw" or "newton".
@@ -193,6 +200,13 @@ class CurvatureRule(BlockRule):
     trust_radius: ArrayLike | None = None
     precision: jax.lax.PrecisionLike = None
     rms: ClassVar[float] = 0.4  # of a step in noise, beside the learning rate; the ladder chose it
+
+    applications: ClassVar[int] = 2  # how often a matrix is applied along each axis, for one direction
+
+    @property
+    def root_products(self) -> int:
+        """How many products of square matrices `derive_factor` takes for each axis."""
+        return 0
 
     @property
     @abc.abstractmethod
@@ -245,6 +259,11 @@ class CurvatureRule(BlockRule):
 
     def waits(self, state: CurvatureState) -> jax.Array:
         """Returns whether there was no gradient yet."""
+        if not (jnp.issubdtype(state.exponent.dtype, jnp.integer) and state.seen.dtype == jnp.float32):
+            raise TypeError(
+                "a state must have the dtypes of tx.init(params), integers for `exponent` and float32 for `seen`, got "
+                f"{state.exponent.dtype} and {state.seen.dtype}. Cast what an average or a conversion has changed back."
+            )
         return state.seen == 0
 
     def start(
@@ -452,7 +471,9 @@ class CurvatureRule(BlockRule):
         below = jnp.where(is_known, scale, 0) - jnp.where(is_known, step.largest_scale, 0)
         part = jnp.exp2(jnp.minimum(below, 0)) / _LEAST_PART
         shortening = jnp.minimum(jnp.minimum(fading, part.astype(size.dtype)), 1 / jnp.maximum(excess, 1))
-        length = shortening * rms / positive(root_mean_square(direction))
+        mean, root = mean_sizes(direction)
+        shortening = jnp.minimum(shortening, _DENSE * mean / positive(root))
+        length = shortening * rms / positive(root)
         return length, shortening < 1, state._replace(last_momentum=last, agreement=agreement)
 
     @staticmethod
@@ -488,6 +509,17 @@ class CurvatureRule(BlockRule):
             return length, jnp.zeros([], bool)
         excess = self.squared_length(momentum, direction) / jnp.square(jnp.asarray(self.trust_radius, dtype))
         return length / jnp.maximum(excess, 1), excess > 1
+
+    def flops(self, structures: Structures) -> BlockFlops:
+        """Returns the operations of the products; those of diagonal structures count, too."""
+        size = math.prod([structure.dim for structure in structures])
+        each = [structure.flops(size // structure.dim) for structure in structures]
+        applied = sum([flops.apply for flops in each])
+        return BlockFlops(
+            observe=(len(each) - 1) * applied + sum([flops.project_outer for flops in each]),
+            refresh=(_REFRESH_PRODUCTS + self.root_products) * sum([flops.matmul for flops in each]),
+            precondition=self.applications * applied,
+        )
 
     def supports(self, structure: Structure) -> str | None:
         """Returns why a structure has no statistics of its own, if it is not closed under transposition."""
@@ -632,6 +664,8 @@ class Whitening(CurvatureRule):
     """
 
     degrees = 1.0, 0.5
+    applications = 1
+    root_products = _SYMMETRIC_ROOT_PRODUCTS
 
     def squared_length(self, momentum: jax.Array, direction: jax.Array) -> jax.Array:
         """Returns mean(D²)."""
@@ -666,6 +700,18 @@ class Spectral(CurvatureRule):
     def options(self) -> Mapping[str, Any]:
         """Returns the power: preconditioners are of it until the next refresh."""
         return {"power": float(self.power)}
+
+    @property
+    def root_products(self) -> int:
+        """How many products of square matrices `derive_factor` takes for each axis."""
+        return 0 if self.power == 0.5 else _SYMMETRIC_ROOT_PRODUCTS + _ROOTS[self.power] * _POSITIVE_ROOT_PRODUCTS
+
+    def flops(self, structures: Structures) -> BlockFlops:
+        """Returns the operations, those of the orthogonalization included."""
+        *others, columns = [structure.dim for structure in structures]
+        short, long = sorted([math.prod(others), columns])
+        flops = super().flops(structures)
+        return flops._replace(precondition=flops.precondition + 5 * (4 * short**2 * long + 2 * short**3))
 
     @property
     def degrees(self) -> tuple[float, float]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.blocks.rule import BlockRule, Factors, Step, Structures
+from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step, Structures
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, upcast
 from rootfree_optax._src.numerics.finite import all_finite
 from rootfree_optax._src.structures.base import Structure
@@ -158,6 +158,18 @@ class CholeskyInverse(BlockRule):
                 lower = cholesky(s)
                 direction = solve(lower, solve(lower, direction, axis), axis, transposed=True)
             return jnp.where(all_finite(momentum), direction, whole), state
+
+    def flops(self, structures: Structures) -> BlockFlops:
+        """Returns the operations of products, triangular solves, and the Cholesky factors of d³/3 each."""
+        size = math.prod([s.dim for s in structures])
+        rows = [1 if s.is_diagonal else s.dim for s in structures]  # that one row is multiplied by
+        solves = [size * r for r in rows]
+        choleskys = sum([s.dim * r * r // 3 for s, r in zip(structures, rows, strict=True)])
+        # For each axis: the other axes' solves, the outer product, Tr(S⁻¹), and S's Cholesky factor before and after.
+        whitening = (len(structures) - 1) * sum(solves)
+        traces = sum([s.dim * r * r for s, r in zip(structures, rows, strict=True)]) if len(structures) > 1 else 0
+        refresh = whitening + sum([2 * size * r for r in rows]) + traces + 2 * choleskys
+        return BlockFlops(observe=0, refresh=refresh, precondition=2 * sum(solves) + choleskys)
 
     def supports(self, structure: Structure) -> str | None:
         """Returns why a structure has no inverse within it, unless it is dense or diagonal."""

@@ -164,6 +164,11 @@ class BlockRule(abc.ABC):
         del structure
         return None
 
+    def flops(self, structures: Structures) -> BlockFlops | None:
+        """Returns what the products for one block cost, which `rf.describe` shows; None for unknown."""
+        del structures
+        return None
+
     def scale(self, state: BlockState) -> jax.Array | None:
         """Returns the base-2 logarithm of the usual size of the block's gradients, a scalar; None if it is not kept.
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rootfree_optax._src.blocks.apply import apply_factors, apply_transposes, fold, fold_axes, unfold_means
-from rootfree_optax._src.blocks.rule import BlockRule, Factors, Step
+from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step
 from rootfree_optax._src.common.validate import kind_of
 from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
 from rootfree_optax._src.numerics.finite import max_abs
@@ -277,6 +277,19 @@ class PublishedRefresh(BlockRule):
                 precision=self.precision,
             )
         return direction, state
+
+    def flops(self, structures: Sequence[Structure]) -> BlockFlops:
+        """Returns the operations of the products; each axis counts by itself, although short ones are folded."""
+        size = math.prod([structure.dim for structure in structures])
+        axes = [structure.flops(columns=size // structure.dim) for structure in structures]
+        applied = sum([axis.apply for axis in axes])
+        curvature = applied + sum([axis.project_outer + axis.project_inner for axis in axes])
+        products = sum([axis.matmul for axis in axes])  # K m along every axis, or K Kᵀ
+        return BlockFlops(
+            observe=0,
+            refresh=curvature + (1 + self.cache_preconditioner) * products,
+            precondition=applied if self.cache_preconditioner else 2 * applied,
+        )
 
     def options(self) -> Mapping[str, Any]:
         """Returns which arrays are kept."""

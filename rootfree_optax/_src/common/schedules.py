@@ -54,7 +54,12 @@ def is_due(interval: RefreshEvery, count: jax.Array) -> jax.Array | bool | Stagg
         return interval
     if isinstance(interval, numbers.Integral):
         return True if interval == 1 else count % interval == 0
-    due = jnp.asarray(interval(count) if callable(interval) else interval)
+    value = interval(count) if callable(interval) else interval
+    if value is None or jnp.shape(value):
+        raise TypeError(
+            f"an interval's callable must return whether this step is one, a Boolean scalar, got {value!r}."
+        )
+    due = jnp.asarray(value)
     return due if due.dtype == jnp.bool_ else count % due.astype(count.dtype) == 0
 
 

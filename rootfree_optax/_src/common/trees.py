@@ -77,7 +77,7 @@ def real_shapes(params: Any, gradients: Any = None) -> tuple[tuple[str, Shape], 
                 continue
             raise _refusal(path, leaf, "real floating point")
         if path in shapes:
-            raise ValueError(f"parameters must have distinct key paths, but two of them have {path!r}.")
+            raise ValueError(f"parameters must have distinct key paths, but two of them have {path!r}. Rename one.")
         shapes[path] = jnp.shape(leaf)
     return tuple(shapes.items())
 
@@ -97,15 +97,21 @@ def require_like(tree: Any, reference: Any, *, name: str, sample_axis: bool = Fa
 
 
 def require_shapes(
-    leaves: Mapping[str, Any], shapes: Mapping[str, Shape | None], *, name: str, sample_axis: bool = False
+    leaves: Mapping[str, Any],
+    shapes: Mapping[str, Shape | None],
+    *,
+    name: str,
+    sample_axis: bool = False,
+    kind: Any = jnp.inexact,
 ) -> None:
-    """Raises a ValueError for a leaf whose path or shape differs from the expected one.
+    """Raises a ValueError for a leaf whose path or shape differs from the expected one, a TypeError for its dtype.
 
     Args:
       leaves: the leaves by key path, see `named_leaves`. None matches any shape.
       shapes: the expected shapes by key path. None matches any leaf.
       name: the name of the tree in the message.
       sample_axis: whether each leaf may have an additional leading axis.
+      kind: `jnp.floating`, or `jnp.inexact` for complex arrays, too.
     """
     if difference := leaves.keys() ^ shapes.keys():
         path = min(difference)
@@ -118,6 +124,11 @@ def require_shapes(
         shape = jnp.shape(leaf)
         if shape != wanted and not (sample_axis and shape[1:] == wanted and shape):
             raise ValueError(f"{name} must have the parameters' shapes, got {shape} at {path!r} instead of {wanted}.")
+        if hasattr(leaf, "dtype") and not _is_of_kind(leaf, kind):
+            raise TypeError(
+                f"{name} must be {'real ' if kind is jnp.floating else ''}floating point of at least 16 bits, got "
+                f"{leaf.dtype} at {path!r}. Cast them, as jax.tree.map(lambda g: g.astype(jnp.float32), grads) does."
+            )
 
 
 def map_gradients(function: Callable[..., Any], gradients: Any, *rest: Any) -> Any:

@@ -27,7 +27,7 @@ POSITIVE = Range("a finite positive number", lambda x: 0 < x < math.inf)
 FRACTION = Range("in [0, 1)", lambda x: 0 <= x < 1)
 BELOW_ONE = Range("in (0, 1)", lambda x: 0 < x < 1)
 AT_MOST_ONE = Range("in [0, 1]", lambda x: 0 <= x <= 1)
-_WHOLE = Range("a whole number of at least 1", lambda x: 1 <= x < math.inf and x == int(x))
+_WHOLE = Range("a whole number of at least 1 and below 2³¹", lambda x: 1 <= x < 2**31 and x == int(x))
 
 
 def is_zero(value: Any) -> bool:

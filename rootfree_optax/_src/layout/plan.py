@@ -183,7 +183,7 @@ class Plan:
         leaves = trees.named_leaves(tree)
         # None elsewhere stands for no parameter.
         relevant = {path: leaf for path, leaf in leaves.items() if leaf is not None or path in self._shapes}
-        trees.require_shapes(relevant, self._shapes, name=name, sample_axis=sample_axis)
+        trees.require_shapes(relevant, self._shapes, name=name, sample_axis=sample_axis, kind=jnp.floating)
         return leaves
 
     def _require_rest(self, arrays: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 
 def real_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -47,6 +47,11 @@ def dtype_like(array: jax.Array, real: DTypeLike | None) -> jnp.dtype:
     if real is None:
         return own
     return np.promote_types(real, np.complex64) if jnp.issubdtype(own, jnp.complexfloating) else jnp.dtype(real)
+
+
+def dtype_beside(array: jax.Array, param: ArrayLike) -> jnp.dtype:
+    """Returns the dtype of an update for a parameter: the array's, or a wider one of the parameter's precision."""
+    return np.promote_types(array.dtype, jnp.result_type(param))
 
 
 def upcast(array: jax.Array) -> jax.Array:

@@ -17,12 +17,12 @@ def max_abs(parts: tuple[jax.Array, ...]) -> jax.Array:
     return jax.lax.bitcast_convert_type(functools.reduce(jnp.maximum, largest), parts[0].dtype)
 
 
-def root_mean_square(array: jax.Array) -> jax.Array:
-    """Returns √mean(|a|²), a scalar, where neither over- nor underflows."""
+def mean_sizes(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns mean(|a|) and √mean(|a|²), scalars, neither of which over- or underflows."""
     size = jnp.abs(array)
     largest = jnp.max(size, initial=0)
     unit = jnp.where(largest > 0, largest, 1)
-    return jnp.sqrt(jnp.mean(jnp.square(size / unit))) * unit
+    return jnp.mean(size / unit) * unit, jnp.sqrt(jnp.mean(jnp.square(size / unit))) * unit
 
 
 def all_finite(tree: object) -> jax.Array:

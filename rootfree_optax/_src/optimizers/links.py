@@ -2,8 +2,10 @@
 
 `optax.add_decayed_weights` and `optax.trace` multiply arrays by their hyperparameter as it comes. A traced float32
 number or a schedule then turns bfloat16 updates into float32 ones, so that `lax.scan` refuses the state, and is an
-error under strict dtype promotion. The links below compute in at least float32 and keep every array's dtype. Their
-states call a step count `step`, so that the chain has one `count`, the preconditioner's, for `optax.tree.get`.
+error under strict dtype promotion. The links below compute in at least float32 and keep every array's dtype, but for
+gradients that are narrower than their parameters: their updates are as wide as the parameters, so that a small decay or
+learning rate is not lost. Their states call a step count `step`, so that the chain has one `count`, the
+preconditioner's, for `optax.tree.get`.
 """
 
 import functools
@@ -17,7 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.blocks.momentum import add_scaled, average_heavy_ball, total_weight
 from rootfree_optax._src.common import schedules, trees, validate
-from rootfree_optax._src.numerics.dtypes import upcast
+from rootfree_optax._src.numerics.dtypes import dtype_beside, upcast
 from rootfree_optax._src.transforms.accumulators import init_average
 from rootfree_optax._src.transforms.origin import (
     Origin,
@@ -161,7 +163,7 @@ def heavy_ball(
 
 
 def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
-    """Multiplies updates by −learning_rate, keeping their dtype.
+    """Multiplies updates by −learning_rate, in their dtype or a wider one of the parameters, if these are given.
 
     Args:
       learning_rate: at least 0. A number, a traced scalar or a schedule. The state is the same for all of these.
@@ -175,9 +177,10 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
     def update(
         updates: optax.Updates, state: LinkState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, LinkState]:
-        del params, extra_args
+        del extra_args
         factor = -jnp.asarray(schedules.value_at("learning_rate", learning_rate, state.step))
-        updates = trees.map_gradients(functools.partial(_multiply, factor), updates)
+        beside = () if params is None else (params,)
+        updates = trees.map_gradients(functools.partial(_multiply, factor), updates, *beside)
         return updates, LinkState(optax.safe_increment(state.step))
 
     return optax.GradientTransformationExtraArgs(_init_step, update)
@@ -209,7 +212,7 @@ def descend(
 
 @jax.jit
 def _add_scaled(factor: ArrayLike, update: jax.Array, param: jax.Array) -> jax.Array:
-    return add_scaled(update, factor, param).astype(update.dtype)
+    return add_scaled(update.astype(dtype_beside(update, param)), factor, param).astype(dtype_beside(update, param))
 
 
 @jax.jit
@@ -221,7 +224,12 @@ def _average(
     return average.astype(update.dtype), new
 
 
-@jax.jit
-def _multiply(factor: ArrayLike, update: jax.Array) -> jax.Array:
-    wide = upcast(update)
-    return (jnp.asarray(factor, wide.dtype) * wide).astype(update.dtype)
+def _multiply(factor: ArrayLike, update: jax.Array, *param: ArrayLike) -> jax.Array:
+    dtype = dtype_beside(update, *param) if param else update.dtype
+    return _multiply_in(dtype, factor, update)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _multiply_in(dtype: jnp.dtype, factor: ArrayLike, update: jax.Array) -> jax.Array:
+    wide = upcast(update.astype(dtype))
+    return (jnp.asarray(factor, wide.dtype) * wide).astype(dtype)

@@ -13,6 +13,8 @@ from rootfree_optax._src.blocks.rule import BlockRule, BlockState, Step
 from rootfree_optax._src.common.schedules import Staggered
 from rootfree_optax._src.layout.stack import Stack
 
+_LARGEST_SIZE = 2**31 - 1
+
 Due: TypeAlias = jax.Array | bool | Staggered  # True itself where something is done at every step
 
 
@@ -87,7 +89,8 @@ def init_stacks(
         # A stack of no blocks still has arrays: each device's state has the same structure.
         momentum = None if momentum_dtype is None else jnp.zeros((length, *stack.shape), momentum_dtype)
         block = jax.tree.map(functools.partial(repeat, length), rule.init(stack.structures, dtypes))
-        size = jnp.where(number < 0, 0, jnp.float32(math.prod(stack.shape)))
+        # An integer: a state whose numbers are set to zero starts anew, and a block without size would wait for ever.
+        size = jnp.where(number < 0, 0, jnp.int32(min(math.prod(stack.shape), _LARGEST_SIZE)))
         return StackState(
             block,
             momentum,

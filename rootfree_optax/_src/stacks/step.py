@@ -69,7 +69,7 @@ def _precondition(
     if step.has_missing:
         is_missing = jnp.max(gradient, tuple(axes[1:])) == -jnp.inf
         squared_norm = jnp.where(is_missing, old.squared_norm, squared_norm)
-        largest = jnp.where(is_missing, old.largest_gradient, largest)
+        largest = jnp.where(is_missing, 0, largest)
     return direction.astype(gradient.dtype), StackState(block, momentum, squared_norm, largest, old.size, old.number)
 
 
@@ -256,7 +256,10 @@ def _take_turn(
 
 
 def measure_largest_scale(rule: BlockRule, states: tuple[StackState, ...], local_axes: tuple[str, ...]) -> jax.Array:
-    """Returns the largest `BlockRule.scale` of all blocks, a scalar; −∞ if the rule keeps none.
+    """Returns the largest `BlockRule.scale` of all blocks whose last gradient was not all zero, a scalar.
+
+    It is −∞ if there is none, or if the rule keeps no scale. A block that has fallen silent keeps its scale, beside
+    which all others might be taken for rounding noise, for ever.
 
     Args:
       rule: what is done with a block.
@@ -266,5 +269,6 @@ def measure_largest_scale(rule: BlockRule, states: tuple[StackState, ...], local
     if type(rule).scale is BlockRule.scale:
         return jnp.asarray(-jnp.inf, jnp.float32)
     scale_of: Any = jax.vmap(rule.scale)
-    largest = jnp.max(jnp.stack([jnp.max(scale_of(state.block)) for state in states]))
+    active = [jnp.where(state.largest_gradient != 0, scale_of(state.block), -jnp.inf) for state in states]
+    largest = jnp.max(jnp.stack([jnp.max(scales) for scales in active]))
     return jax.lax.pmax(largest, local_axes) if local_axes else largest

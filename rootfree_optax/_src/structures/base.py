@@ -11,6 +11,7 @@ https://arxiv.org/abs/2312.05705).
 """
 
 import abc
+import dataclasses
 from typing import TypeAlias
 
 import jax
@@ -19,6 +20,16 @@ from jax.lax import PrecisionLike
 from jax.typing import ArrayLike, DTypeLike
 
 Parts: TypeAlias = tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """The floating-point operations, with a multiply-add as two, of a structure's operations."""
+
+    apply: int
+    project_outer: int
+    matmul: int
+    project_inner: int
 
 
 def times_scalar(parts: Parts, factor: ArrayLike) -> Parts:
@@ -164,6 +175,10 @@ class Structure(abc.ABC):
           ValueError: if the set is not symmetric.
         """
         raise self.not_symmetric()
+
+    @abc.abstractmethod
+    def flops(self, columns: int) -> Flops:
+        """Returns the cost of the operations, for a tensor of d × `columns` entries."""
 
     def not_symmetric(self) -> ValueError:
         """Returns the error of an operation whose result is in symmetric sets alone."""

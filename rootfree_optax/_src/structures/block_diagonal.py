@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from rootfree_optax._src.numerics import inverse_root, polar
 from rootfree_optax._src.numerics.dtypes import upcast
 from rootfree_optax._src.numerics.products import einsum
-from rootfree_optax._src.structures.base import Parts, Structure, other_axes
+from rootfree_optax._src.structures.base import Flops, Parts, Structure, other_axes
 
 
 def subscripts_along(subscripts: str, axis: int, ndim: int) -> str:
@@ -152,3 +152,7 @@ class BlockDiagonal(Structure):
     def squared_norm(self, parts: Parts) -> jax.Array:
         """Returns ‖K‖²_F, the sum of the squares of all entries."""
         return jnp.sum(jnp.square(upcast(parts[0])))
+
+    def flops(self, columns: int) -> Flops:
+        applied, product = 2 * self.size * self.dim * columns, 2 * self.size * self.dim * self.size
+        return Flops(apply=applied, project_outer=applied, matmul=product, project_inner=product)

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.numerics.dtypes import upcast
 from rootfree_optax._src.numerics.products import einsum
-from rootfree_optax._src.structures.base import Parts, Structure
+from rootfree_optax._src.structures.base import Flops, Parts, Structure
 from rootfree_optax._src.structures.block_diagonal import BlockDiagonal, multiply_along, subscripts_along
 
 Pair: TypeAlias = tuple[int, int]
@@ -155,6 +155,22 @@ class BlockPattern(Structure):
     def squared_norm(self, parts: Parts) -> jax.Array:
         """Returns ‖K‖²_F, the sum of the squares of all entries."""
         return _add([jnp.sum(jnp.square(upcast(part))) for part in parts])
+
+    def flops(self, columns: int) -> Flops:
+        dims, pairs = [segment.dim for segment in self.segments], self._pairs
+
+        def cost(i: int, j: int, columns: int) -> int:
+            return 2 * (self.segments[i].size if i == j else dims[i]) * dims[j] * columns
+
+        applied = sum(cost(i, j, columns) for i, j in pairs)
+        matmul = sum(cost(i, i, segment.size) for i, segment in enumerate(self.segments))
+        inner = matmul + sum(cost(i, i, dims[k]) for k, i in self.couplings)
+        for (i, j), k in itertools.product(self.couplings, range(len(dims))):
+            if (i, k) in pairs and (k, j) in pairs:
+                matmul += cost(j, j, dims[i]) if k == j else cost(i, k, dims[j])
+            if (k, i) in pairs and (k, j) in pairs:
+                inner += cost(i, k, dims[j])
+        return Flops(apply=applied, project_outer=applied, matmul=matmul, project_inner=inner)
 
     def _by_segment(self, operation: Callable[..., Parts], *operands: Parts) -> Parts:
         """Returns the parts of an operation on symmetric sets, which takes each segment by itself.

@@ -17,7 +17,7 @@ from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from rootfree_optax._src.numerics.dtypes import upcast
-from rootfree_optax._src.structures.base import Parts, Structure, other_axes
+from rootfree_optax._src.structures.base import Flops, Parts, Structure, other_axes
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -95,6 +95,15 @@ class TriangularToeplitz(Structure):
         """Returns ‖K‖²_F = Σₐ (d − a) cₐ²."""
         c = upcast(parts[0])
         return jnp.sum(self._lengths(c.dtype) * jnp.square(c))
+
+    def flops(self, columns: int) -> Flops:
+        transform = 5 * self._length * (self._length.bit_length() - 1) // 2
+        return Flops(
+            apply=transform * (2 * columns + 1) + 3 * self._length * columns,
+            project_outer=transform * (columns + 1) + 2 * self._length * columns,
+            matmul=3 * transform + 3 * self._length,
+            project_inner=3 * transform + 3 * self._length,
+        )
 
     @property
     def _length(self) -> int:

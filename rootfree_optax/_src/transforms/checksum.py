@@ -82,7 +82,9 @@ def _hash(words: jax.Array) -> jax.Array:
 
 def _words(array: jax.Array) -> jax.Array:
     """Returns an array's bits as unsigned integers."""
-    if array.dtype == jnp.bool_:
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    if array.dtype == jnp.bool_ or (jnp.issubdtype(array.dtype, jnp.integer) and jnp.iinfo(array.dtype).bits < 8):
         return array.astype(jnp.uint8)
     if jnp.iscomplexobj(array):
         array = jnp.stack([array.real, array.imag], axis=-1)

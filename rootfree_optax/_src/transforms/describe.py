@@ -21,7 +21,6 @@ from rootfree_optax._src.layout.paths import plain_paths
 from rootfree_optax._src.mesh.state_shardings import state_shardings, use_mesh_of
 from rootfree_optax._src.stacks.state import StackState
 from rootfree_optax._src.transforms.description import Compiled, Description, Row
-from rootfree_optax._src.transforms.flops import count_flops
 from rootfree_optax._src.transforms.kronecker import find_kronecker_states
 from rootfree_optax._src.transforms.reports import KroneckerReport, collect_reports
 
@@ -73,7 +72,6 @@ def describe(tx: optax.GradientTransformation, params: optax.Params, *, compile:
     tree = params.fast if isinstance(params, optax.LookaheadParams) else params
     leaves = {path: leaf for path, leaf in trees.named_leaves(tree).items() if leaf is not None}
     stacks = [(report.rule, stack) for report in reports for stack in report.plan.stacks]
-    flops = [[stack.count * number for number in count_flops(rule, stack.structures)] for rule, stack in stacks]
     with_blocks = [report for report in reports if report.plan.stacks]
     return Description(
         rows=tuple(_rows(_items(reports, leaves, _bytes_outside_stacks(state, tree)))),
@@ -81,7 +79,7 @@ def describe(tx: optax.GradientTransformation, params: optax.Params, *, compile:
         blocks=sum(stack.count for _, stack in stacks),
         state_bytes=_bytes(state),
         adam_bytes=2 * _bytes(leaves),
-        flops=BlockFlops(*map(sum, zip((0, 0, 0), *flops, strict=True))),
+        flops=_total([(rule.flops(stack.structures), stack.count) for rule, stack in stacks]),
         refresh_every=_in_words([report.refresh_every for report in with_blocks]),
         statistics_every=_in_words([report.statistics_every for report in with_blocks]),
         mesh_axes=tuple(dict.fromkeys(axis for report in reports for axis in report.axes)),
@@ -210,6 +208,12 @@ def _compile(tx: optax.GradientTransformation, gradients: Any, state: Any, param
         temporary_bytes=getattr(memory, "temp_size_in_bytes", None),
         flops=int(costs["flops"]) if "flops" in costs else None,
     )
+
+
+def _total(costs: Sequence[tuple[BlockFlops | None, int]]) -> BlockFlops | None:
+    """Returns the sum of operations, each so many times; None if some are unknown."""
+    known = [[number * count for number in flops] for flops, count in costs if flops is not None]
+    return BlockFlops(*map(sum, zip((0, 0, 0), *known, strict=True))) if len(known) == len(costs) else None
 
 
 def _in_words(intervals: Sequence[RefreshEvery | None]) -> tuple[str, ...]:

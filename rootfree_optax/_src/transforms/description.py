@@ -76,7 +76,7 @@ class Description:
     blocks: int
     state_bytes: int
     adam_bytes: int
-    flops: BlockFlops
+    flops: BlockFlops | None
     refresh_every: tuple[str, ...]
     statistics_every: tuple[str, ...]
     mesh_axes: tuple[str, ...]
@@ -131,7 +131,7 @@ class Description:
         adam = _metric(self.adam_bytes, "B")
         notes = [f"State: {self.adam_ratio:.2f} times Adam's {adam} of two numbers for each entry of the parameters."]
         if self.blocks:
-            observe, refresh, precondition = [_metric(number, " FLOPs") for number in self.flops]
+            observe, refresh, precondition = [_metric(number, " FLOPs") for number in self.flops or (None, None, None)]
             notes.append(f"Step: {precondition} of products, without refresh and statistics.")
             notes.append(f"Refresh: {refresh}, {' or '.join(self.refresh_every)}.")
             if self.statistics_every:

@@ -143,7 +143,9 @@ def scale_by_kronecker(
     def init(params: optax.Params) -> ScaleByKroneckerState:
         plan = layout.plan(params)
         count, refreshes = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)  # two buffers, so both can be donated
-        rest_state = for_rest.init(_select_rest(plan, params, rest)) if plan.rest else jnp.zeros([])
+        rest_state: Any = jnp.zeros([])
+        if plan.rest:
+            rest_state = for_rest.init(_select_rest(plan, trees.named_leaves(params), rest))
         states: Any = jnp.zeros([])
         axes: tuple[str, ...] = ()
         sent = None
@@ -186,8 +188,9 @@ def scale_by_kronecker(
         is_own = _require_own(state, describe_origin(options, plan.summary), updates, params)
         rest_updates, rest_state = {}, state.rest
         if plan.rest:
-            others = None if params is None else _select_rest(plan, params, rest)
-            by_name, rest_state = for_rest.update(_select_rest(plan, updates, rest), rest_state, others, **extra_args)
+            others = None if params is None else _select_rest(plan, trees.named_leaves(params), rest)
+            own = _select_rest(plan, plan.named_leaves(updates, "gradients"), rest)
+            by_name, rest_state = for_rest.update(own, rest_state, others, **extra_args)
             rest_updates = {parameter.path: by_name[parameter.name] for parameter in plan.rest}
         if not plan.stacks:
             updates = plan.unpack((), updates, rest=rest_updates)
@@ -258,18 +261,17 @@ def _require_own(
         raise
 
 
-def _select_rest(plan: Plan, tree: Any, rest: optax.GradientTransformation | None) -> dict[str, Any]:
-    """Returns the arrays of the parameters without factors, of which there are some, by name.
+def _select_rest(plan: Plan, leaves: Mapping[str, Any], rest: optax.GradientTransformation | None) -> dict[str, Any]:
+    """Returns the leaves of the parameters without factors, of which there are some, by name.
 
     Raises:
-      ValueError: if there is nothing that updates them, or one is missing.
+      ValueError: if there is nothing that updates them.
     """
     if rest is None:
         raise ValueError(
             f"the layout gives no factors to {plan.rest[0].path!r}, so rest must update such parameters. "
             "Pass rest=optax.scale_by_adam(), or Layout(diagonal=None) for factors everywhere."
         )
-    leaves = plan.named_leaves(tree, "gradients")
     return {parameter.name: leaves[parameter.path] for parameter in plan.rest}
 
 
