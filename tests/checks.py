@@ -1,6 +1,5 @@
 """What tests share: small trees, runs of an optimizer, comparisons and errors."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,10 +9,6 @@ import optax
 import pytest
 
 from rootfree_optax._src.transforms.origin import Origin
-
-# Programs of a few steps take longer to compile than to run: they are compiled without most optimizations.
-SHORT = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-quick_jit = functools.partial(jax.jit, compiler_options=SHORT)
 
 
 def make_params(dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -46,7 +41,7 @@ def run(tx: optax.GradientTransformationExtraArgs, params: Any, gradients: Any, 
 
     Updates are jitted: calls with one transformation, such as a case of the contract, share their programs.
     """
-    update = quick_jit(tx.update)
+    update = jax.jit(tx.update)
     state = tx.init(params)
     history = []
     for gradient in gradients:

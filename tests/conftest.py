@@ -7,7 +7,12 @@ import shutil
 import tempfile
 
 # Before jax is imported: the number of host devices is fixed when the backend starts.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Programs of a few steps take longer to compile than to run: they are compiled without most optimizations.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 # Most of the suite's time is compiling, and many tests compile the same program. For this session alone, but for all of
 # its processes, which find the folder in their environment.

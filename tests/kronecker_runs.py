@@ -1,6 +1,5 @@
 """What the tests of the Kronecker transformation and of its rules share."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +15,6 @@ import rootfree_optax as rf
 
 SETTING = {"preconditioner_lr": 0.3, "damping": 0.1, "batch_size": 4}
 
-# Programs of a few steps take longer to compile than to run: they are compiled without most optimizations.
-SHORT = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-quick_jit = functools.partial(jax.jit, compiler_options=SHORT)
-
 scale_by_published, sirf_published = rf.published.scale_by_sirf_shampoo, rf.published.sirf_shampoo
 both_forms = pytest.mark.parametrize("make", [scale_by_published, rf.published.scale_by_rf_shampoo])
 
@@ -34,7 +29,7 @@ def draw(shapes: Any, steps: int = 3, seed: int = 0) -> Any:
 def compile_run(make: Callable[..., optax.GradientTransformationExtraArgs]) -> Callable[..., tuple[Any, Any]]:
     """Returns a compiled function `(gradients, *numbers)` like `run`, of `make(*numbers)`: one for many numbers."""
 
-    @quick_jit
+    @jax.jit
     def steps(gradients: Any, *numbers: Any) -> tuple[Any, Any]:
         tx = make(*numbers)
         params = jax.tree.map(lambda g: jnp.zeros_like(g[0]), gradients)

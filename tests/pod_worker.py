@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from checks import quick_jit
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import rootfree_optax as rf
@@ -76,7 +75,7 @@ def train(
     tx, shapes = optimizer(mesh_axes, told), shapes_on(mesh, specs)
     shardings = jax.tree.map(lambda struct: struct.sharding, target_of(tx, shapes))
 
-    @functools.partial(quick_jit, donate_argnums=0, out_shardings=shardings)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
     def step(carry: Any, target: Any) -> Any:
         params, state = carry
         gradients = jax.grad(lambda p: sum(jnp.sum(jnp.sin(p[n]) * target[n] + p[n] ** 2) for n in p))(params)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import quick_jit
 from double_precision import double_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,7 +33,7 @@ def advance(rule, structures, gradients, *, dtype=jnp.float32, numbers=None):
     def take_in(state, gradient):
         return rule.refresh(rule.observe(state, gradient, **given), gradient, **given), None
 
-    @quick_jit
+    @jax.jit
     def run(gradients):
         state = rule.init(structures, [dtype] * len(structures))
         return jax.lax.scan(take_in, rule.start(state, gradients[0], **given), gradients)[0]
@@ -45,7 +44,7 @@ def advance(rule, structures, gradients, *, dtype=jnp.float32, numbers=None):
 def compiled(rule, structures, **changes):
     """Returns a rule's functions for some structures and one step's numbers, each as one program."""
     given = {"structures": structures, "step": step(**changes)}
-    own = lambda name: quick_jit(lambda *arrays, **others: getattr(rule, name)(*arrays, **given, **others))
+    own = lambda name: jax.jit(lambda *arrays, **others: getattr(rule, name)(*arrays, **given, **others))
     return types.SimpleNamespace(**{name: own(name) for name in ("start", "observe", "refresh", "precondition")})
 
 
@@ -191,7 +190,7 @@ def test_float16_factors_turn_a_momentum_beyond_their_range_as_one_within(rule):
     gradient, momentum = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 2)), jnp.float32)
     start = rule.init(structures, [jnp.float16] * 2)
     state = compiled(rule, structures).start(start, gradient)
-    turn = quick_jit(lambda m: rule.precondition_momentum(state, m, structures))
+    turn = jax.jit(lambda m: rule.precondition_momentum(state, m, structures))
     within, beyond = (turn(size * momentum) for size in (1.0, 2.0**40))
     unit = lambda direction: direction / jnp.linalg.norm(direction)
     np.testing.assert_allclose(unit(beyond), unit(within), rtol=0, atol=2e-3)
@@ -204,7 +203,7 @@ def test_powers_of_the_curvature_are_accurate_over_four_decades(exponent):
     s = (vectors * np.geomspace(1e3, 1e-1, 24)) @ vectors.T
     k = power(s, -0.5) @ rotation
     given = [(jnp.asarray(matrix, jnp.float32),) for matrix in (k, s)]
-    kept, found = quick_jit(lambda *args: Spectral(exponent).derive_factor(*args, dense(24)))(*given)
+    kept, found = jax.jit(lambda *args: Spectral(exponent).derive_factor(*args, dense(24)))(*given)
     np.testing.assert_array_equal(kept[0], given[0][0])
     # Relative to every eigenvalue, not to the largest alone.
     relative = power(s, exponent / 2) @ as_matrix(found) @ power(s, exponent / 2)
@@ -338,7 +337,7 @@ def test_factors_are_renewed_however_little_is_left_of_their_curvature(observati
         None,
     )
 
-    @quick_jit
+    @jax.jit
     def round_of(state, key):
         state, _ = jax.lax.scan(observe, state, jax.random.split(key, observations))
         return rule.refresh(state, first[0], structures=structures, step=step())
@@ -382,7 +381,7 @@ def test_gradients_of_random_amplitude_stay_in_the_range_of_float16():
     pattern = np.outer([1.0, -2.0, 0.5, 3.0], [0.1, 1.0, -2.0])
     gradients = jnp.asarray(np.random.default_rng(0).standard_normal((2000, 1, 1)) * pattern, jnp.float16)
 
-    @quick_jit
+    @jax.jit
     def run(gradients):
         take_in = lambda state, g: (state := rule.observe(state, g, **given), state.power)
         state = rule.start(rule.init(given["structures"], [jnp.float16] * 2), gradients[0], **given)
@@ -405,7 +404,7 @@ def lengths_after(change, *, steps, momentum=0.95):
     noise = jnp.asarray(0.5 + rng.standard_normal((40 + steps, *shape)), jnp.float32)
     gradients = noise.at[40:].multiply(jnp.float32(change))
 
-    @quick_jit
+    @jax.jit
     def run(gradients):
         given = {"structures": structures, "step": step(weight=0.05, newest=0.05)}
         state = rule.start(rule.init(structures, [jnp.float32] * 2), gradients[0], **given)
@@ -449,7 +448,7 @@ def test_a_step_is_as_long_as_adamws_while_gradients_agree(period, least, most):
         direction, state = rule.precondition(state, average, gradient=gradient, **given)
         return (state, average), direction
 
-    _, directions = quick_jit(lambda g: jax.lax.scan(one, (state, g[0]), g[1:]))(gradients)
+    _, directions = jax.jit(lambda g: jax.lax.scan(one, (state, g[0]), g[1:]))(gradients)
     lengths = np.sqrt(np.mean(np.asarray(directions, np.float64) ** 2, (1, 2)))[-20:]
     assert least - 1e-5 <= lengths.mean() <= most + 1e-5
 
@@ -475,7 +474,7 @@ def test_a_block_of_rounding_noise_beside_the_tree_shrinks_in_proportion():
     rule = RootFree()
     state = advance(rule, structures, [gradient])
 
-    @quick_jit
+    @jax.jit
     def take(excess):
         numbers = step(largest_scale=rule.scale(state) + excess)
         return rule.precondition(state, gradient, gradient=gradient, structures=structures, step=numbers)[0]
@@ -527,7 +526,7 @@ def test_units_are_the_gradients_however_the_axes_share_the_curvature():
         )
         return state._replace(statistics=scale(state.statistics, 2), factors=scale(state.factors, -1))
 
-    state, go_on = advance(rule, structures, gradients), quick_jit(go_on)
+    state, go_on = advance(rule, structures, gradients), jax.jit(go_on)
     _, expected = go_on(state)
     for shares in ((-3, -3, -3, 9), (3, 3, -3, -3), (9, -3, -3, -3), (2, 2, -2, -2), (-12, 4, 4, 4)):
         after, direction = go_on(share(state, shares))
@@ -565,7 +564,7 @@ def test_nothing_drifts_in_thousands_of_refreshes(shape, dtype, tolerance):
     rule, structures = RootFree(), [dense(d) for d in shape]
     given = {"structures": structures, "step": step(weight=0.05)}
 
-    @quick_jit
+    @jax.jit
     @jax.vmap
     def run(gradients):
         take_in = lambda state, g: (rule.refresh(rule.observe(state, g, **given), g, **given), None)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kronecker_runs import quick_jit
 
 from rootfree_optax._src.blocks.apply import apply_factors, fold
 from rootfree_optax._src.blocks.sirf import outer_products
@@ -68,7 +67,7 @@ def draw_gradient(name, samples=()):
 def computed(dtype):
     """Returns each case's outer products for each number of samples, and directions by factors and by squares."""
 
-    @quick_jit
+    @jax.jit
     def compute(gradients, factors):
         found = {}
         for name, k in factors.items():

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from double_precision import double_precision
-from kronecker_runs import quick_jit
 
 from rootfree_optax._src.blocks.rf import CholeskyInverse, RfState, cholesky, solve
 from rootfree_optax._src.blocks.rule import Step
@@ -66,7 +65,7 @@ def dense(factors):
 def compiled(names, shape):
     structures = tuple(structure_factory(name)(d) for name, d in zip(names, shape, strict=True))
 
-    @quick_jit
+    @jax.jit
     def step(curvature, gradient, factors, **numbers):
         rule, given = CholeskyInverse(), {"structures": structures, "step": Step(jnp.int32(0), **numbers)}
         state = rule.refresh(RfState(tuple((s,) for (s,) in factors), jnp.int32(0)), curvature, **given)
@@ -137,7 +136,7 @@ def test_half_precision_gradients_are_computed_with_in_float32():
 
 def test_a_cpu_factorizes_one_matrix_at_a_time():
     """Several batches at once would wait for each other's threads for ever, on a machine of few."""
-    factorize = quick_jit(jax.vmap(cholesky))
+    factorize = jax.jit(jax.vmap(cholesky))
     matrices = jnp.stack([jnp.diag(jnp.array([4.0, scale])) for scale in (1.0, 9.0, 16.0)])
     np.testing.assert_allclose(factorize(matrices), np.sqrt(matrices))
     text = factorize.lower(matrices).as_text()

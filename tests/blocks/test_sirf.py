@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from double_precision import double_precision
-from kronecker_runs import quick_jit
 
 from rootfree_optax._src.blocks.apply import apply_factors
 from rootfree_optax._src.blocks.rule import Step
@@ -105,7 +104,7 @@ def published(structures, riemannian_momentum, dtype):
 def float64_step(structures):
     """Returns a compiled refresh and application, from the parts to dense matrices."""
 
-    @quick_jit
+    @jax.jit
     def step(curvature, gradient, factors, momenta, riemannian_momentum, **numbers):
         rule, state = published(structures, None if momenta is None else riemannian_momentum, jnp.float64)
         given = {"structures": structures, "step": Step(jnp.int32(0), **numbers)}
@@ -168,7 +167,7 @@ def test_long_axes_do_not_leave_half_precision(names):
     shapes = [structure.part_shapes[0] for structure in structures]
     gradient = jnp.full((d, d), 1.0 if names[0] == "dense" else 100.0)
 
-    @quick_jit
+    @jax.jit
     def steps(dtype_of):
         factors = tuple((jnp.full(shape, value, dtype_of.dtype),) for shape in shapes)
         outers = outer_products(gradient, structures, factors, batch_size=1.0)
@@ -178,7 +177,7 @@ def test_long_axes_do_not_leave_half_precision(names):
     chex.assert_trees_all_close(half, single, rtol=4 * float(jnp.finfo(HALF).eps))
 
 
-@quick_jit
+@jax.jit
 def half_precision_direction(gradient, k):
     structures = structures_of(("dense", "dense"), gradient.shape)
     return apply_factors(gradient, dense_pair(k, HALF), structures=structures, transposed_first=True)
@@ -227,13 +226,13 @@ def test_the_refresh_has_a_fixed_point_where_the_curvature_is_the_identity():
     structures = structures_of(("dense", "dense"), (4, 4))
     rule, state = published(structures, None, jnp.float32)
     state, step = state._replace(factors=factors), Step(jnp.int32(0), 0.5, 0.0, batch_size=4.0)
-    refresh = quick_jit(lambda g: rule.refresh(state, g, structures=structures, step=step).factors)
+    refresh = jax.jit(lambda g: rule.refresh(state, g, structures=structures, step=step).factors)
     chex.assert_trees_all_close(refresh(jnp.float32(gradient)), factors, atol=1e-5)
     moved = refresh(jnp.float32(1.1 * gradient))
     assert all(np.abs(new - old).max() > 1e-2 for (new,), (old,) in zip(moved, factors, strict=True))
 
 
-@quick_jit
+@jax.jit
 def refresh_matrix(gradient, factors, momenta, **numbers):
     structures = structures_of(("dense", "diagonal"), (3, 4))
     rule, state = published(structures, None if momenta is None else 0.5, jnp.float32)
@@ -291,7 +290,7 @@ def test_a_kept_preconditioner_is_the_square_of_the_factors():
     gradient = np.float32(rng.standard_normal((3, 4)))
     given = {"structures": structures, "step": Step(jnp.int32(0), 0.3, 0.1, batch_size=4.0)}
 
-    @quick_jit
+    @jax.jit
     def step(gradient):
         first = rule.init(structures, [jnp.float32] * 2)
         refreshed = rule.refresh(first, gradient, **given)
@@ -325,7 +324,7 @@ def test_first_preconditioners_beyond_the_range_of_half_precision_are_finite():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_the_largest_entry_is_not_finite_where_any_is_not(dtype):
     array = np.random.default_rng(0).normal(size=(64, 257)).astype(np.float32)
-    largest = quick_jit(lambda array: max_abs((jnp.asarray(array, dtype), jnp.zeros(2, dtype))))
+    largest = jax.jit(lambda array: max_abs((jnp.asarray(array, dtype), jnp.zeros(2, dtype))))
     assert largest(array) == jnp.abs(jnp.asarray(array, dtype)).max()
     for value in (np.nan, -np.nan, np.inf, -np.inf):
         for place in ((0, 0), (63, 256), (31, 100)):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import make_gradients, make_params, quick_jit
+from checks import make_gradients, make_params
 
 import rootfree_optax as rf
 
@@ -38,7 +38,7 @@ def test_a_whole_equinox_model_may_be_given_to_update(make: Any) -> None:
     gradients, arrays = eqx.filter_grad(loss)(model), eqx.filter(model, eqx.is_inexact_array)
     tx = make(1e-2)
     found, _ = eqx.filter_jit(tx.update)(gradients, tx.init(arrays), model)
-    expected, _ = quick_jit(tx.update)(gradients, tx.init(arrays), arrays)
+    expected, _ = jax.jit(tx.update)(gradients, tx.init(arrays), arrays)
     for update, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(update, wanted, rtol=1e-5, atol=1e-9)
 
@@ -55,7 +55,7 @@ def test_optax_sets_a_number_in_a_state(make: Any) -> None:
 @over_two
 def test_a_state_whose_numbers_are_set_to_zero_starts_anew(make: Any) -> None:
     tx, (gradient,) = make(1e-2, weight_decay=0.0), make_gradients(PARAMS, 1)
-    update, start = quick_jit(tx.update), tx.init(PARAMS)
+    update, start = jax.jit(tx.update), tx.init(PARAMS)
     _, state = update(gradient, start, PARAMS)
     is_number = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
     zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if is_number(leaf) else leaf, state)
@@ -66,7 +66,7 @@ def test_a_state_whose_numbers_are_set_to_zero_starts_anew(make: Any) -> None:
 @over_two
 def test_an_average_of_states_serves_or_is_refused_by_name(make: Any) -> None:
     tx, (gradient,) = make(1e-2, weight_decay=0.0), make_gradients(PARAMS, 1)
-    update = quick_jit(tx.update)
+    update = jax.jit(tx.update)
     updates, state = update(gradient, tx.init(PARAMS), PARAMS)
     average = jax.tree.map(
         lambda a, b: 0.9 * jnp.asarray(a, jnp.float32) + 0.1 * jnp.asarray(b, jnp.float32), state, state
@@ -84,7 +84,7 @@ def test_narrow_gradients_do_not_lose_a_small_decay(make: Any) -> None:
     params = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.02), PARAMS)
     gradient = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float16), params)
     tx = make(1e-6, weight_decay=0.1)
-    updates, _ = quick_jit(tx.update)(gradient, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(gradient, tx.init(params), params)
     for update in jax.tree.leaves(updates):
         assert update.dtype == jnp.float32
         np.testing.assert_allclose(update, -2e-9, rtol=1e-5)
@@ -108,7 +108,7 @@ def test_where_few_entries_have_gradients_none_moves_further_than_with_adamw(mak
     """The rows of a table whose name no pattern knows, or one-hot inputs. One entry moved by 102 learning rates."""
     tx = make(1.0, weight_decay=0.0, layout=rf.Layout(diagonal=None))
     params = jnp.zeros(shape)
-    update = quick_jit(tx.update)
+    update = jax.jit(tx.update)
     for chosen in ((3,) if len(shape) == 2 else (0, 2), tuple(length // 2 for length in shape)):
         state = tx.init(params)
         for _ in range(3):
@@ -122,7 +122,7 @@ def test_a_matrix_that_fell_silent_does_not_hold_up_the_others(make: Any) -> Non
     noise = jax.random.normal(jax.random.key(0), (12, 8, 8))
     params = {"loud": jnp.zeros((8, 8)), "quiet": jnp.zeros((8, 8))}
     tx = make(1.0, weight_decay=0.0)
-    update, state = quick_jit(tx.update), tx.init(params)
+    update, state = jax.jit(tx.update), tx.init(params)
     for step, gradient in enumerate(noise):
         loud = 1e10 * gradient if step < 4 else jnp.zeros((8, 8))
         updates, state = update({"loud": loud, "quiet": gradient}, state, params)

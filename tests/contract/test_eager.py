@@ -7,7 +7,7 @@ import weakref
 import jax
 import optax
 import pytest
-from checks import assert_close, make_gradients, make_params, quick_jit
+from checks import assert_close, make_gradients, make_params
 from contract import ALL, OPTIMIZERS, REPRESENTATIVES, Case, over, tolerance_of
 
 
@@ -15,7 +15,7 @@ from contract import ALL, OPTIMIZERS, REPRESENTATIVES, Case, over, tolerance_of
 def test_eager_updates_equal_compiled_ones_and_compile_once(case: Case, caplog: pytest.LogCaptureFixture) -> None:
     params = make_params()
     gradients = make_gradients(params, 3)
-    tx, compiled = case(), quick_jit(case().update)
+    tx, compiled = case(), jax.jit(case().update)
     state = expected_state = tx.init(params)
     for step, gradient in enumerate(gradients):
         with jax.log_compiles(step > 0), caplog.at_level(logging.WARNING):
@@ -55,7 +55,7 @@ def test_an_optimizer_leaves_nothing_behind(case: Case) -> None:
 @over(ALL)
 def test_eager_updates_work_without_a_compiler(case: Case) -> None:
     params = make_params()
-    expected, _ = quick_jit(case().update)(params, case().init(params), params)
+    expected, _ = jax.jit(case().update)(params, case().init(params), params)
     with jax.disable_jit():
         updates, _ = case().update(params, case().init(params), params)
     assert_close(updates, expected, tolerance_of(case))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import quick_jit, shapes_and_dtypes
+from checks import shapes_and_dtypes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -101,7 +101,7 @@ def compiled(name: str) -> Any:
     tx = OPTIMIZERS[name](1.0, weight_decay=0.0, **options)
     params = {key: jnp.zeros(shape, dtype) for key, shape in SHAPES.items()}
     step = lambda state, gradient: tx.update(gradient, state, params)[::-1]
-    return quick_jit(lambda gradients: jax.lax.scan(step, tx.init(params), gradients))
+    return jax.jit(lambda gradients: jax.lax.scan(step, tx.init(params), gradients))
 
 
 events = st.lists(
@@ -193,7 +193,7 @@ def run_any(tree: Any, case: tuple[str, dict[str, Any]], wrapper: str, execute: 
         if not execute:
             return
         rng = np.random.default_rng(seed)
-        state, update = tx.init(params), quick_jit(tx.update)
+        state, update = tx.init(params), jax.jit(tx.update)
         draw = lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape) * 10.0 ** rng.integers(-4, 4), leaf.dtype)
         for bad in (False, True, False):
             gradients = jax.tree.map(draw, params)
@@ -282,7 +282,7 @@ def run_long(tx_of: Any, lanes: Any, params: dict[str, Any], bounds: dict[str, f
         largest = {k: jnp.fmax(largest[k], jnp.where(jnp.isnan(rms(u)), jnp.inf, rms(u))) for k, u in updates.items()}
         return (state, largest), None
 
-    @quick_jit
+    @jax.jit
     def part(states: Any, gradients: jax.Array) -> Any:
         zeros = dict.fromkeys(params, jnp.zeros([]))
         one = lambda lane, state, g: jax.lax.scan(functools.partial(step, tx_of(lane)), (state, zeros), g)[0]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, make_gradients, make_params, quick_jit, refuses, run, scan, shapes_and_dtypes
+from checks import assert_close, make_gradients, make_params, refuses, run, scan, shapes_and_dtypes
 from contract import (
     ALL,
     CONSTRUCTORS,
@@ -48,7 +48,7 @@ def as_arrays(values: dict[str, float]) -> dict[str, jax.Array]:
 
 def update_of(case: Case) -> Callable[..., tuple[Any, Any]]:
     """Returns the update as a function of the hyperparameters too, so that one program serves all their values."""
-    update = quick_jit(lambda traced, gradient, state, params: case(**traced).update(gradient, state, params))
+    update = jax.jit(lambda traced, gradient, state, params: case(**traced).update(gradient, state, params))
     return lambda values, *arguments: update(as_arrays(values), *arguments)
 
 
@@ -71,7 +71,7 @@ def test_traced_numbers_equal_python_numbers(case: Case, dtype: Any) -> None:
     gradients = make_gradients(params, 2)
     values = first_values(case)
     expected = run(case(**values), params, gradients)
-    actual = quick_jit(lambda traced: scan(case(**traced), params, gradients))(as_arrays(values))
+    actual = jax.jit(lambda traced: scan(case(**traced), params, gradients))(as_arrays(values))
     assert_close(actual, expected, tolerance_of(case, dtype))
 
 
@@ -127,7 +127,7 @@ def test_injected_hyperparameters_equal_constants_and_can_be_changed(case: Case,
     state = injected.init(params)
     assert set(state.hyperparams) == set(case.numeric)
 
-    update, update_injected = update_of(case), quick_jit(injected.update)
+    update, update_injected = update_of(case), jax.jit(injected.update)
     expected = update(values, first, case(**values).init(params), params)
     actual, state = update_injected(first, state, params)
     assert_close((actual, state.inner_state), expected, tolerance_of(case, dtype))
@@ -140,6 +140,7 @@ def test_injected_hyperparameters_equal_constants_and_can_be_changed(case: Case,
         assert_close(actual, expected, tolerance_of(case, dtype))
 
 
+@pytest.mark.contract
 @over(ALL)
 def test_each_hyperparameter_has_an_effect(case: Case) -> None:
     params = make_params()
@@ -166,9 +167,9 @@ def test_vmap_over_hyperparameters_equals_a_loop(case: Case) -> None:
     values = first_values(case)
     settings = [values, *({**values, name: HYPERPARAMETERS[name][1]} for name in case.numeric)]
     of_setting = lambda traced: scan(case(**traced), params, gradients)
-    alone = quick_jit(of_setting)
+    alone = jax.jit(of_setting)
     stacked = {name: jnp.asarray([setting[name] for setting in settings], jnp.float32) for name in values}
-    together = quick_jit(jax.vmap(of_setting))(stacked)
+    together = jax.jit(jax.vmap(of_setting))(stacked)
     for i, setting in enumerate(settings):
         found = jax.tree.map(lambda leaf, i=i: leaf[i], together)
         assert_close(found, alone(as_arrays(setting)), tolerance_of(case))
@@ -244,7 +245,7 @@ def test_a_state_dtype_that_is_not_real_floating_point_is_refused(case: Case) ->
 def test_a_missing_batch_size_is_refused_with_both_remedies(case: Case, jitted: bool) -> None:
     params = make_params()
     tx = case(batch_size=None)
-    update = quick_jit(tx.update) if jitted else tx.update
+    update = jax.jit(tx.update) if jitted else tx.update
     with refuses(ValueError, "batch_size", "construct", "update(grads, state, params, batch_size="):
         update(params, tx.init(params), params)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import make_gradients, make_params, quick_jit, shapes_and_dtypes
+from checks import make_gradients, make_params, shapes_and_dtypes
 from flax import nnx
 from flax.core import freeze
 
@@ -38,7 +38,7 @@ def shampoo() -> optax.GradientTransformationExtraArgs:
 
 @functools.cache
 def compiled() -> Any:
-    return quick_jit(shampoo().update)
+    return jax.jit(shampoo().update)
 
 
 @pytest.mark.contract

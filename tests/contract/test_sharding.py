@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, make_gradients, quick_jit, run, types, without_origins
+from checks import assert_close, make_gradients, run, types, without_origins
 from contract import ALL, Case, over, tolerance_of
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -71,7 +71,7 @@ def test_sharded_equals_replicated_and_the_state_keeps_its_types(case: Case, kin
     expected, expected_state = run(tx, params, gradients)
 
     mesh = make_mesh(kind)
-    update = quick_jit(tx.update)
+    update = jax.jit(tx.update)
     with jax.set_mesh(mesh):
         params = jax.device_put(params, shardings_on(mesh))
         state = initial = tx.init(params)
@@ -132,8 +132,8 @@ def test_each_device_may_train_parameters_of_its_own_in_a_loop(case: Case) -> No
     mesh = jax.make_mesh((2,), ("ensemble",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     spec, lone = PartitionSpec("ensemble"), lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
     of_a_device = lambda *trees: jax.tree.map(lambda leaf: leaf[None], train(*map(lone, trees)))
-    trained = quick_jit(jax.shard_map(of_a_device, mesh=mesh, in_specs=spec, out_specs=spec))(params, gradients)
-    expected = quick_jit(jax.vmap(train))(params, gradients)
+    trained = jax.jit(jax.shard_map(of_a_device, mesh=mesh, in_specs=spec, out_specs=spec))(params, gradients)
+    expected = jax.jit(jax.vmap(train))(params, gradients)
     assert_close(jax.device_get(trained), jax.device_get(expected), tolerance_of(case))
 
 
@@ -160,9 +160,9 @@ def test_a_state_made_inside_shard_map_serves_there(case: Case, mesh_axes: str |
 
     mesh, spec = make_mesh(AxisType.Auto), PartitionSpec()
     inside = jax.shard_map(two_steps, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=set(mapped))
-    update = quick_jit(case().update)
+    update = jax.jit(case().update)
     _, state = update(first, case().init(params), params)
-    assert_close(jax.device_get(quick_jit(inside)(params)), update(second, state, params)[0], tolerance_of(case))
+    assert_close(jax.device_get(jax.jit(inside)(params)), update(second, state, params)[0], tolerance_of(case))
 
 
 @over(ALL, having="mesh_axes", wiring=True)
@@ -170,12 +170,12 @@ def test_a_state_made_inside_shard_map_serves_there(case: Case, mesh_axes: str |
 def test_parameters_may_be_sharded_over_explicit_axes_that_are_not_mapped(case: Case, mesh_axes: str | None) -> None:
     tx, alone = case(mesh_axes=mesh_axes), case()
     params = {"a": jnp.asarray(np.random.default_rng(5).normal(size=(4, 16)), jnp.float32)}
-    expected, _ = quick_jit(alone.update)(params, alone.init(params), params)
+    expected, _ = jax.jit(alone.update)(params, alone.init(params), params)
     mesh = make_mesh(AxisType.Explicit)
     whole = PartitionSpec()
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec(None, "x")))
         step = lambda params: tx.update(params, tx.init(params), params)[0]
         inside = jax.shard_map(step, in_specs=whole, out_specs=whole, axis_names={"y"})
-        directions = quick_jit(inside)(placed)
+        directions = jax.jit(inside)(placed)
     assert_close(jax.device_get(directions), jax.device_get(expected), tolerance_of(case))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, make_gradients, make_params, quick_jit, run, shapes_and_dtypes, types
+from checks import assert_close, make_gradients, make_params, run, shapes_and_dtypes, types
 from contract import ALL, Case, over, tolerance_alone, tolerance_of
 from double_precision import double_precision
 
@@ -117,7 +117,7 @@ def test_unknown_extra_arguments_are_ignored(case: Case) -> None:
 def test_the_gradient_as_explicit_curvature_changes_nothing(case: Case) -> None:
     params = make_params()
     (gradient,) = make_gradients(params, 1)
-    update = quick_jit(case().update)
+    update = jax.jit(case().update)
     state = case().init(params)
     expected = update(gradient, state, params)
     assert_close(update(gradient, state, params, curvature=gradient), expected, tolerance_of(case))

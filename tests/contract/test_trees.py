@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import assert_close, make_gradients, make_params, quick_jit, refuses, run, types
+from checks import assert_close, make_gradients, make_params, refuses, run, types
 from contract import ALL, Case, over, tolerance_alone, tolerance_of
 
 
@@ -31,7 +31,7 @@ def test_a_gradient_of_none_gives_no_update_and_leaves_its_state(case: Case) -> 
     params = make_params()
     first, second = make_gradients(params, 2)
     tx = case()
-    update = quick_jit(tx.update)
+    update = jax.jit(tx.update)
     _, state = update(first, tx.init(params), params)
     updates, after = update({**second, "scale": None}, state, params)
     assert updates["scale"] is None
@@ -50,7 +50,7 @@ def test_a_gradient_of_none_gives_no_update_and_leaves_its_state(case: Case) -> 
 def test_an_empty_tree(case: Case, empty: Any) -> None:
     tx = case()
     state = tx.init(empty)
-    updates, after = quick_jit(tx.update)(empty, state, empty)
+    updates, after = jax.jit(tx.update)(empty, state, empty)
     assert updates == empty
     assert jax.tree.structure(after) == jax.tree.structure(state)
 
@@ -104,7 +104,7 @@ def test_a_model_may_hold_functions_and_nothing_where_there_is_no_gradient(case:
     tx, empty = case(), dict.fromkeys(other)
     expected, _ = run(tx, params, gradients)
     state = tx.init({**params, "other": empty})
-    update = quick_jit(lambda gradient, state, params: tx.update(gradient, state, {**params, "other": other}))
+    update = jax.jit(lambda gradient, state, params: tx.update(gradient, state, {**params, "other": other}))
     for gradient, wanted in zip(gradients, expected, strict=True):
         updates, state = update({**gradient, "other": empty}, state, params)
         params = jax.tree.map(jnp.add, params, wanted)
@@ -118,7 +118,7 @@ def test_python_numbers_are_parameters_and_gradients(case: Case) -> None:
     params, gradient = {"w": w, "t": 0.5}, {"w": w, "t": 2.0}
     arrays = lambda tree: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
     expected, _ = run(case(), arrays(params), [arrays(gradient)])
-    for update in (case().update, quick_jit(case().update)):
+    for update in (case().update, jax.jit(case().update)):
         updates, _ = update(gradient, case().init(params), params)
         assert_close(arrays(updates), expected[0], tolerance_of(case))
 
@@ -128,7 +128,7 @@ def test_a_gradient_of_none_makes_no_nan(case: Case) -> None:
     params = make_params()
     gradient = {"layer": {**params["layer"], "kernel": None}, "scale": params["scale"]}
     with jax.debug_nans(True):
-        for update in (case().update, quick_jit(case().update)):
+        for update in (case().update, jax.jit(case().update)):
             state = case().init(params)
             for _ in range(2):
                 updates, state = update(gradient, state, params)
@@ -142,7 +142,7 @@ def test_gradients_unlike_the_parameters_are_refused_by_path(case: Case, jitted:
     (gradient,) = make_gradients(params, 1)
     tx = case()
     state = tx.init(params)
-    update = quick_jit(tx.update) if jitted else tx.update
+    update = jax.jit(tx.update) if jitted else tx.update
     layer = gradient["layer"]
     with refuses(ValueError, "gradients", "'layer/bias'", "missing"):
         update({**gradient, "layer": {"kernel": layer["kernel"]}}, state, params)
@@ -157,7 +157,7 @@ def test_gradients_unlike_the_parameters_are_refused_by_path(case: Case, jitted:
 def test_bad_entries_never_poison_the_state(case: Case, dtype: str) -> None:
     params = make_params(dtype)
     gradients = make_gradients(params, 3)
-    update = quick_jit(case().update)
+    update = jax.jit(case().update)
 
     def directions(gradients: list[Any]) -> tuple[list[Any], Any]:
         """At one point: applied, an update that is not finite would poison the parameters."""
@@ -200,7 +200,7 @@ def test_training_goes_on_after_thousands_of_zero_gradients(case: Case, dtype: s
     params = make_params(dtype)
     (gradient,) = make_gradients(params, 1)
     zero = jax.tree.map(jnp.zeros_like, params)
-    update, state = quick_jit(case().update), case().init(params)
+    update, state = jax.jit(case().update), case().init(params)
     for _ in range(2000):
         quiet, state = update(zero, state, zero)
     assert all(np.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state))

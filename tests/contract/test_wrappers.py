@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, make_gradients, make_params, quick_jit, refuses, run, without_origins
+from checks import assert_close, make_gradients, make_params, refuses, run, without_origins
 from contract import ALL, CONSTRUCTORS, OPTIMIZERS, Case, over, tolerance_alone, tolerance_of
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -30,8 +30,8 @@ def test_accumulated_micro_batches_equal_one_large_batch(case: Case) -> None:
 
     # MultiSteps divides a float32 by an int32, so it needs jax's standard promotion.
     with jax.numpy_dtype_promotion("standard"):
-        update = quick_jit(tx.update)
-        accumulate = quick_jit(functools.partial(accumulating.update, batch_size=k * b))
+        update = jax.jit(tx.update)
+        accumulate = jax.jit(functools.partial(accumulating.update, batch_size=k * b))
         for batch in inputs:
             expected, state = update(jax.grad(loss)(large, batch), state, large)
             large = optax.apply_updates(large, expected)
@@ -71,7 +71,7 @@ def test_inside_lookahead_which_passes_no_extra_arguments_on(case: Case) -> None
     expected, _ = run(case(), params, gradients)
     looking = optax.lookahead(case(), 3, 0.5)
     both = optax.LookaheadParams.init_synced(params)
-    state, update = looking.init(both), quick_jit(looking.update)
+    state, update = looking.init(both), jax.jit(looking.update)
     for gradient, wanted in zip(gradients, expected, strict=True):
         updates, state = update(gradient, state, both)
         both = optax.apply_updates(both, updates)
@@ -97,8 +97,8 @@ def test_a_flax_train_state_has_a_batch_size_for_each_step(case: Case) -> None:
     gradients = make_gradients(params, 2)
     tx = optax.inject_hyperparams(case.make, static_args=case.static)(**{**case.settings, "batch_size": 4})
     train_state = TrainState.create(apply_fn=None, params=params, tx=tx)
-    step = quick_jit(lambda state, gradient: state.apply_gradients(grads=gradient))
-    update, expected, state = quick_jit(case().update), params, case().init(params)
+    step = jax.jit(lambda state, gradient: state.apply_gradients(grads=gradient))
+    update, expected, state = jax.jit(case().update), params, case().init(params)
     for batch_size, gradient in zip((4.0, 6.0), gradients, strict=True):
         train_state.opt_state.hyperparams["batch_size"] = jnp.float32(batch_size)
         train_state = step(train_state, gradient)

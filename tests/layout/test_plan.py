@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import quick_jit
 from hypothesis import strategies as st
 from layouts import whole
 
@@ -96,7 +95,7 @@ def test_layers_along_any_axis_are_separate_layers_exactly() -> None:
     rng = np.random.default_rng(0)
     layers = [jnp.asarray(rng.normal(size=(5, 4)), jnp.float32) for _ in range(3)]
     stacked = jnp.stack(layers, axis=1)
-    step = lambda layout, tree: quick_jit(lambda tree: one_step(layout, tree))(tree)
+    step = lambda layout, tree: jax.jit(lambda tree: one_step(layout, tree))(tree)
     together = step(whole(layer_axes={"w": 1}, block_size=3), {"w": stacked, "b": jnp.ones(2)})
     apart = step(whole(block_size=3), {"b": jnp.ones(2), **{f"w{i}": layer for i, layer in enumerate(layers)}})
     for i in range(3):

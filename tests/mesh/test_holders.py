@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, quick_jit, refuses
+from checks import assert_close, refuses
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import rootfree_optax as rf
@@ -73,7 +73,7 @@ def train(tx: Any, steps: range, params: Any, state: Any, shardings: Any = None)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    jitted = quick_jit(step, donate_argnums=(0, 1))
+    jitted = jax.jit(step, donate_argnums=(0, 1))
     for seed in steps:
         params, state = jitted(params, state, jax.device_put(draw(seed), shardings))
     return params, state
@@ -283,7 +283,7 @@ def test_a_shard_mapped_step_works_on_a_state_that_was_made_outside() -> None:
         specs = jax.tree.map(lambda sharding: sharding.spec, rf.state_shardings(tx, params))
         everywhere = PartitionSpec()
         inside = jax.shard_map(tx.update, in_specs=(everywhere, specs, everywhere), out_specs=(everywhere, specs))
-        wanted, _ = quick_jit(tx.update)(params, state, params)
-        updates, after = quick_jit(inside)(params, state, params)
+        wanted, _ = jax.jit(tx.update)(params, state, params)
+        updates, after = jax.jit(inside)(params, state, params)
     assert_close(jax.device_get(updates), jax.device_get(wanted))
     assert jax.tree.structure(after) == jax.tree.structure(state)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, quick_jit, refuses, shapes_and_dtypes, types
+from checks import assert_close, refuses, shapes_and_dtypes, types
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from meshes import FSDP, LAYOUT, SETTINGS, TENSOR, draw, mesh_of, shardings_on
 
@@ -36,12 +36,12 @@ def train(tx: optax.GradientTransformationExtraArgs, shardings: Any = None) -> t
     params = jax.device_put(draw(0), shardings)
     gradients = [jax.device_put(gradient, shardings) for gradient in GRADIENTS]
     if shardings is None:
-        state, jitted = tx.init(params), quick_jit(step)
+        state, jitted = tx.init(params), jax.jit(step)
     else:
         of_state = rf.state_shardings(tx, params)
         state = jax.jit(tx.init, out_shardings=of_state)(params)
         places = (shardings, of_state)
-        jitted = quick_jit(step, donate_argnums=(0, 1), in_shardings=(*places, shardings), out_shardings=places)
+        jitted = jax.jit(step, donate_argnums=(0, 1), in_shardings=(*places, shardings), out_shardings=places)
     for gradient in gradients:
         params, state = jitted(params, state, gradient)
     return params, state
@@ -141,7 +141,7 @@ def test_the_state_is_sharded_from_init_on_and_updates_are_sharded_like_gradient
     assert shapes_and_dtypes(jax.eval_shape(tx.init, shapes)) == shapes_and_dtypes(state)
     with jax.set_mesh(mesh):  # zeros that a jit makes of no argument, as momentum's, are on no mesh otherwise
         state = jax.jit(tx.init)(params)
-    updates, new_state = quick_jit(tx.update)(params, state, params)
+    updates, new_state = jax.jit(tx.update)(params, state, params)
     assert types(new_state) == types(state)
     for name, update in updates.items():
         assert update.sharding.is_equivalent_to(shardings[name], update.ndim), name
@@ -158,7 +158,7 @@ def test_updates_are_laid_out_as_gradients_are_where_no_type_says_so(block_size:
     layout, rest = rf.Layout(block_size=block_size), rf.scale_by_rf_adam()
     tx = rf.scale_by_kronecker(PublishedRefresh(), batch_size=1, layout=layout, rest=rest, mesh_axes="data")
     state = jax.jit(tx.init, out_shardings=rf.state_shardings(tx, params))(params)
-    updates, _ = quick_jit(tx.update)(params, state, params)
+    updates, _ = jax.jit(tx.update)(params, state, params)
     for name, update in updates.items():
         assert update.sharding.is_equivalent_to(shardings[name], update.ndim), name
 
@@ -172,7 +172,7 @@ def test_a_shard_mapped_step_works_on_its_own_blocks() -> None:
     params = jax.device_put(draw(0), everywhere)
     specs = jax.tree.map(lambda sharding: sharding.spec, rf.state_shardings(tx, params))
 
-    @quick_jit
+    @jax.jit
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
@@ -254,7 +254,7 @@ def test_a_state_of_another_mesh_is_refused_and_a_padded_one_serves_on_a_mesh_of
     tx = scale_by_published(mesh_axes="data")
     alone = scale_by_published()
     params = jax.tree.map(jnp.asarray, draw(0))
-    wanted, _ = quick_jit(alone.update)(params, alone.init(params))
+    wanted, _ = jax.jit(alone.update)(params, alone.init(params))
     states = {}
     for size in (2, 8):
         with jax.set_mesh(mesh_of(AxisType.Auto, size, devices=size)):
@@ -262,7 +262,7 @@ def test_a_state_of_another_mesh_is_refused_and_a_padded_one_serves_on_a_mesh_of
     with jax.set_mesh(mesh_of(AxisType.Auto, 8)), refuses(ValueError, "8 devices of mesh_axes='data'", "another mesh"):
         jax.jit(tx.update)(params, states[2])
     with jax.set_mesh(mesh_of(AxisType.Auto, 1, devices=1)):
-        direction, state = quick_jit(tx.update)(params, states[8])
+        direction, state = jax.jit(tx.update)(params, states[8])
     assert_close(jax.device_get(direction), wanted)
     assert shapes_and_dtypes(state) == shapes_and_dtypes(states[8])
     shorter = states[8]._replace(stacks=jax.tree.map(lambda part: part[:-1], states[8].stacks))
@@ -290,10 +290,10 @@ def test_a_start_is_divided_too(structure: str, options: dict[str, Any]) -> None
     names = ("odd", "bias")  # four blocks and one, so that both stacks are padded
     take = lambda tree: {name: tree[name] for name in names}
     params = take(draw(0))
-    expected, state = quick_jit(whole.update)(take(draw(1)), whole.init(params), params)
+    expected, state = jax.jit(whole.update)(take(draw(1)), whole.init(params), params)
     with jax.set_mesh(mesh):
         params, gradients = (jax.device_put(take(draw(i)), take(shardings_on(mesh, FSDP))) for i in range(2))
-        updates, new = quick_jit(divided.update)(gradients, divided.init(params), params)
+        updates, new = jax.jit(divided.update)(gradients, divided.init(params), params)
         shardings = rf.state_shardings(divided, params)
     same = jax.tree.map(lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim), new, shardings)
     assert jax.tree.all(same)

@@ -58,7 +58,8 @@ def start(folder: pathlib.Path, *options: str, fall: int = 0) -> list[subprocess
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"  # the last number counts
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     common = [sys.executable, pod_worker.__file__, str(folder), str(STEPS), "--coordinator", coordinator, *options]
     return [
         subprocess.Popen(

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import quick_jit
 from sklearn.datasets import load_digits
 
 import rootfree_optax as rf
@@ -68,7 +67,7 @@ def run(name, **settings):
 
         return jax.lax.scan(step, tx.init(params), gradients)
 
-    states, updates = jax.device_get(quick_jit(jax.vmap(one))(gradients))
+    states, updates = jax.device_get(jax.jit(jax.vmap(one))(gradients))
     pick = lambda tree, index: jax.tree.map(lambda leaf: leaf[index], tree)
     wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), updates)
     return {key: (pick(wide, i), pick(states, i)) for i, key in enumerate(histories)}
@@ -201,6 +200,7 @@ def test_the_same_with_other_settings(name, settings):
     test_gradients_of_1e_30_leave_all_finite(name, updates, states)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("name", ["sirf_muon", "sirf_shampoo", "kl_shampoo"])
 def test_newtons_steps_are_of_the_usual_length_where_one_gradient_among_others_is_tiny(name):
     """The momentum of others, divided by a curvature that is as small as its square, would be 1e10 steps long."""
@@ -208,18 +208,19 @@ def test_newtons_steps_are_of_the_usual_length_where_one_gradient_among_others_i
     gradients = jnp.asarray(draw_histories()["usual"]["up"][:60], jnp.float32).at[40].multiply(1e-6)
     tx = make(name, step_size="newton", batch_size=1)
     step = lambda state, gradient: tx.update(gradient, state, params)[::-1]
-    lengths = rms(quick_jit(lambda g: jax.lax.scan(step, tx.init(params), g)[1])(gradients))
+    lengths = rms(jax.jit(lambda g: jax.lax.scan(step, tx.init(params), g)[1])(gradients))
     assert lengths[40:].max() <= 1.2 * lengths[10:40].max()
     assert lengths[40:].min() >= 0.6 * lengths[10:40].min()
 
 
+@pytest.mark.contract
 def test_a_tiny_first_gradient_makes_no_long_newton_steps_of_kl_shampoo():
     """Its size is not counted: the next gradient, beside it, is not a surprise."""
     params = jnp.zeros(SHAPES["up"])
     usual = jnp.asarray(draw_histories()["usual"]["up"][:30], jnp.float32)
     tx = make("kl_shampoo", step_size="newton", batch_size=1)
     step = lambda state, gradient: tx.update(gradient, state, params)[::-1]
-    lengths_of = quick_jit(jax.vmap(lambda g: jax.lax.scan(step, tx.init(params), g)[1]))
+    lengths_of = jax.jit(jax.vmap(lambda g: jax.lax.scan(step, tx.init(params), g)[1]))
     expected, found = map(rms, lengths_of(jnp.stack([usual, usual.at[0].multiply(1e-6)])))
     assert found.max() <= 1.2 * expected.max()
 
@@ -248,12 +249,12 @@ def test_learning_rate_and_damping_may_be_mapped_over(name):
         return jax.tree.map(lambda leaf: leaf[-1], jax.lax.scan(step, tx.init(params), gradients)[1])
 
     rates, dampings = jnp.asarray([1.0, 0.5, 1.0]), jnp.asarray([0.125, 0.125, 4.0])
-    mapped = quick_jit(jax.vmap(last_update))(rates, dampings)["up"]
+    mapped = jax.jit(jax.vmap(last_update))(rates, dampings)["up"]
     np.testing.assert_allclose(mapped[1], 0.5 * mapped[0], rtol=1e-5)
     assert np.abs(mapped[2] - mapped[0]).max() > 1e-2
     injected = optax.inject_hyperparams(OPTIMIZERS[name])(0.5, weight_decay=0.0, damping=0.125)
     step = lambda state, gradient: injected.update(gradient, state, params)[::-1]
-    alone = quick_jit(lambda g: jax.lax.scan(step, injected.init(params), g)[1])(gradients)["up"][-1]
+    alone = jax.jit(lambda g: jax.lax.scan(step, injected.init(params), g)[1])(gradients)["up"][-1]
     np.testing.assert_allclose(alone, mapped[1], rtol=0, atol=2e-5)
 
 
@@ -285,7 +286,7 @@ def half_precision_run(name, dtype):
         updates, state = tx.update(gradient, state, params)
         return state, updates
 
-    return quick_jit(lambda gradients: (None, *jax.lax.scan(step, tx.init(params), gradients)))
+    return jax.jit(lambda gradients: (None, *jax.lax.scan(step, tx.init(params), gradients)))
 
 
 @pytest.mark.contract
@@ -299,8 +300,8 @@ def test_clipping_by_the_norm_changes_nothing_but_clipped_steps(name):
 
     clip, tx = optax.clip_by_global_norm(1.0), make(name)
     step = lambda state, gradient: tx.update(gradient, state, params)[::-1]
-    updates_of = quick_jit(lambda g: jax.lax.scan(step, tx.init(params), g)[1])
-    by_the_norm = quick_jit(jax.vmap(lambda g: clip.update(g, clip.init(params))[0]))(gradients)
+    updates_of = jax.jit(lambda g: jax.lax.scan(step, tx.init(params), g)[1])
+    by_the_norm = jax.jit(jax.vmap(lambda g: clip.update(g, clip.init(params))[0]))(gradients)
     plain, clipped = jax.device_get((updates_of(gradients), updates_of(by_the_norm)))
     for key in SHAPES:
         np.testing.assert_array_equal(plain[key][:3], clipped[key][:3])

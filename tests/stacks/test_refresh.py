@@ -13,7 +13,7 @@ import optax
 import pytest
 from checks import refuses
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from kronecker_runs import draw, quick_jit, run
+from kronecker_runs import draw, run
 from layouts import whole
 
 import rootfree_optax as rf
@@ -143,7 +143,7 @@ def test_a_long_stack_is_refreshed_portion_by_portion():
     """Its factors are more than are refreshed at once, and no multiple of a portion."""
     gradients = jax.tree.map(lambda g: g[0], draw({"a": (70, 64, 64)}, steps=1))
     tx = record(layout=whole(layer_axes=0))
-    update = quick_jit(tx.update)
+    update = jax.jit(tx.update)
     assert "while" in update.lower(gradients, tx.init(gradients)).as_text()
     [stack] = update(gradients, tx.init(gradients))[1].stacks
     np.testing.assert_array_equal(stack.block.refreshes, np.ones(70))
@@ -170,7 +170,7 @@ def test_blocks_that_are_refreshed_in_turn_divide_over_a_mesh():
     gradients = jax.tree.map(lambda g: g[0], draw({"a": (24, 4, 4), "b": (3, 5, 5)}, steps=1))
     tx = record(layout=whole(layer_axes=0), refresh_every=rf.staggered(3), mesh_axes="data")
     placed = jax.device_put(gradients, NamedSharding(mesh, PartitionSpec()))
-    state, update, history = tx.init(placed), quick_jit(tx.update), []
+    state, update, history = tx.init(placed), jax.jit(tx.update), []
     for _ in range(3):
         _, state = update(placed, state)
         history.append([np.asarray(stack.block.refreshes).reshape(8, -1) for stack in state.stacks])

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import quick_jit
 from double_precision import double_precision
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -19,7 +18,7 @@ def run(tx, gradients, params=None, state=None):
     if params is None:
         params = jax.tree.map(lambda g: jnp.zeros(g.shape[1:], g.dtype), gradients)
 
-    @quick_jit
+    @jax.jit
     def steps(gradients, state):
         def step(state, gradient):
             direction, state = tx.update(gradient, state, params)
@@ -173,14 +172,14 @@ def test_affine_invariance(make, settings, is_invariant):
         assert errors.max() > 1e-2
 
 
-@pytest.mark.parametrize("shape", [(6, 10), (3, 3, 4, 5)])
+@pytest.mark.parametrize("shape", [(6, 10), pytest.param((3, 3, 4, 5), marks=pytest.mark.contract)])
 def test_newtons_step_has_its_length_at_any_interval_and_damping(shape):
     """Every axis answers a change of the gradients: where all of S is new, or λ's, it overshot by a factor of N − 1."""
     lanes = [(1, 0.0), (10, 0.0), (50, 0.0), (1, 3.0), (10, 100.0), (50, 0.3), (50, 100.0)]
     gradients = jnp.asarray(np.random.default_rng(0).standard_normal((220, *shape)), jnp.float32)
     layout = rf.Layout(diagonal=None, merge_dims=None)
 
-    @quick_jit
+    @jax.jit
     @jax.vmap
     def lengths(interval, absolute):
         settings = {"batch_size": 1, "absolute_damping": absolute, "damping": 1e-3, "refresh_every": interval}
@@ -259,7 +258,7 @@ def test_divided_over_eight_devices_it_is_what_it_is_on_one(make):
     on_mesh = lambda tree: jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
     params = on_mesh(jax.tree.map(lambda g: jnp.zeros(g.shape[1:]), gradients))
     shardings = rf.state_shardings(tx, params)
-    state, update = jax.jit(tx.init, out_shardings=shardings)(params), quick_jit(tx.update)
+    state, update = jax.jit(tx.init, out_shardings=shardings)(params), jax.jit(tx.update)
     divided = []
     for gradient in map(on_mesh, [jax.tree.map(lambda g, index=index: g[index], gradients) for index in range(12)]):
         direction, state = update(gradient, state, params)
@@ -297,7 +296,7 @@ def test_half_precision_factors_over_eight_decades_are_those_of_their_floor(make
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, pytest.param(jnp.bfloat16, marks=pytest.mark.research)])
-@pytest.mark.parametrize("size", [70.0, 1e5, 1e-6])
+@pytest.mark.parametrize("size", [70.0, *[pytest.param(size, marks=pytest.mark.contract) for size in (1e5, 1e-6)]])
 def test_half_precision_factors_do_not_freeze(dtype, size):
     gradients = jnp.asarray(size * kronecker_noise(30, (6, 5), 30, seed=6), jnp.float32)
     layout = rf.Layout(factor_dtype=dtype)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, quick_jit, refuses
+from checks import assert_close, refuses
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from soap import Soap, scale_by_soap
 
@@ -97,7 +97,7 @@ def numpy_soap(
 def test_twenty_steps_equal_numpy() -> None:
     params = {name: g[0] for name, g in draw(SHAPES, 1, seed=1).items()}
     gradients = draw(SHAPES)
-    history, _ = quick_jit(lambda p, g: train(soap(0.05), p, g))(params, gradients)
+    history, _ = jax.jit(lambda p, g: train(soap(0.05), p, g))(params, gradients)
     for name in SHAPES:
         expected = numpy_soap(params[name], gradients[name], 0.05, weight_decay=0.1, **SETTING)
         np.testing.assert_allclose(history[name], expected, rtol=0, atol=1e-4, err_msg=name)
@@ -109,7 +109,7 @@ def test_the_bases_are_orthogonal_and_diagonalise_the_statistics() -> None:
     mixing = np.linalg.qr(rng.normal(size=(6, 6)))[0] * 2.0 ** -np.arange(6)
     gradients = np.float32(mixing @ rng.normal(size=(100, 6, 50)))
     tx = soap(0.05, b2=0.99, refresh_every=1)
-    _, state = quick_jit(lambda g: train(tx, jnp.zeros((6, 50)), g))(gradients)
+    _, state = jax.jit(lambda g: train(tx, jnp.zeros((6, 50)), g))(gradients)
     [stack] = state[0].stacks
     (q,), _ = ([np.float64(matrix[0]) for matrix in parts] for parts in stack.block.factors)
     (average,), _ = ([np.float64(matrix[0]) for matrix in parts] for parts in stack.block.statistics)
@@ -126,7 +126,7 @@ def test_blocks_are_preconditioned_as_parameters_of_their_own() -> None:
     pieces = {f"matrix{i}{j}": np.s_[:, i : i + 4, j : j + 4] for i in (0, 4) for j in (0, 4)}
     pieces |= {f"uneven{j}": np.s_[:, :, j : j + 3] for j in (0, 3)}
     cut = {name: whole[name.rstrip("034")][piece] for name, piece in pieces.items()}
-    of_layout = lambda layout: quick_jit(lambda g: train(soap(0.05, layout=layout), first(g), g)[0])
+    of_layout = lambda layout: jax.jit(lambda g: train(soap(0.05, layout=layout), first(g), g)[0])
     blocked, alone = of_layout(CUT)(whole), of_layout(WHOLE)(cut)
     for name, piece in pieces.items():
         np.testing.assert_allclose(blocked[name.rstrip("034")][piece], alone[name], rtol=0, atol=1e-5, err_msg=name)
@@ -142,7 +142,7 @@ def test_divided_over_a_mesh_equals_whole(kind: AxisType) -> None:
     """Eight blocks of 4×4 and four of 3×4 on eight devices."""
     gradients = draw({"up": (4, 16), "down": (16, 4), "odd": (6, 8), "bias": (16,)})
     layout = CUT
-    expected, state = quick_jit(lambda g: train(soap(0.05, layout=layout), first(g), g))(gradients)
+    expected, state = jax.jit(lambda g: train(soap(0.05, layout=layout), first(g), g))(gradients)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     tx = soap(0.05, layout=layout, mesh_axes="data")
     specs = {"up": (None, None, "data"), "down": (None, "data"), "odd": (None, None, "data"), "bias": (None, "data")}
@@ -150,7 +150,7 @@ def test_divided_over_a_mesh_equals_whole(kind: AxisType) -> None:
         placed = {
             name: jax.device_put(g, NamedSharding(mesh, PartitionSpec(*specs[name]))) for name, g in gradients.items()
         }
-        history, divided = quick_jit(lambda g: train(tx, first(g), g))(placed)
+        history, divided = jax.jit(lambda g: train(tx, first(g), g))(placed)
     assert_close(jax.device_get(history), jax.device_get(expected))
     for whole, part in zip(state[0].stacks, divided[0].stacks, strict=True):
         assert part.block.nu.shape[0] % 8 == 0
@@ -164,7 +164,7 @@ def test_a_block_that_starts_late_starts_as_the_others_did() -> None:
     gradients = draw({"matrix": (4, 3)})
     late = {"matrix": np.concatenate([np.zeros((6, 4, 3), np.float32), gradients["matrix"]])}
     tx = soap(0.05, weight_decay=0.0, b1=0.0)
-    run = quick_jit(lambda g: train(tx, {"matrix": jnp.ones((4, 3))}, g)[0]["matrix"])
+    run = jax.jit(lambda g: train(tx, {"matrix": jnp.ones((4, 3))}, g)[0]["matrix"])
     np.testing.assert_array_equal(run(late)[:6], np.ones((6, 4, 3)))
     np.testing.assert_allclose(run(late)[6:], run(gradients), rtol=0, atol=1e-6)
 
@@ -173,7 +173,7 @@ def test_a_block_that_starts_late_starts_as_the_others_did() -> None:
 def test_an_interval_of_staggered_refreshes() -> None:
     """Each block as alone, on the steps that are its turn."""
     gradients = draw({"a": (4, 4), "b": (4, 4)})
-    run = lambda g, every: quick_jit(lambda g: train(soap(0.05, refresh_every=every), first(g), g)[0])(g)
+    run = lambda g, every: jax.jit(lambda g: train(soap(0.05, refresh_every=every), first(g), g)[0])(g)
     in_turn = run(gradients, rf.staggered(2))
     for turn, name in enumerate("ab"):
         due = lambda count, turn=turn: count % 2 == turn

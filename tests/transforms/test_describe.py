@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import quick_jit
 from jax.sharding import AxisType
 from meshes import FSDP, draw, mesh_of, shardings_on
 
@@ -274,7 +273,7 @@ def test_a_rule_of_ones_own_is_described_as_far_as_it_tells() -> None:
 
 
 def compiled_flops(function: Any, *arguments: Any) -> float:
-    return quick_jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
 
 @pytest.mark.contract

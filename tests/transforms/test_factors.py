@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import quick_jit
 from jax.sharding import AxisType
 from meshes import FSDP, draw, mesh_of, shardings_on
 
@@ -23,7 +22,7 @@ GRADIENTS = jax.tree.map(lambda p: jnp.arange(1.0, p.size + 1).reshape(p.shape),
 
 def step(tx: optax.GradientTransformation, params: Any = PARAMS, gradients: Any = GRADIENTS) -> Any:
     """Returns the state after one update."""
-    return quick_jit(lambda gradients, params: tx.update(gradients, tx.init(params), params)[1])(gradients, params)
+    return jax.jit(lambda gradients, params: tx.update(gradients, tx.init(params), params)[1])(gradients, params)
 
 
 def published(**others: Any) -> optax.GradientTransformationExtraArgs:

@@ -8,11 +8,11 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from kronecker_runs import quick_jit
 from layouts import whole
 
 import rootfree_optax as rf
@@ -105,7 +105,7 @@ def test_follows_the_official_trajectory(name: str) -> None:
     params = {str(i): jnp.asarray(record[f"p0_{i}"]) for i in range(len(meta["shapes"]))}
     state = tx.init(params)
 
-    @quick_jit
+    @jax.jit
     def update(gradients: Any, state: Any, params: Any) -> Any:
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state

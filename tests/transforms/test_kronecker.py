@@ -16,7 +16,6 @@ from kronecker_runs import (
     factors_of,
     last,
     params_of,
-    quick_jit,
     run,
     scale_by_published,
 )
@@ -72,7 +71,7 @@ def test_curvature_with_samples_reaches_every_block(make):
     gradient = {"w": np.float32(rng.standard_normal((5, 3)))}
     samples = {"w": np.float32(0.7 * rng.standard_normal((4, 5, 3)))}
     tx = make(0.5, 0.0, batch_size=2, layout=layout)
-    _, state = quick_jit(lambda g, c: tx.update(g, tx.init(g), curvature=c))(gradient, samples)
+    _, state = jax.jit(lambda g, c: tx.update(g, tx.init(g), curvature=c))(gradient, samples)
     factors = rf.factors(state, gradient, layout)
     for name, window in (("w[0, 0]", samples["w"][:, :3]), ("w[1, 0]", samples["w"][:, 3:])):
         h = 2 * np.mean([g @ g.T for g in window], axis=0) / 3
@@ -108,7 +107,7 @@ def test_a_gradient_of_none_leaves_the_factors_of_its_blocks_and_gives_none():
     tx = scale_by_published(layout=layout, **SETTING)
     shapes = {"a": (3, 4), "b": (3, 4), "d": {"kernel": (2, 3), "bias": (3,)}}
     first, second = (jax.tree.map(lambda g, i=i: g[i], draw(shapes)) for i in range(2))
-    update = quick_jit(tx.update)
+    update = jax.jit(tx.update)
     _, state = update(first, tx.init(first))
     all_directions, after_all = update(second, state)
     absent = {**second, "b": None, "d": {"kernel": None, "bias": None}}
@@ -150,7 +149,7 @@ def test_schedules_are_followed(make):
     rate, damping = optax.linear_schedule(0.4, 0.1, 3), optax.exponential_decay(2.0, 1, 0.5)
     directions, _ = run(make(rate, damping, batch_size=4), gradients)
 
-    @quick_jit
+    @jax.jit
     def update(gradient, state, rate, damping):
         return make(rate, damping, batch_size=4).update(gradient, state)
 
@@ -210,7 +209,7 @@ def test_a_gradient_that_the_factors_did_not_expect_moves_no_further_than_the_ra
 def test_samples_of_curvature_may_lack_a_parameter_that_has_no_gradient(tx):
     params = {"a": jnp.ones((4, 3)), "b": jnp.ones(3)}
     samples = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
-    update = quick_jit(tx.update)
+    update = jax.jit(tx.update)
     directions, _ = update({**params, "b": None}, tx.init(params), params, curvature=samples)
     expected, _ = update(params, tx.init(params), params, curvature=samples)
     assert directions["b"] is None
@@ -233,7 +232,7 @@ def test_pieces_of_length_one_beside_short_axes_keep_their_state():
 def test_a_parameter_without_entries_has_no_block():
     gradients = {"w": np.ones((3, 2), np.float32), "empty": np.ones((0, 3), np.float32)}
     tx = scale_by_published(batch_size=1)
-    directions, state = quick_jit(tx.update)(gradients, tx.init(gradients))
+    directions, state = jax.jit(tx.update)(gradients, tx.init(gradients))
     assert [stack.momentum is None for stack in state.stacks] == [True]
     assert directions["empty"].shape == (0, 3)
     np.testing.assert_array_equal(tx.init({"empty": gradients["empty"]}).stacks, 0)
@@ -256,7 +255,7 @@ def test_a_chain_has_one_count_of_steps(name):
     tx = CHAINS[name]
     state = tx.init(params)
     assert optax.tree.get(state, "count") == 0
-    update = quick_jit(tx.update)
+    update = jax.jit(tx.update)
     for _ in range(2):
         _, state = update(params, state, params)
     assert optax.tree.get(state, "count") == 2

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from kronecker_runs import factors_of, quick_jit, scale_by_published, sirf_published, with_factors
+from kronecker_runs import factors_of, scale_by_published, sirf_published, with_factors
 from layouts import whole
 
 import rootfree_optax as rf
@@ -80,7 +80,7 @@ def mismatch(tx, start, reparameterised_factors, changes):
     inputs = jnp.asarray(rng.standard_normal((BATCH, start.size)), jnp.float32)
     targets = jnp.asarray(rng.standard_normal(BATCH), jnp.float32)
 
-    @quick_jit
+    @jax.jit
     def iterates(factors, start, changes):
         def loss(param):
             errors = inputs @ multiply(param, changes).reshape(-1) - targets
@@ -136,7 +136,7 @@ def test_inverse_free_iterates_do_not_depend_on_coordinates_within_the_structure
         tuple(np.float32(part + 0.2 * rng.standard_normal(part.shape)) for part in s.identity(np.float32))
         for s in structures
     )
-    to_dense = quick_jit(lambda inverse: [s.to_dense(parts) for s, parts in zip(structures, inverse, strict=True)])
+    to_dense = jax.jit(lambda inverse: [s.to_dense(parts) for s, parts in zip(structures, inverse, strict=True)])
     changes = [np.linalg.inv(matrix) for matrix in to_dense(inverse)]
     assert all(1.2 < np.linalg.cond(matrix) < 20 for matrix in changes)
     tx = sirf_published(0.05, riemannian_momentum=0.5, layout=whole(structure=names), **SETTING)
@@ -199,7 +199,7 @@ def test_the_two_forms_agree_to_second_order(shape, structure):
         factors = tuple((jnp.asarray(factor[None], jnp.float32),) for factor in factors)
         return tx.update(gradient, with_factors(tx.init(gradient), [factors]))[0]
 
-    @quick_jit
+    @jax.jit
     @jax.vmap
     def directions(preconditioner_lr):
         setting = {"damping": 0.8, "batch_size": 4, "layout": whole(structure=structure)}

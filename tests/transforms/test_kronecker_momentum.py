@@ -1,10 +1,10 @@
 """Momentum of gradients in the Kronecker transformation: preconditioned by the curvature of the gradients alone."""
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import quick_jit
 
 import rootfree_optax as rf
 from rootfree_optax._src.blocks.curvature import RootFree
@@ -32,7 +32,7 @@ def test_momentum_is_preconditioned_by_the_curvature_of_the_gradients(rule, nest
     alone = rf.scale_by_kronecker(rule, **options)
     params = {"w": jnp.zeros((3, 2))}
     state, state_alone = tx.init(params), alone.init(params)
-    update, update_alone = quick_jit(tx.update), quick_jit(alone.update)
+    update, update_alone = jax.jit(tx.update), jax.jit(alone.update)
     total = np.zeros((3, 2))
     for t in range(1, 5):
         gradients = {"w": jnp.asarray(np.random.default_rng(t).normal(size=(3, 2)), jnp.float32)}
@@ -65,7 +65,7 @@ def test_without_momentum_no_average_is_kept(rule):
 def test_it_has_its_own_dtype_and_keeps_nothing_that_is_not_finite(rule):
     tx = rf.scale_by_kronecker(rule, momentum=0.5, nesterov=True, mu_dtype=jnp.bfloat16)
     params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
-    update = quick_jit(tx.update)
+    update = jax.jit(tx.update)
     _, state = update(params, tx.init(params))
     assert {stack.momentum.dtype for stack in state.stacks} == {jnp.dtype(jnp.bfloat16)}
     bad = {**params, "w": params["w"].at[1, 1].set(jnp.nan)}
@@ -83,7 +83,7 @@ def test_nesterov_without_momentum_is_refused():
 def test_large_half_precision_gradients_stay_within_its_range():
     tx = rf.scale_by_kronecker(RootFree(), momentum=0.875)
     large, small = jnp.full((3, 2), 30000, jnp.float16), jnp.ones((3, 2), jnp.float16)
-    state, update = tx.init(large), quick_jit(tx.update)
+    state, update = tx.init(large), jax.jit(tx.update)
     for gradient in (large, large, large, small):
         _, state = update(gradient, state)
         assert np.isfinite(state.stacks[0].momentum).all()

@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from kronecker_runs import SETTING, draw, factors_of, quick_jit, scale_by_published
+from kronecker_runs import SETTING, draw, factors_of, scale_by_published
 from layouts import whole
 
 import rootfree_optax as rf
@@ -109,7 +109,7 @@ def test_products_are_named_by_what_they_are_for():
     """In profiles and in the program, whichever is not the sum of a direction's squares."""
     params = {"w": jnp.zeros((4, 3))}
     tx = rf.scale_by_sirf_shampoo(refresh_every=3)
-    text = quick_jit(tx.update).lower(params, tx.init(params)).compile().as_text()
+    text = jax.jit(tx.update).lower(params, tx.init(params)).compile().as_text()
     names = set(re.findall(r'op_name="([^"]*dot_general[^"]*)"', text))
     scopes = ("statistics", "refresh", "apply")
     found = {scope: [name for name in names if re.search(rf"\b{scope}\b", name)] for scope in scopes}
@@ -158,7 +158,7 @@ def test_bfloat16_products_of_every_shape_run():
     shapes = {"dense": (7,), "hierarchical2_1": (7,), "block2diagonal": (4, 3)}
     gradient = jax.tree.map(lambda g: g[0], draw(shapes, steps=1))
 
-    @quick_jit
+    @jax.jit
     def direction(gradient):
         half, single = (
             scale_by_published(layout=dataclasses.replace(layout, factor_dtype=dtype), **SETTING)

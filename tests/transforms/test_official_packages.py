@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from kronecker_runs import quick_jit
 from layouts import whole
 
 import rootfree_optax as rf
@@ -126,7 +125,7 @@ def ours(setting):
     )
     params = {f"p{i}": jnp.ones(shape) for i, shape in enumerate(setting.shapes)}
 
-    @quick_jit
+    @jax.jit
     def update(gradients, state, params):
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state

@@ -53,12 +53,12 @@ def describe(tx: optax.GradientTransformation, params: optax.Params, *, compile:
       layer_*/bias    12 of 48     12 of 48     diagonal   f32    7.1kB
       layer_*/kernel  12 of 64×48  12 of 64×48  dense      f32    762kB
       ─────────────────────────────────────────────────────────────────
-      total           37.4k        24                             771kB
-      State: 2.57 times Adam's 300kB of two numbers for each entry of the parameters.
+      total           37.4k        24                             777kB
+      State: 2.60 times Adam's 300kB of two numbers for each entry of the parameters.
       Step: 16.5M FLOPs of products, without refresh and statistics.
       Refresh: 34.4M FLOPs, every 10 steps.
       >>> description.state_bytes, description.flops.refresh
-      (771224, 34411008)
+      (777368, 34411008)
     """
     # Not tx.init itself: JAX does not call again what it has traced.
     init = lambda params: tx.init(params)
