@@ -25,7 +25,7 @@ class StackState(NamedTuple):
       block: what the rule keeps.
       momentum: the gradients' heavy-ball average v, [blocks, *shape]; None without momentum.
       squared_norm: of each block's last direction, [blocks].
-      largest_gradient: the largest absolute value of each block's last gradient, [blocks].
+      largest_gradient: the largest absolute value of each block's last gradient, [blocks]; zero for none.
       size: how many entries each block has, [blocks]; zero for blocks that pad the stack to a mesh. It never changes.
       number: which block of the plan's stack each one is, [blocks], −1 for padding; None if they are in order, with
         padding behind. It never changes.

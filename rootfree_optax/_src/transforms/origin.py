@@ -142,12 +142,12 @@ def require_origin(origin: Any, text: str) -> jax.Array | None:
     if not text:
         return None
     [code] = jax.tree.leaves(origin.code)  # frameworks wrap arrays in classes of their own
+    own = np.frombuffer(_digest(text), np.uint8).astype(np.float32)
     if isinstance(code, jax.core.Tracer) or not _is_readable(code):
-        digest = np.frombuffer(_digest(text), np.uint8).astype(np.float32)
-        return jnp.all(jnp.abs(jax.lax.slice_in_dim(code, 0, _DIGEST).astype(jnp.float32) - digest) < 0.5)
-    for own in {_decode(row) for row in np.reshape(code, (-1, np.shape(code)[-1]))}:  # of a population, one for each
-        if own != text:
-            raise ValueError(_explain(own, text))
+        return jnp.all(jnp.abs(jax.lax.slice_in_dim(code, 0, _DIGEST).astype(jnp.float32) - own) < 0.5)
+    for row in np.asarray(code).reshape(-1, code.shape[-1]):  # of a population, one for each member
+        if not np.array_equal(np.rint(row[:_DIGEST]), own):
+            raise ValueError(_explain(_decode(row), text))
     return None
 
 
