@@ -210,8 +210,8 @@ CONSTRUCTORS = tuple(
     {case.make: case for case in reversed(ALL) if case.make.__module__.startswith("rootfree_optax")}.values()
 )
 # What all have in common is tested on one diagonal and one Kronecker method, unless `-m contract` asks for all.
-KRONECKER_REPRESENTATIVE = "published_sirf_shampoo"
-REPRESENTATIVES = ("rf_rmsprop", KRONECKER_REPRESENTATIVE)
+DIAGONAL_REPRESENTATIVE = "rf_rmsprop"
+REPRESENTATIVES = (DIAGONAL_REPRESENTATIVE, "published_sirf_shampoo")
 
 
 @functools.cache

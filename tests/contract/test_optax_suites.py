@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from contract import KRONECKER_REPRESENTATIVE, OPTIMIZERS, Case
+from contract import DIAGONAL_REPRESENTATIVE, OPTIMIZERS, Case
 
 
 class Suite:
@@ -89,7 +89,7 @@ class Suite:
             if isinstance(value, type) and issubclass(value, unittest.TestCase) and value.__module__ == module.__name__:
                 value.__name__ = value.__qualname__ = f"Test_{case.name}_{name}"
                 value.__module__ = __name__
-                if case.name != KRONECKER_REPRESENTATIVE:
+                if case.name != DIAGONAL_REPRESENTATIVE:
                     value.pytestmark = [pytest.mark.contract]
                 yield value
 

@@ -152,7 +152,7 @@ def test_gradients_unlike_the_parameters_are_refused_by_path(case: Case, jitted:
         update({**gradient, "layer": {**layer, "kernel": layer["kernel"].T}}, state, params)
 
 
-@over(ALL)
+@over(ALL, wiring=True)
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.contract)])
 def test_bad_entries_never_poison_the_state(case: Case, dtype: str) -> None:
     params = make_params(dtype)
@@ -194,7 +194,7 @@ def test_bad_entries_never_poison_the_state(case: Case, dtype: str) -> None:
         assert_close(actual, expected, tolerance=0)
 
 
-@over(ALL)
+@over(ALL, wiring=True)
 @pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.contract), "float32"])
 def test_training_goes_on_after_thousands_of_zero_gradients(case: Case, dtype: str) -> None:
     params = make_params(dtype)

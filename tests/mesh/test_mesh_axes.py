@@ -89,7 +89,7 @@ def in_contract(*case: Any) -> Any:
     ("make", "kind", "sizes", "specs", "axes"),
     [
         (rf.published.sirf_shampoo, AxisType.Auto, (8,), FSDP, "data"),
-        (rf.published.sirf_shampoo, AxisType.Explicit, (4, 2), TENSOR, ("data", "model")),
+        in_contract(rf.published.sirf_shampoo, AxisType.Explicit, (4, 2), TENSOR, ("data", "model")),
         in_contract(rf.published.sirf_shampoo, AxisType.Auto, (4, 2), TENSOR, "data"),
         in_contract(newton_within_a_radius, AxisType.Auto, (8,), FSDP, "data"),
         in_contract(newton_within_a_radius, AxisType.Explicit, (4, 2), TENSOR, ("data", "model")),

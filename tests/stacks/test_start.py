@@ -42,6 +42,7 @@ class KeepsFirst(rf.BlockRule):
         return state.gradient, state
 
 
+@pytest.mark.contract
 def test_a_gradient_of_subnormal_numbers_is_waited_out():
     """Their squares vanish: a block that started with them had no curvature, and no refresh of it ever was finite."""
     tx, params = rf.scale_by_sirf_shampoo(refresh_every=1), jnp.zeros((4, 3))

@@ -13,7 +13,13 @@ from rootfree_optax._src.blocks.sirf import PublishedRefresh
 
 WHOLE = rf.Layout(diagonal=None, merge_dims=None)
 RULES = pytest.mark.parametrize(
-    "rule", [RootFree(step_size="newton"), PublishedRefresh(), CholeskyInverse()], ids=lambda rule: type(rule).__name__
+    "rule",
+    [
+        RootFree(step_size="newton"),
+        PublishedRefresh(),
+        pytest.param(CholeskyInverse(), marks=pytest.mark.contract),
+    ],
+    ids=lambda rule: type(rule).__name__,
 )
 
 
