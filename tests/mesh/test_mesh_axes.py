@@ -250,7 +250,7 @@ def test_mesh_axes_are_never_ignored() -> None:
 
 
 @pytest.mark.contract
-def test_a_state_of_another_mesh_is_refused_and_a_padded_one_serves_on_a_mesh_of_one_device() -> None:
+def test_a_state_of_another_mesh_is_refused_and_serves_once_it_is_moved() -> None:
     tx = scale_by_published(mesh_axes="data")
     alone = scale_by_published()
     params = jax.tree.map(jnp.asarray, draw(0))
@@ -259,16 +259,20 @@ def test_a_state_of_another_mesh_is_refused_and_a_padded_one_serves_on_a_mesh_of
     for size in (2, 8):
         with jax.set_mesh(mesh_of(AxisType.Auto, size, devices=size)):
             states[size] = jax.device_get(tx.init(params))
-    with jax.set_mesh(mesh_of(AxisType.Auto, 8)), refuses(ValueError, "8 devices of mesh_axes='data'", "another mesh"):
+    with (
+        jax.set_mesh(mesh_of(AxisType.Auto, 8)),
+        refuses(ValueError, "mesh_axes='data'", "of another mesh", "move_state"),
+    ):
         jax.jit(tx.update)(params, states[2])
-    with jax.set_mesh(mesh_of(AxisType.Auto, 1, devices=1)):
-        direction, state = jax.jit(tx.update)(params, states[8])
+    with refuses(ValueError, "mesh_axes=None", "of another mesh", "rf.move_state"):
+        alone.update(params, states[8])
+    one = mesh_of(AxisType.Auto, 1, devices=1)
+    with jax.set_mesh(one):
+        with refuses(ValueError, "mesh_axes='data'", "of another mesh", "rf.move_state"):
+            jax.jit(tx.update)(params, states[8])
+        params = jax.device_put(params, NamedSharding(one, PartitionSpec()))
+        direction, _ = jax.jit(tx.update)(params, rf.move_state(states[8], tx, params))
     assert_close(jax.device_get(direction), wanted)
-    assert shapes_and_dtypes(state) == shapes_and_dtypes(states[8])
-    shorter = states[8]._replace(stacks=jax.tree.map(lambda part: part[:-1], states[8].stacks))
-    for state in (states[8], shorter):  # without axes nothing is padding
-        with refuses(ValueError, "the same layout"):
-            alone.update(params, state)
 
 
 @pytest.mark.parametrize(

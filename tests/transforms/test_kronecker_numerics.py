@@ -55,7 +55,7 @@ def long_run(dtype, steps):
     """
     params = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients_at, jnp.int32(0)))
     state, finite = compiled_run(dtype)(params, steps)
-    factors = dense_factors(state, params)
+    factors = dense_factors(state, params, whole(factor_dtype=dtype))
     square = lambda k: np.float64(np.float32(k)) @ np.float64(np.float32(k)).T
     return {name: np.kron(square(k), square(c)) for name, (k, c) in factors.items()}, bool(finite)
 
