@@ -7,7 +7,7 @@ import pytest
 
 import rootfree_optax as rf
 
-STEPS, SHAPE, DAMPING = 12, (4, 3), 0.3
+STEPS, SHAPE, DAMPING = 12, (4, 3), 0.1
 MAKE = {"rf_rms": rf.scale_by_rf_rms, "rf_adam": rf.scale_by_rf_adam}
 
 

@@ -43,7 +43,7 @@ class ScaleByRfState(NamedTuple):
 def scale_by_rf_rms(
     decay: optax.ScalarOrSchedule = 0.95,
     *,
-    damping: optax.ScalarOrSchedule = 0.3,
+    damping: optax.ScalarOrSchedule = 0.1,
     absolute_damping: optax.ScalarOrSchedule = 0.0,
     step_size: StepSize = "adamw",
     batch_size: ArrayLike | None = None,
@@ -102,7 +102,7 @@ def scale_by_rf_adam(
     b1: ArrayLike = 0.9,
     b2: optax.ScalarOrSchedule = 0.95,
     *,
-    damping: optax.ScalarOrSchedule = 0.3,
+    damping: optax.ScalarOrSchedule = 0.1,
     absolute_damping: optax.ScalarOrSchedule = 0.0,
     step_size: StepSize = "adamw",
     batch_size: ArrayLike | None = None,
