@@ -46,7 +46,8 @@ _LARGEST_POWER = 2.0**60
 # How far mean(x²) may be from one, as a power of two, so that float16 holds x between two refreshes.
 _LARGEST_DRIFT = 16
 # Of a direction's mean size, the most that its root mean square may be before the direction counts as sparse. One entry
-# then moves by one learning rate in noise, as with AdamW, and by this many at most; directions on the ladder are below 2.3 (1.25 for numbers of a Gaussian).
+# then moves by one learning rate in noise, as with AdamW, and by this many at most. Directions on the ladder are below
+# 2.3, and numbers of a Gaussian at 1.25.
 _DENSE = 2.5
 # A block whose gradients are below this part of the whole tree's is rounding noise.
 _LEAST_PART = 1e-6
