@@ -78,6 +78,13 @@ def test_an_average_of_states_serves_or_is_refused_by_name(make: Any) -> None:
             update(gradient, average, PARAMS)
 
 
+def test_complex_gradients_of_real_parameters_with_factors_are_refused_by_path() -> None:
+    tx = rf.sirf_shampoo(1e-2)
+    gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.complex64), PARAMS)
+    with pytest.raises(TypeError, match=r"gradients must be real floating point .* got complex64 at 'layer/bias'"):
+        tx.update(gradient, tx.init(PARAMS), PARAMS)
+
+
 @over_all
 def test_narrow_gradients_do_not_lose_a_small_decay(make: Any) -> None:
     """Of float32 parameters that are cast before they are differentiated, at the start of a warm-up."""
@@ -104,7 +111,7 @@ def test_gradients_that_are_not_floating_point_are_refused_by_path(make: Any, dt
 
 @pytest.mark.parametrize("shape", [(64, 48), (3, 3, 8, 16)])
 @over_matrix_methods
-def test_where_few_entries_have_gradients_none_moves_further_than_with_adamw(make: Any, shape: tuple[int, ...]) -> None:
+def test_where_few_entries_have_gradients_none_moves_far(make: Any, shape: tuple[int, ...]) -> None:
     """The rows of a table whose name no pattern knows, or one-hot inputs. One entry moved by 102 learning rates."""
     tx = make(1.0, weight_decay=0.0, layout=rf.Layout(diagonal=None))
     params = jnp.zeros(shape)
@@ -116,15 +123,16 @@ def test_where_few_entries_have_gradients_none_moves_further_than_with_adamw(mak
             assert 0.3 < jnp.abs(updates).max() <= 2.5 + 1e-5
 
 
+@pytest.mark.parametrize("silence", ["zeros", "none"])
 @over_matrix_methods
-def test_a_matrix_that_fell_silent_does_not_hold_up_the_others(make: Any) -> None:
+def test_a_matrix_that_fell_silent_does_not_hold_up_the_others(make: Any, silence: str) -> None:
     """Its gradients were ten orders of magnitude larger: beside them the others' might have been rounding noise."""
     noise = jax.random.normal(jax.random.key(0), (12, 8, 8))
     params = {"loud": jnp.zeros((8, 8)), "quiet": jnp.zeros((8, 8))}
     tx = make(1.0, weight_decay=0.0)
     update, state = jax.jit(tx.update), tx.init(params)
     for step, gradient in enumerate(noise):
-        loud = 1e10 * gradient if step < 4 else jnp.zeros((8, 8))
+        loud = 1e10 * gradient if step < 4 else jnp.zeros((8, 8)) if silence == "zeros" else None
         updates, state = update({"loud": loud, "quiet": gradient}, state, params)
         if 1 <= step < 4:
             assert rms(updates["quiet"])[0] < 1e-3

@@ -46,8 +46,8 @@ _LARGEST_POWER = 2.0**60
 # How far mean(x²) may be from one, as a power of two, so that float16 holds x between two refreshes.
 _LARGEST_DRIFT = 16
 # Of a direction's mean size, the most that its root mean square may be before the direction counts as sparse. One entry
-# then moves by one learning rate in noise, as with AdamW, and by this many at most. Directions on the ladder are below
-# 2.3, and numbers of a Gaussian at 1.25.
+# then moves by one learning rate in noise, as with AdamW, and by this many at most. In the first 150 steps of a decoder
+# and 60 of a convolutional network all directions were below 2.3; numbers of a Gaussian are at 1.25.
 _DENSE = 2.5
 # A block whose gradients are below this part of the whole tree's is rounding noise.
 _LEAST_PART = 1e-6
@@ -187,7 +187,7 @@ class CurvatureRule(BlockRule):
     half it gives the full length, in noise `rms`. A step is shorter, as AdamW's is, where the momentum is of the past:
     in proportion to it while a block's gradients are zero, and in inverse proportion where it is larger than they are
     by far, after they have fallen. So silence does not move a block by more than rms/(1 − momentum). It is shorter,
-    too, where few entries of a block move, so that none moves further than with AdamW, and where a block's gradients
+    too, where few entries of a block move, so that they move about as far as with AdamW, and where a block's gradients
     are rounding noise beside the tree's. With "newton" it is D itself for the curvature B·S, no longer than the trust
     radius.
 
@@ -201,7 +201,6 @@ class CurvatureRule(BlockRule):
     trust_radius: ArrayLike | None = None
     precision: jax.lax.PrecisionLike = None
     rms: ClassVar[float] = 0.4  # of a step in noise, beside the learning rate; the ladder chose it
-
     applications: ClassVar[int] = 2  # how often a matrix is applied along each axis, for one direction
 
     @property
@@ -215,8 +214,8 @@ class CurvatureRule(BlockRule):
         """The powers of the momentum and of the inverse curvature that D is made of."""
 
     def squared_length(self, momentum: jax.Array, direction: jax.Array) -> jax.Array:
-        """Returns mean((M ×ₙ Kₙᵀ)²), a scalar: mean⟨M, D⟩ for D = M ×ₙ KₙKₙᵀ."""
-        return jnp.mean(momentum * direction)
+        """Returns mean((M ×ₙ Kₙᵀ)²), a scalar, from M and its direction."""
+        raise TypeError(f"{type(self).__name__} bounds its steps itself, and takes no trust_radius.")
 
     def scale(self, state: CurvatureState) -> jax.Array:
         """Returns the base-2 logarithm of the root mean square of the block's gradients; −∞ before the first."""
@@ -648,6 +647,10 @@ class RootFree(CurvatureRule):
     """The root-free step, D = M ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ (Lin et al. 2024)."""
 
     degrees = 1.0, 1.0
+
+    def squared_length(self, momentum: jax.Array, direction: jax.Array) -> jax.Array:
+        """Returns mean⟨M, D⟩."""
+        return jnp.mean(momentum * direction)
 
     def precondition_momentum(self, state: CurvatureState, momentum: jax.Array, structures: Structures) -> jax.Array:
         """Returns M ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ."""

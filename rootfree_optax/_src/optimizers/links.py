@@ -179,8 +179,8 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
     ) -> tuple[optax.Updates, LinkState]:
         del extra_args
         factor = -jnp.asarray(schedules.value_at("learning_rate", learning_rate, state.step))
-        beside = () if params is None else (params,)
-        updates = trees.map_gradients(functools.partial(_multiply, factor), updates, *beside)
+        beside = updates if params is None else params
+        updates = trees.map_gradients(functools.partial(_multiply, factor), updates, beside)
         return updates, LinkState(optax.safe_increment(state.step))
 
     return optax.GradientTransformationExtraArgs(_init_step, update)
@@ -212,7 +212,8 @@ def descend(
 
 @jax.jit
 def _add_scaled(factor: ArrayLike, update: jax.Array, param: jax.Array) -> jax.Array:
-    return add_scaled(update.astype(dtype_beside(update, param)), factor, param).astype(dtype_beside(update, param))
+    dtype = dtype_beside(update, param)
+    return add_scaled(update.astype(dtype), factor, param).astype(dtype)
 
 
 @jax.jit
@@ -224,12 +225,8 @@ def _average(
     return average.astype(update.dtype), new
 
 
-def _multiply(factor: ArrayLike, update: jax.Array, *param: ArrayLike) -> jax.Array:
-    dtype = dtype_beside(update, *param) if param else update.dtype
-    return _multiply_in(dtype, factor, update)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _multiply_in(dtype: jnp.dtype, factor: ArrayLike, update: jax.Array) -> jax.Array:
+@jax.jit
+def _multiply(factor: ArrayLike, update: jax.Array, param: ArrayLike) -> jax.Array:
+    dtype = dtype_beside(update, param)
     wide = upcast(update.astype(dtype))
     return (jnp.asarray(factor, wide.dtype) * wide).astype(dtype)

@@ -37,7 +37,7 @@ def info(state: Any) -> dict[str, jax.Array]:
                      Near one, a higher learning rate would be faster. On a decoder of 0.2 million parameters it was
                      near −0.1, at AdamW's best rate and at a quarter of it. A rule that does not average it has no
                      such entry.
-        idle_blocks  how many blocks had a gradient of zeros in the last step, or have seen none yet.
+        idle_blocks  how many blocks had a gradient of zeros or None in the last step, or have seen none yet.
         update_rms   the root mean square of the last directions, over all entries of all blocks. Learning rate, weight
                      decay and what else follows in a chain come later.
         scale_min    the smallest, and
