@@ -137,3 +137,12 @@ def test_a_learning_rate_below_half_precision_still_counts():
     updates, _ = tx.update(jnp.full(3, 2000, jnp.float16), tx.init(jnp.zeros(3)))
     assert updates.dtype == jnp.float16
     np.testing.assert_allclose(np.float32(updates), -2e-5, rtol=1e-2)
+
+
+@pytest.mark.parametrize("with_params", [True, False])
+def test_a_small_learning_rate_is_not_lost_in_the_dtype_of_narrow_updates(with_params):
+    update, params = jnp.ones(3, jnp.float16), jnp.ones(3, jnp.float32)
+    tx = scale_by_learning_rate(1e-9)
+    scaled, _ = tx.update(update, tx.init(params), params if with_params else None)
+    assert scaled.dtype == (jnp.float32 if with_params else jnp.float16)
+    np.testing.assert_allclose(scaled, -1e-9 if with_params else 0, rtol=1e-6)
