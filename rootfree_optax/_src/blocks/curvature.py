@@ -20,6 +20,7 @@ import abc
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -278,12 +279,14 @@ class CurvatureRule(BlockRule):
         touched = jnp.mean((gradient != 0).astype(scaled.power.dtype))
         mean = (scaled.power / touched) ** (1 / len(structures))
         damped = (1 + jnp.asarray(step.damping, mean.dtype)) * mean
-        identities, derived = tuple([s.identity(mean.dtype) for s in structures]), state.preconditioners
-        power_of = lambda degree, old: jax.tree.map(lambda i, k: (i * damped**-degree).astype(k.dtype), identities, old)
+        multiples = lambda number, like: tuple(
+            [times_scalar(s.identity(old[0].dtype), number) for s, old in zip(structures, like, strict=True)]
+        )
+        derived = state.preconditioners
         return state._replace(
-            statistics=jax.tree.map(lambda i: i * mean, identities),
-            factors=power_of(0.5, state.factors),
-            preconditioners=None if derived is None else power_of(self.degrees[1], derived),
+            statistics=multiples(mean, state.statistics),
+            factors=multiples(damped**-0.5, state.factors),
+            preconditioners=derived and multiples(damped ** -self.degrees[1], derived),
             exponent=scaled.exponent,
             power=scaled.power.astype(state.power.dtype),
             seen=jnp.ones_like(state.seen),
@@ -311,7 +314,7 @@ class CurvatureRule(BlockRule):
             new = curvatures_along(scaled.gradient, structures, state.factors, precision=self.precision)
             average = lambda old, h: old + weight.astype(old.dtype) * (h.astype(old.dtype) - old)
             average_rows = lambda old, h: jnp.where(h > 0, average(old, h), old)
-            statistics = [
+            averages = [
                 jax.tree.map(average_rows if structure.is_diagonal else average, old, h)
                 for structure, old, h in zip(structures, state.statistics, new, strict=True)
             ]
@@ -319,8 +322,9 @@ class CurvatureRule(BlockRule):
             # Each surprise may leave e a little lower, in units in which all that follows is larger.
             drift = exponent_of(power)
             drift = jnp.where(jnp.abs(drift) > _LARGEST_DRIFT, drift >> 1, 0)
+            unit = scale_by_exponent(jnp.ones_like(power), -2 * drift)
             return state._replace(
-                statistics=jax.tree.map(lambda s: scale_by_exponent(s, -2 * drift), tuple(statistics)),
+                statistics=tuple([times_scalar(parts, unit) for parts in averages]),
                 exponent=scaled.exponent + drift,
                 power=scale_by_exponent(power, -2 * drift),
                 seen=state.seen + scaled.is_evidence.astype(state.seen.dtype),
@@ -345,8 +349,10 @@ class CurvatureRule(BlockRule):
         """Renews every K of several stacks, see `refresh`: all axes of one length, rounded up, as one batch."""
         del gradients
         with jax.named_scope("refresh"):
-            measure = lambda of_stack: jax.vmap(functools.partial(_measure_sizes, structures=of_stack))
-            sizes = [measure(of_stack)(state) for of_stack, state in zip(structures, states, strict=True)]
+            sizes = [
+                jax.vmap(functools.partial(_measure_sizes, structures=of_stack))(state)
+                for of_stack, state in zip(structures, states, strict=True)
+            ]
             plan = jax.vmap(functools.partial(_axis_inputs, step=step))
             inputs = [axis for state, own in zip(states, sizes, strict=True) for axis in plan(state, own)]
             kinds = [s for of_stack in structures for s in of_stack]
@@ -365,8 +371,8 @@ class CurvatureRule(BlockRule):
             batches.setdefault(kind, []).append(index)
         refreshed: dict[int, _RefreshedAxis] = {}
         for members in batches.values():
-            whole = max([structures[index] for index in members], key=lambda structure: structure.dim)
-            is_padded = any(structures[index] != whole for index in members)
+            whole = max([structures[index] for index in members], key=operator.attrgetter("dim"))
+            is_padded = {structures[index] for index in members} != {whole}
             padded = [
                 _pad(inputs[index], structures[index], whole) if is_padded else inputs[index] for index in members
             ]
@@ -375,7 +381,7 @@ class CurvatureRule(BlockRule):
             first = 0
             for index in members:
                 last = first + len(inputs[index].retained)
-                own = jax.tree.map(lambda leaf, rows=slice(first, last): leaf[rows], result)
+                own = jax.tree.map(operator.itemgetter(slice(first, last)), result)
                 refreshed[index] = _crop(own, structures[index].dim) if is_padded else own
                 first = last
         return [refreshed[index] for index in range(len(inputs))]
@@ -462,8 +468,7 @@ class CurvatureRule(BlockRule):
         agreement = self._average_agreement(state, momentum, gradient, step)
         rms = self.rms + (1 - self.rms) * jnp.where(is_silent, 0, jnp.clip(2 * agreement, 0, 1)).astype(size.dtype)
         last = jnp.where(is_silent | ~jnp.isfinite(size), state.last_momentum, size.astype(state.last_momentum.dtype))
-        positive = lambda number: jnp.where(number > 0, number, 1)
-        fading = jnp.where(is_silent, size / positive(last).astype(size.dtype), 1)
+        fading = jnp.where(is_silent, size / jnp.where(last > 0, last, 1).astype(size.dtype), 1)
         excess = size / (_LARGEST_MOMENTUM * jnp.sqrt(state.power).astype(size.dtype))
         # Differences of infinities, before the first gradient, would make derivatives NaN.
         scale = self.scale(state)
@@ -472,9 +477,9 @@ class CurvatureRule(BlockRule):
         part = jnp.exp2(jnp.minimum(below, 0)) / _LEAST_PART
         shortening = jnp.minimum(jnp.minimum(fading, part.astype(size.dtype)), 1 / jnp.maximum(excess, 1))
         mean, root = mean_sizes(direction)
-        shortening = jnp.minimum(shortening, _DENSE * mean / positive(root))
-        length = shortening * rms / positive(root)
-        return length, shortening < 1, state._replace(last_momentum=last, agreement=agreement)
+        root = jnp.where(root > 0, root, 1)
+        shortening = jnp.minimum(shortening, _DENSE * mean / root)
+        return shortening * rms / root, shortening < 1, state._replace(last_momentum=last, agreement=agreement)
 
     @staticmethod
     def _average_agreement(state: CurvatureState, momentum: jax.Array, gradient: jax.Array, step: Step) -> jax.Array:
@@ -579,16 +584,15 @@ class _RefreshedAxis(NamedTuple):
 
 def _measure_sizes(state: CurvatureState, *, structures: Structures) -> _Sizes:
     """Returns the sizes of a block's matrices."""
-
-    def measure(structure: Structure, s: Parts, k: Parts) -> _Sizes:
+    dtype = functools.reduce(jnp.promote_types, [s[0].dtype for s in state.statistics])
+    sizes = []
+    for structure, s, k in zip(structures, state.statistics, state.factors, strict=True):
         resolution = float(jnp.finfo(s[0].dtype).eps) / 8
         floor = _LOW_PRECISION_FLOOR if is_low_precision(k[0].dtype) else resolution
-        inverse = structure.squared_norm(k).astype(s[0].dtype) / structure.dim
-        return _Sizes(structure.trace(s) / structure.dim, inverse, floor * jnp.sqrt(structure.squared_norm(s)))
-
-    dtype = functools.reduce(jnp.promote_types, [s[0].dtype for s in state.statistics])
-    sizes = map(measure, structures, state.statistics, state.factors)
-    return jax.tree.map(lambda *numbers: jnp.stack([number.astype(dtype) for number in numbers]), *sizes)
+        mean, inverse = structure.trace(s) / structure.dim, structure.squared_norm(k) / structure.dim
+        of_axis = mean, inverse, floor * jnp.sqrt(structure.squared_norm(s))
+        sizes.append(jnp.stack([number.astype(dtype) for number in of_axis]))
+    return _Sizes(*jnp.stack(sizes, axis=1))
 
 
 def _absolute_part(state: CurvatureState, sizes: _Sizes, step: Step) -> jax.Array:

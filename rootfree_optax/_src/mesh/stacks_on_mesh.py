@@ -271,7 +271,7 @@ def _lay_out(direction: jax.Array, gradient: jax.Array) -> jax.Array:
 
 
 def _pack(plan: Plan, tree: Any, name: str, sample_axis: bool, relayout: RelayoutFn = no_relayout) -> Stacks:
-    pack = lambda tree: plan.pack(tree, name, relayout)
+    pack = functools.partial(plan.pack, name=name, relayout=relayout)
     return jax.vmap(pack, out_axes=1)(tree) if sample_axis else pack(tree)
 
 

@@ -126,8 +126,10 @@ def _product(left: Shifted, right: Shifted, multiply: Product) -> Shifted:
 def _evaluate(polynomial: jax.Array, t: Shifted, square: jax.Array, multiply: Product) -> Shifted:
     """Returns lead·(t² + a₁·t + b₁)·(t² + a₂·t + b₂) by one product, given the square of the remainder of t."""
     lead, a1, b1, a2, b2 = polynomial
-    factor = lambda a, b: Shifted(t.scalar * (t.scalar + a) + b, (2 * t.scalar + a) * t.matrix + square)
-    whole = _product(factor(a1, b1), factor(a2, b2), multiply)
+    left, right = [
+        Shifted(t.scalar * (t.scalar + a) + b, (2 * t.scalar + a) * t.matrix + square) for a, b in ((a1, b1), (a2, b2))
+    ]
+    whole = _product(left, right, multiply)
     return Shifted(lead * whole.scalar, lead * whole.matrix)
 
 

@@ -83,11 +83,13 @@ def force(stacks: LazyStacks) -> tuple[jax.Array, ...]:
     return stacks() if callable(stacks) else stacks
 
 
-def _map_stacks(step: StackStep, of_stack: Callable[[Stack], Any], old: Any, samples: LazyStacks, *others: Any) -> Any:
-    """Calls `of_stack(stack)` with each stack's old state, its sample and its other arguments."""
+def _map_stacks(step: StackStep, function: Any, old: Any, samples: LazyStacks, *others: Any) -> Any:
+    """Maps a function of a block over all stacks, given each stack's old state, its sample and its other arguments."""
     return tuple(
         [
-            _in_portions(of_stack(stack), _portion(len(sample), stack.shape), was, sample, *rest)
+            _in_portions(
+                map_blocks(function, stack, step.scalars), _portion(len(sample), stack.shape), was, sample, *rest
+            )
             for stack, was, sample, *rest in zip(step.stacks, old, force(samples), *others, strict=True)
         ]
     )
@@ -107,8 +109,8 @@ def start_blocks(step: StackStep, samples: LazyStacks, states: Sequence[StackSta
     waiting = [jax.vmap(rule.waits)(block) for block in blocks]
     # Only as long as a block waits: the search is a pass over all gradients. Padding would wait for ever.
     own = [w & (state.size > 0) for w, state in zip(waiting, states, strict=True)]
-    search = lambda: _map_stacks(step, lambda stack: jax.vmap(_is_first), tuple(waiting), samples)
-    firsts = jax.lax.cond(_any(own), search, lambda: tuple(map(jnp.zeros_like, waiting)))
+    search = functools.partial(_map_stacks, step, _is_first, tuple(waiting), samples)
+    firsts = jax.lax.cond(jnp.concatenate(own).any(), search, lambda: tuple(map(jnp.zeros_like, waiting)))
 
     def start_block(
         block: BlockState, sample: jax.Array, is_first: jax.Array, structures: Sequence[Any], step: Any
@@ -116,51 +118,49 @@ def start_blocks(step: StackStep, samples: LazyStacks, states: Sequence[StackSta
         started = rule.start(block, sample, structures=structures, step=step)
         return jax.tree.map(lambda new, old: old if new is old else jnp.where(is_first, new, old), started, block)
 
-    start = functools.partial(map_blocks, start_block, scalars=step.scalars)
-    return jax.lax.cond(_any(firsts), lambda: _map_stacks(step, start, blocks, samples, firsts), lambda: blocks)
+    start = functools.partial(_map_stacks, step, start_block, blocks, samples, firsts)
+    return jax.lax.cond(jnp.concatenate(firsts).any(), start, lambda: blocks)
 
 
 def observe_when_due(step: StackStep, samples: LazyStacks, blocks: Blocks) -> Blocks:
     """Returns the blocks' states after those statistics that are due."""
-
-    def observe() -> Blocks:
-        return _map_stacks(step, lambda stack: map_blocks(step.rule.observe, stack, step.scalars), blocks, samples)
-
     if step.observe is None:
         return blocks
+    observe = functools.partial(_map_stacks, step, step.rule.observe, blocks, samples)
     return observe() if step.observe is True else jax.lax.cond(step.observe, observe, lambda: blocks)
 
 
-def _is_first(waits: jax.Array, sample: jax.Array) -> jax.Array:
+def _is_first(waits: jax.Array, sample: jax.Array, *, structures: Sequence[Any], step: Step) -> jax.Array:
     """Returns whether a waiting block's gradient tells something: it is finite, and not all zero or subnormal."""
+    del structures, step
     largest = upcast(max_abs((sample,)))
     return waits & (largest >= jnp.finfo(largest.dtype).tiny) & jnp.isfinite(largest)
-
-
-def _any(flags: Sequence[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.logical_or, map(jnp.any, flags))
 
 
 def refresh_when_due(step: StackStep, samples: LazyStacks, blocks: Blocks) -> Blocks:
     """Returns the blocks' states after a refresh of all, or of those whose turn it is, where that is due."""
     if isinstance(step.refresh, Staggered):
         return _refresh_in_turn(step, step.refresh.period, force(samples), blocks)
-    refresh = lambda: _refresh_in_groups(step, force(samples), blocks)
+    refresh = functools.partial(_refresh_in_groups, step, samples, blocks)
     return refresh() if step.refresh is True else jax.lax.cond(step.refresh, refresh, lambda: blocks)
 
 
-def _refresh_in_groups(step: StackStep, samples: tuple[jax.Array, ...], blocks: Blocks) -> Blocks:
+def _refresh_in_groups(step: StackStep, lazy: LazyStacks, blocks: Blocks) -> Blocks:
     """Returns the refreshed blocks: small stacks together, so that they share a program, large ones in portions."""
-    refreshed: dict[int, BlockState] = {}
+    refreshed, samples = list(blocks), force(lazy)
     for group in _groups(step, list(map(len, samples))):
-        given = [(blocks[index], samples[index]) for index in group]
-        refresh = functools.partial(_refresh_stacks, step, [step.stacks[index] for index in group])
+        stacks = [step.stacks[index] for index in group]
         if len(group) == 1:
-            size = _portion(len(given[0][1]), *step.stacks[group[0]].part_shapes, most=16)
-            refreshed[group[0]] = _in_portions(lambda *own, refresh=refresh: refresh(own)[0], size, *given[0])
+            [index], [stack] = group, stacks
+            size = _portion(len(samples[index]), *stack.part_shapes, most=16)
+            refresh = functools.partial(_refresh_stack, step, stack)
+            refreshed[index] = _in_portions(refresh, size, blocks[index], samples[index])
         else:
-            refreshed |= zip(group, refresh(*given), strict=True)
-    return tuple([refreshed[index] for index in range(len(blocks))])
+            own = [blocks[index] for index in group], [samples[index] for index in group]
+            renewed = step.rule.refresh_stacks(*own, [stack.structures for stack in stacks], step.scalars)
+            for index, block in zip(group, renewed, strict=True):
+                refreshed[index] = block
+    return tuple(refreshed)
 
 
 def _groups(step: StackStep, lengths: Sequence[int]) -> list[list[int]]:
@@ -181,10 +181,10 @@ def _groups(step: StackStep, lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _refresh_stacks(step: StackStep, stacks: Sequence[Stack], *given: tuple[BlockState, jax.Array]) -> list[BlockState]:
-    """Returns the refreshed blocks of some stacks, given the blocks and the sample of each."""
-    blocks, samples = zip(*given, strict=True)
-    return step.rule.refresh_stacks(blocks, samples, [stack.structures for stack in stacks], step.scalars)
+def _refresh_stack(step: StackStep, stack: Stack, block: BlockState, sample: jax.Array) -> BlockState:
+    """Returns the refreshed blocks of one stack."""
+    [refreshed] = step.rule.refresh_stacks([block], [sample], [stack.structures], step.scalars)
+    return refreshed
 
 
 def _portion(length: int, *shapes: Shape, most: int = 8) -> int:
@@ -225,8 +225,7 @@ def _refresh_in_turn(step: StackStep, period: int, samples: tuple[jax.Array, ...
         turns = -(-len(sample) // size)
         index = (step.scalars.count - begin) % period
         begin += turns  # so that stacks of few turns have them at different steps
-        refresh = lambda *own, stack=stack: _refresh_stacks(step, [stack], own)[0]
-        turn = functools.partial(_take_turn, refresh, size, (sample,), index)
+        turn = functools.partial(_take_turn, functools.partial(_refresh_stack, step, stack), size, (sample,), index)
         refreshed.append(turn(block) if turns == period else jax.lax.cond(index < turns, turn, lambda old: old, block))
     return tuple(refreshed)
 

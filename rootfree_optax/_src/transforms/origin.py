@@ -82,7 +82,6 @@ jax.tree_util.register_pytree_with_keys(
     Origin,
     lambda origin: (((jax.tree_util.GetAttrKey("code"), origin.code),), _Text(origin.text)),
     _unflatten,
-    lambda origin: ((origin.code,), _Text(origin.text)),
 )
 
 
