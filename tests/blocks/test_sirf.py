@@ -10,7 +10,7 @@ from double_precision import double_precision
 from rootfree_optax._src.blocks.apply import apply_factors
 from rootfree_optax._src.blocks.rule import Step
 from rootfree_optax._src.blocks.sirf import PublishedRefresh, balance, factor_steps, outer_products
-from rootfree_optax._src.numerics.finite import max_abs
+from rootfree_optax._src.numerics.arithmetic import max_abs
 from rootfree_optax._src.structures.names import structure_factory
 
 # Shape, structures, and the number of samples of the curvature (0: it is the gradient).

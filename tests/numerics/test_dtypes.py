@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from double_precision import double_precision
 
-from rootfree_optax._src.numerics.dtypes import (
+from rootfree_optax._src.numerics.arithmetic import (
     accumulation_dtype,
     dtype_like,
     has_smaller_range,

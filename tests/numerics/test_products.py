@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from double_precision import double_precision
 
-from rootfree_optax._src.numerics.products import einsum, matmul
+from rootfree_optax._src.numerics.arithmetic import einsum, matmul
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

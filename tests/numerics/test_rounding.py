@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rootfree_optax._src.numerics.rounding import round_dithered, saturate, truncate
+from rootfree_optax._src.numerics.arithmetic import round_dithered, saturate, truncate
 
 
 @given(

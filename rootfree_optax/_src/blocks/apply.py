@@ -13,9 +13,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rootfree_optax._src.numerics.dtypes import accumulation_dtype, has_smaller_range, upcast
-from rootfree_optax._src.numerics.finite import max_abs
-from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two
+from rootfree_optax._src.numerics.arithmetic import (
+    accumulation_dtype,
+    exponent_of,
+    has_smaller_range,
+    max_abs,
+    power_of_two,
+    upcast,
+)
 from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
 from rootfree_optax._src.structures.names import dense
 

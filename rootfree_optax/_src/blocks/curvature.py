@@ -31,11 +31,19 @@ from jax.typing import ArrayLike
 from rootfree_optax._src.blocks.apply import apply_factors, apply_transposes
 from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step, Structures
 from rootfree_optax._src.common.schedules import StepSize
-from rootfree_optax._src.numerics.dtypes import accumulation_dtype, has_smaller_range, is_low_precision, upcast
-from rootfree_optax._src.numerics.finite import max_abs, mean_sizes
+from rootfree_optax._src.numerics.arithmetic import (
+    accumulation_dtype,
+    exponent_of,
+    has_smaller_range,
+    is_low_precision,
+    max_abs,
+    mean_sizes,
+    power_of_two,
+    round_dithered,
+    upcast,
+)
 from rootfree_optax._src.numerics.inverse_root import LARGEST_CONDITION
 from rootfree_optax._src.numerics.polar import orthogonalize
-from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered
 from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
 
 # A gradient that is this many times larger or smaller than the average, as a power of two, changes the scale.

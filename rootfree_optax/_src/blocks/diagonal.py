@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rootfree_optax._src.blocks.momentum import keep_finite
-from rootfree_optax._src.numerics.dtypes import accumulation_dtype, upcast
-from rootfree_optax._src.numerics.rounding import round_dithered
+from rootfree_optax._src.numerics.arithmetic import accumulation_dtype, round_dithered, upcast
 
 _LARGEST_SQUARED = 2.0**50
 _LEAST_ROOT = 2.0**-60

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.numerics.dtypes import has_smaller_range, upcast
-from rootfree_optax._src.numerics.rounding import saturate, truncate
+from rootfree_optax._src.numerics.arithmetic import has_smaller_range, saturate, truncate, upcast
 
 
 def add_scaled(array: jax.Array, factor: ArrayLike, other: ArrayLike) -> jax.Array:

@@ -16,8 +16,7 @@ from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
 from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step, Structures
-from rootfree_optax._src.numerics.dtypes import accumulation_dtype, upcast
-from rootfree_optax._src.numerics.finite import all_finite
+from rootfree_optax._src.numerics.arithmetic import accumulation_dtype, all_finite, upcast
 from rootfree_optax._src.structures.base import Structure
 
 

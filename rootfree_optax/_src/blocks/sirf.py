@@ -20,9 +20,16 @@ from jax.typing import ArrayLike
 from rootfree_optax._src.blocks.apply import apply_factors, apply_transposes, fold, fold_axes, unfold_means
 from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step
 from rootfree_optax._src.common.validate import kind_of
-from rootfree_optax._src.numerics.dtypes import accumulation_dtype, is_low_precision, upcast
-from rootfree_optax._src.numerics.finite import max_abs
-from rootfree_optax._src.numerics.rounding import exponent_of, power_of_two, round_dithered, saturate
+from rootfree_optax._src.numerics.arithmetic import (
+    accumulation_dtype,
+    exponent_of,
+    is_low_precision,
+    max_abs,
+    power_of_two,
+    round_dithered,
+    saturate,
+    upcast,
+)
 from rootfree_optax._src.structures.base import Parts, Structure, times_scalar
 
 

@@ -27,8 +27,7 @@ import numpy as np
 from jax.lax import PrecisionLike
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.numerics.dtypes import upcast
-from rootfree_optax._src.numerics.products import matmul
+from rootfree_optax._src.numerics.arithmetic import matmul, upcast
 
 Product: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 

@@ -24,7 +24,7 @@ import numpy as np
 from jax.lax import PrecisionLike
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.numerics.dtypes import upcast
+from rootfree_optax._src.numerics.arithmetic import einsum, matmul, upcast
 from rootfree_optax._src.numerics.inverse_root import (
     LARGEST_CONDITION,
     best_polynomials,
@@ -32,7 +32,6 @@ from rootfree_optax._src.numerics.inverse_root import (
     size_and_unit,
     times_inverse_root,
 )
-from rootfree_optax._src.numerics.products import einsum, matmul
 
 _MUON = np.tile((3.4445, -4.7750, 2.0315), (5, 1))  # a, b and c of each iteration
 _LARGEST_CONDITION_OF_SQUARE = 1e6  # of K Kᵀ

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.blocks.momentum import add_scaled, average_heavy_ball, total_weight
 from rootfree_optax._src.common import schedules, trees, validate
-from rootfree_optax._src.numerics.dtypes import dtype_beside, upcast
+from rootfree_optax._src.numerics.arithmetic import dtype_beside, upcast
 from rootfree_optax._src.transforms.accumulators import init_average
 from rootfree_optax._src.transforms.origin import (
     Origin,

@@ -13,8 +13,7 @@ from rootfree_optax._src.blocks.rule import BlockRule, BlockState, Step
 from rootfree_optax._src.common.schedules import Staggered
 from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.layout.stack import Stack
-from rootfree_optax._src.numerics.dtypes import upcast
-from rootfree_optax._src.numerics.finite import max_abs
+from rootfree_optax._src.numerics.arithmetic import max_abs, upcast
 from rootfree_optax._src.stacks.state import StackState, StackStep
 
 Blocks: TypeAlias = tuple[BlockState, ...]

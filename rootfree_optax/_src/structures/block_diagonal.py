@@ -9,8 +9,7 @@ from jax.lax import PrecisionLike
 from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.numerics import inverse_root, polar
-from rootfree_optax._src.numerics.dtypes import upcast
-from rootfree_optax._src.numerics.products import einsum
+from rootfree_optax._src.numerics.arithmetic import einsum, upcast
 from rootfree_optax._src.structures.base import Flops, Parts, Structure, other_axes
 
 

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from jax.lax import PrecisionLike
 from jax.typing import ArrayLike, DTypeLike
 
-from rootfree_optax._src.numerics.dtypes import upcast
-from rootfree_optax._src.numerics.products import einsum
+from rootfree_optax._src.numerics.arithmetic import einsum, upcast
 from rootfree_optax._src.structures.base import Flops, Parts, Structure
 from rootfree_optax._src.structures.block_diagonal import BlockDiagonal, multiply_along, subscripts_along
 

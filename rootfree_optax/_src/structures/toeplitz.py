@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
-from rootfree_optax._src.numerics.dtypes import upcast
+from rootfree_optax._src.numerics.arithmetic import upcast
 from rootfree_optax._src.structures.base import Flops, Parts, Structure, other_axes
 
 

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.common import trees
 from rootfree_optax._src.common.meshes import reshard
-from rootfree_optax._src.numerics.dtypes import dtype_like, dtype_of_squares
+from rootfree_optax._src.numerics.arithmetic import dtype_like, dtype_of_squares
 
 
 def init_average(params: optax.Params, dtype: DTypeLike | None) -> Any:

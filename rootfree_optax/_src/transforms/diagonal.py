@@ -19,7 +19,7 @@ from rootfree_optax._src.blocks.diagonal import (
 from rootfree_optax._src.blocks.momentum import total_weight
 from rootfree_optax._src.common import schedules, trees, validate
 from rootfree_optax._src.common.schedules import StepSize
-from rootfree_optax._src.numerics.dtypes import upcast
+from rootfree_optax._src.numerics.arithmetic import upcast
 from rootfree_optax._src.transforms.accumulators import init_average, init_squares, update_squares
 from rootfree_optax._src.transforms.origin import describe_tree, dtype_name, make_origin, nan_unless, require_origin
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from rootfree_optax._src.numerics.finite import max_abs
+from rootfree_optax._src.numerics.arithmetic import max_abs
 from rootfree_optax._src.stacks.state import StackState
 from rootfree_optax._src.transforms.kronecker import find_kronecker_states
 from rootfree_optax._src.transforms.origin import find_origins, require_origin

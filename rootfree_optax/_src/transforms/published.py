@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from rootfree_optax._src.blocks.diagonal import averaged_direction, first_moment, root_free_direction, second_moment
 from rootfree_optax._src.blocks.momentum import total_weight
 from rootfree_optax._src.common import schedules, trees, validate
-from rootfree_optax._src.numerics.dtypes import real_dtype
+from rootfree_optax._src.numerics.arithmetic import real_dtype
 from rootfree_optax._src.transforms.accumulators import fill_like, init_average, update_squares
 from rootfree_optax._src.transforms.diagonal import ScaleByRfState
 from rootfree_optax._src.transforms.origin import describe_tree, dtype_name, make_origin, nan_unless, require_origin

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from rootfree_optax._src.numerics.finite import all_finite
+from rootfree_optax._src.numerics.arithmetic import all_finite
 
 GOOD = jnp.ones(3)
 
