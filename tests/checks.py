@@ -11,6 +11,11 @@ import pytest
 from rootfree_optax._src.transforms.origin import Origin
 
 
+def in_contract(*values: Any) -> Any:
+    """Returns a test's parameters, which `pytest -m contract` runs, and the default suite does not."""
+    return pytest.param(*values, marks=pytest.mark.contract)
+
+
 def make_params(dtype: Any = jnp.float32) -> dict[str, Any]:
     """Returns parameters with a matrix, a vector and a scalar."""
     rng = np.random.default_rng(1)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import in_contract
 
 from rootfree_optax._src.blocks.apply import apply_factors, fold
 from rootfree_optax._src.blocks.sirf import outer_products
@@ -82,9 +83,7 @@ def computed(dtype):
     return jax.device_get(compute(gradients, {name: drawn(name, dtype)[1] for name in CASES}))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("float32", 1e-5), pytest.param("bfloat16", 0.03, marks=pytest.mark.contract)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), in_contract("bfloat16", 0.03)])
 @pytest.mark.parametrize("name", CASES)
 def test_outer_products_are_those_of_each_axis(name, dtype, tolerance):
     structures, _, matrices = drawn(name, dtype)
@@ -100,9 +99,7 @@ def test_outer_products_are_those_of_each_axis(name, dtype, tolerance):
             np.testing.assert_allclose(parts[0], expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("float32", 1e-5), pytest.param("bfloat16", 0.03, marks=pytest.mark.contract)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), in_contract("bfloat16", 0.03)])
 @pytest.mark.parametrize("name", CASES)
 def test_directions_are_those_of_all_axes(name, dtype, tolerance):
     _, _, matrices = drawn(name, dtype)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import shapes_and_dtypes
+from checks import in_contract, shapes_and_dtypes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -109,7 +109,7 @@ events = st.lists(
 )
 
 
-@pytest.mark.parametrize("name", ["sirf_muon", pytest.param("kl_shampoo", marks=pytest.mark.contract), "rf_adamw"])
+@pytest.mark.parametrize("name", ["sirf_muon", in_contract("kl_shampoo"), "rf_adamw"])
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 99), happening=events)
 def test_a_stream_of_any_gradients_moves_no_other_block_and_keeps_the_state(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, make_gradients, make_params, refuses, run, scan, shapes_and_dtypes
+from checks import assert_close, in_contract, make_gradients, make_params, refuses, run, scan, shapes_and_dtypes
 from contract import (
     ALL,
     CONSTRUCTORS,
@@ -22,9 +22,7 @@ from contract import (
     tolerance_of,
 )
 
-DTYPES = pytest.mark.parametrize(
-    "dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.contract)], ids=["float32", "bfloat16"]
-)
+DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, in_contract(jnp.bfloat16)], ids=["float32", "bfloat16"])
 FRACTION = (-0.1, 1.0, 1.5, math.nan)
 NON_NEGATIVE = (-1e-3, math.nan, math.inf, np.float32("nan"), np.array(-1))
 REFUSED = {

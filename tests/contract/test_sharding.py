@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, make_gradients, run, types, without_origins
+from checks import assert_close, in_contract, make_gradients, run, types, without_origins
 from contract import ALL, Case, over, tolerance_of
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -61,9 +61,7 @@ def test_on_an_explicit_mesh_the_state_and_updates_have_their_types(case: Case, 
 
 
 @over(ALL, wiring=True)
-@pytest.mark.parametrize(
-    "kind", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.contract)], ids=["explicit", "auto"]
-)
+@pytest.mark.parametrize("kind", [AxisType.Explicit, in_contract(AxisType.Auto)], ids=["explicit", "auto"])
 def test_sharded_equals_replicated_and_the_state_keeps_its_types(case: Case, kind: AxisType) -> None:
     tx = case()
     params = replicated_params()
@@ -143,8 +141,8 @@ def test_each_device_may_train_parameters_of_its_own_in_a_loop(case: Case) -> No
     [
         ("x", ("x",)),
         (None, ("x", "y")),
-        pytest.param("x", ("x", "y"), marks=pytest.mark.contract),
-        pytest.param(None, ("x",), marks=pytest.mark.contract),
+        in_contract("x", ("x", "y")),
+        in_contract(None, ("x",)),
     ],
     ids=str,
 )
@@ -166,7 +164,7 @@ def test_a_state_made_inside_shard_map_serves_there(case: Case, mesh_axes: str |
 
 
 @over(ALL, having="mesh_axes", wiring=True)
-@pytest.mark.parametrize("mesh_axes", [pytest.param(None, marks=pytest.mark.contract), "y"])
+@pytest.mark.parametrize("mesh_axes", [in_contract(None), "y"])
 def test_parameters_may_be_sharded_over_explicit_axes_that_are_not_mapped(case: Case, mesh_axes: str | None) -> None:
     tx, alone = case(mesh_axes=mesh_axes), case()
     params = {"a": jnp.asarray(np.random.default_rng(5).normal(size=(4, 16)), jnp.float32)}

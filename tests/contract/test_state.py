@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, make_gradients, make_params, run, shapes_and_dtypes, types
+from checks import assert_close, in_contract, make_gradients, make_params, run, shapes_and_dtypes, types
 from contract import ALL, Case, over, tolerance_alone, tolerance_of
 from double_precision import double_precision
 
@@ -22,12 +22,12 @@ def uncommitted_copy(tree: Any) -> Any:
 REMAINING = (("float16", False), ("float32", False), ("float32", True), ("float64", True))
 
 
-@over(ALL)
+@over(ALL, wiring=True)
 @pytest.mark.parametrize(
     ("dtype", "x64"),
     [
         ("bfloat16", False),
-        *(pytest.param(*given, marks=pytest.mark.contract) for given in REMAINING),
+        *(in_contract(*given) for given in REMAINING),
     ],
 )
 def test_types_are_stable_through_cond_and_scan(case: Case, dtype: str, x64: bool) -> None:
@@ -73,10 +73,10 @@ def test_state_leaves_are_arrays_of_their_own(case: Case) -> None:
         assert not any(leaf is param for param in jax.tree.leaves(params))
 
 
-@over(ALL)
+@over(ALL, wiring=True)
 @pytest.mark.parametrize(
     ("param", "gradient"),
-    [("bfloat16", "float32"), pytest.param("float32", "bfloat16", marks=pytest.mark.contract)],
+    [("bfloat16", "float32"), in_contract("float32", "bfloat16")],
 )
 def test_updates_have_the_gradients_dtype_or_a_wider_one_of_the_parameters(
     case: Case, param: str, gradient: str

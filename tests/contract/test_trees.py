@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import assert_close, make_gradients, make_params, refuses, run, types
+from checks import assert_close, in_contract, make_gradients, make_params, refuses, run, types
 from contract import ALL, Case, over, tolerance_alone, tolerance_of
 
 
@@ -153,7 +153,7 @@ def test_gradients_unlike_the_parameters_are_refused_by_path(case: Case, jitted:
 
 
 @over(ALL, wiring=True)
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.contract)])
+@pytest.mark.parametrize("dtype", ["float32", in_contract("bfloat16")])
 def test_bad_entries_never_poison_the_state(case: Case, dtype: str) -> None:
     params = make_params(dtype)
     gradients = make_gradients(params, 3)
@@ -195,7 +195,7 @@ def test_bad_entries_never_poison_the_state(case: Case, dtype: str) -> None:
 
 
 @over(ALL, wiring=True)
-@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.contract), "float32"])
+@pytest.mark.parametrize("dtype", [in_contract("float16"), "float32"])
 def test_training_goes_on_after_thousands_of_zero_gradients(case: Case, dtype: str) -> None:
     params = make_params(dtype)
     (gradient,) = make_gradients(params, 1)

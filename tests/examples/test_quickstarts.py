@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from checks import in_contract
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 QUICKSTARTS = {
@@ -30,8 +31,8 @@ def test_an_example_is_short_and_says_how_to_run_it_and_how_long_it_takes(path: 
     "name",
     [
         "custom_rule",  # the nnx loop is README's, too
-        pytest.param("linen_quickstart", marks=pytest.mark.contract),
-        pytest.param("equinox_quickstart", marks=pytest.mark.contract),
+        in_contract("linen_quickstart"),
+        in_contract("equinox_quickstart"),
     ],
 )
 def test_an_epoch_runs(name: str, capsys: pytest.CaptureFixture) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, refuses
+from checks import assert_close, in_contract, refuses
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import rootfree_optax as rf
@@ -96,13 +96,13 @@ def expected(make: Any, steps: int = 10) -> Any:
 @pytest.mark.parametrize(
     ("make", "kind", "sizes", "axes"),
     [
-        pytest.param(products, AxisType.Auto, (8,), "x", marks=pytest.mark.contract),
-        pytest.param(products, AxisType.Explicit, (4, 2), "yx", marks=pytest.mark.contract),
+        in_contract(products, AxisType.Auto, (8,), "x"),
+        in_contract(products, AxisType.Explicit, (4, 2), "yx"),
         (products, AxisType.Auto, (2, 2, 2), "xyz"),
-        pytest.param(products, AxisType.Auto, (4, 2), "x", marks=pytest.mark.contract),
-        pytest.param(products, AxisType.Explicit, (2, 2, 2), "zx", marks=pytest.mark.contract),
+        in_contract(products, AxisType.Auto, (4, 2), "x"),
+        in_contract(products, AxisType.Explicit, (2, 2, 2), "zx"),
         *(
-            pytest.param(*case, MESHES[case[-1]], marks=pytest.mark.contract)
+            in_contract(*case, MESHES[case[-1]])
             for case in [
                 (functools.partial(rf.sirf_muon, 0.1, refresh_every=2), AxisType.Auto, (4, 2)),
                 (functools.partial(rf.kl_shampoo, 0.1, refresh_every=2), AxisType.Explicit, (2, 2, 2)),

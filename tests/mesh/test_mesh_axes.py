@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, refuses, shapes_and_dtypes, types
+from checks import assert_close, in_contract, refuses, shapes_and_dtypes, types
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from meshes import FSDP, LAYOUT, SETTINGS, TENSOR, draw, mesh_of, shardings_on
 
@@ -81,10 +81,6 @@ def expected(make: Any) -> tuple[Any, Any]:
     return jax.device_get((params, own_factors(state)))
 
 
-def in_contract(*case: Any) -> Any:
-    return pytest.param(*case, marks=pytest.mark.contract)
-
-
 @pytest.mark.parametrize(
     ("make", "kind", "sizes", "specs", "axes"),
     [
@@ -148,7 +144,7 @@ def test_the_state_is_sharded_from_init_on_and_updates_are_sharded_like_gradient
 
 
 @pytest.mark.contract
-@pytest.mark.parametrize("block_size", [None, pytest.param(8, marks=pytest.mark.contract), 12])
+@pytest.mark.parametrize("block_size", [None, in_contract(8), 12])
 def test_updates_are_laid_out_as_gradients_are_where_no_type_says_so(block_size: int | None) -> None:
     mesh = mesh_of(AxisType.Auto, 8)
     specs = {"rows": PartitionSpec("data"), "columns": PartitionSpec(None, "data"), "vector": PartitionSpec("data")}

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import in_contract
 from double_precision import double_precision
 
-from rootfree_optax._src.numerics import polar, products
+from rootfree_optax._src.numerics import arithmetic, polar
 from rootfree_optax._src.numerics.polar import orthogonalize, positive_root, symmetric_root
 
 CONDITIONS = (1, 1e2, 1e4, 1e6)  # of A = K Kᵀ
@@ -50,7 +51,7 @@ def test_symmetric_root(d, dtype):
 
 
 @pytest.mark.parametrize("dtype", ERRORS)
-@pytest.mark.parametrize("d", [1, 7, *[pytest.param(d, marks=pytest.mark.contract) for d in (2, 64)]])
+@pytest.mark.parametrize("d", [1, 7, *[in_contract(d) for d in (2, 64)]])
 def test_positive_root(d, dtype):
     """Every eigenvalue has the relative error, not the largest alone; a bound that is too low costs as a condition."""
     vectors, values, _ = problems(d, list(ROOT_ERRORS))
@@ -106,9 +107,9 @@ def test_symmetric_root_from_products_of_few_bits(bits, bound, monkeypatch):
         pattern = ((pattern + jnp.uint32(1 << (drop - 1))) >> drop) << drop
         return jax.lax.bitcast_convert_type(pattern, jnp.float32)
 
-    exact = products.einsum
+    exact = arithmetic.einsum
     of_few_bits = lambda subscripts, *operands, **options: exact(subscripts, *map(rounded, operands), **options)
-    monkeypatch.setattr(products, "einsum", of_few_bits)
+    monkeypatch.setattr(arithmetic, "einsum", of_few_bits)
     monkeypatch.setattr(polar, "einsum", of_few_bits)
     vectors, values, factors = problems(64, CONDITIONS)
     found = jax.jit(lambda factor: symmetric_root(factor))(jnp.asarray(factors, jnp.float32))

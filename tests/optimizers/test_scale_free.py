@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checks import in_contract
 from sklearn.datasets import load_digits
 
 import rootfree_optax as rf
@@ -77,7 +78,7 @@ def rms(array):
     return np.sqrt(np.mean(np.square(array), axis=tuple(range(1, array.ndim))))
 
 
-@pytest.fixture(params=OPTIMIZERS)
+@pytest.fixture(params=[in_contract(n) if n in ("sirf_muon", "kl_shampoo") else n for n in OPTIMIZERS])
 def name(request):
     return request.param
 

@@ -39,9 +39,8 @@ def test_places_count() -> None:
     assert len(set(sums)) == len(sums)
 
 
-@pytest.mark.parametrize(
-    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.contract)], ids=["auto", "explicit"]
-)
+@pytest.mark.contract
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_it_is_the_same_where_blocks_follow_the_shards(kind: AxisType) -> None:
     """Then the order of the blocks differs between meshes, and a damaged number of one counts."""
     values = jnp.asarray(np.random.default_rng(0).normal(size=(16, 16)), jnp.float32)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checks import in_contract
 from jax.sharding import AxisType
 from meshes import FSDP, draw, mesh_of, shardings_on
 
@@ -54,9 +55,9 @@ def test_the_factors_of_rf_shampoo_are_the_curvature() -> None:
     "wrap",
     [
         lambda tx: optax.chain(optax.clip_by_global_norm(1e9), optax.chain(tx, optax.scale(-1.0))),
-        lambda tx: optax.masked(tx, {"a": True, "b": True}),
+        in_contract(lambda tx: optax.masked(tx, {"a": True, "b": True})),
         lambda tx: optax.partition({"x": tx, "y": optax.sgd(0.1)}, {"a": "x", "b": "x"}),
-        lambda tx: optax.apply_if_finite(tx, 3),
+        in_contract(lambda tx: optax.apply_if_finite(tx, 3)),
     ],
     ids=["chains", "masked", "partition", "apply_if_finite"],
 )

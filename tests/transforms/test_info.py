@@ -1,6 +1,7 @@
 """Scalars to log, against the updates and factors themselves."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -42,9 +43,14 @@ def run(tx: optax.GradientTransformation, steps: int = 3, **changes: Any) -> tup
     return updates, state
 
 
+@functools.cache
+def default_run() -> tuple[Any, Any]:
+    return run(scale_by())
+
+
 def test_update_rms_is_that_of_all_entries() -> None:
     """Blocks have 16, 12 and 16 entries, so that their mean squares do not weigh alike."""
-    updates, state = run(scale_by())
+    updates, state = default_run()
     entries = np.concatenate([np.ravel(update) for update in updates.values()])
     found = rf.info(state)
     assert found.keys() == NAMES
@@ -52,7 +58,7 @@ def test_update_rms_is_that_of_all_entries() -> None:
 
 
 def test_scales_are_the_extremes_of_all_factors() -> None:
-    _, state = run(scale_by())
+    _, state = default_run()
     largest = [np.abs(k).max() for ks in rf.factors(state, draw(0), LAYOUT).values() for k in ks]
     found = rf.info(state)
     np.testing.assert_allclose([found["scale_min"], found["scale_max"]], [min(largest), max(largest)], rtol=1e-6)
@@ -66,7 +72,7 @@ def test_idle_blocks_are_those_without_a_gradient() -> None:
     assert rf.info(tx.init(draw(0)))["idle_blocks"] == 13
     _, state = run(tx, up=gradient, bias=np.zeros(16, np.float32))
     assert rf.info(state)["idle_blocks"] == 3
-    assert rf.info(run(tx)[1])["idle_blocks"] == 0
+    assert rf.info(default_run()[1])["idle_blocks"] == 0
 
 
 @pytest.mark.parametrize(
@@ -137,7 +143,7 @@ def test_several_transformations_count_together() -> None:
 
 
 def test_works_in_jit_and_of_shapes_alone() -> None:
-    _, state = run(scale_by())
+    _, state = default_run()
     abstract = jax.eval_shape(rf.info, state)
     assert {name: leaf.shape for name, leaf in abstract.items()} == dict.fromkeys(NAMES, ())
     jitted = jax.jit(rf.info)(state)

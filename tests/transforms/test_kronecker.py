@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checks import in_contract
 from kronecker_runs import (
     SETTING,
     assert_close,
@@ -84,6 +85,7 @@ def test_curvature_with_samples_reaches_every_block(make):
         np.testing.assert_allclose(factors[name][0], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.contract
 def test_masked_and_partitioned_equal_the_subtree_alone():
     gradients = draw({"a": {"w": (3, 4)}, "b": {"w": (3, 4)}})
     tx = scale_by_published(**SETTING)
@@ -161,9 +163,7 @@ def test_schedules_are_followed(make):
         assert_close(direction["w"], directions["w"][step])
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("float32", 1e-5), pytest.param("float16", 4e-3, marks=pytest.mark.contract)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), in_contract("float16", 4e-3)])
 def test_a_kept_preconditioner_changes_nothing_but_the_state(dtype, tolerance):
     """Also before the first refresh, at factors other than one."""
     gradients = draw({"matrix": (4, 3), "vector": (5,)}, steps=5)
@@ -201,8 +201,8 @@ def test_a_gradient_that_the_factors_did_not_expect_moves_no_further_than_the_ra
     "tx",
     [
         scale_by_published(batch_size=4),
-        rf.published.scale_by_rf_shampoo(batch_size=4),
-        pytest.param(rf.scale_by_sirf_shampoo(), marks=pytest.mark.contract),
+        in_contract(rf.published.scale_by_rf_shampoo(batch_size=4)),
+        in_contract(rf.scale_by_sirf_shampoo()),
     ],
     ids=["published", "with inverses", "root-free"],
 )

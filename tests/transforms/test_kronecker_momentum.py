@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import in_contract
 
 import rootfree_optax as rf
 from rootfree_optax._src.blocks.curvature import RootFree
@@ -17,14 +18,14 @@ RULES = pytest.mark.parametrize(
     [
         RootFree(step_size="newton"),
         PublishedRefresh(),
-        pytest.param(CholeskyInverse(), marks=pytest.mark.contract),
+        in_contract(CholeskyInverse()),
     ],
     ids=lambda rule: type(rule).__name__,
 )
 
 
 @RULES
-@pytest.mark.parametrize("nesterov", [False, pytest.param(True, marks=pytest.mark.contract)])
+@pytest.mark.parametrize("nesterov", [False, in_contract(True)])
 def test_momentum_is_preconditioned_by_the_curvature_of_the_gradients(rule, nesterov):
     options = {
         "weight": 0.3,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_close, refuses
+from checks import assert_close, in_contract, refuses
 
 import rootfree_optax as rf
 
@@ -25,9 +25,7 @@ def rename(leaves: dict[str, Any]) -> dict[str, Any]:
     return {name.replace("layer_0", "z_block").replace("out", "a_out"): leaf for name, leaf in leaves.items()}
 
 
-@pytest.mark.parametrize(
-    "make", [pytest.param(rf.sirf_muon, marks=pytest.mark.contract), rf.rf_rmsprop], ids=["sirf_muon", "rf_rmsprop"]
-)
+@pytest.mark.parametrize("make", [in_contract(rf.sirf_muon), rf.rf_rmsprop], ids=["sirf_muon", "rf_rmsprop"])
 def test_training_goes_on_under_other_names(make: Any) -> None:
     tx = optax.apply_if_finite(make(0.1), 5)
     update = jax.jit(tx.update)
