@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from checks import in_contract
 
-from rootfree_optax._src.blocks.apply import apply_factors, fold
+from rootfree_optax._src.blocks.apply import apply_factors, count_other_transposes, fold
+from rootfree_optax._src.blocks.curvature import curvatures_along
 from rootfree_optax._src.blocks.sirf import outer_products
 from rootfree_optax._src.structures.names import dense, diagonal
 
@@ -108,3 +109,36 @@ def test_directions_are_those_of_all_axes(name, dtype, tolerance):
     np.testing.assert_allclose(by_factors, expected, rtol=0, atol=tolerance * np.abs(expected).max())
     if dtype == "float32":
         np.testing.assert_allclose(by_squares, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, in_contract(jnp.bfloat16)], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("samples", [(), in_contract((5,))], ids=str)
+def test_curvatures_are_those_of_each_axis(dtype, samples):
+    """Of an axis's matrix the others' factors are part, those of its own group, too."""
+    drawn_cases = {name: drawn(name, dtype) for name in CASES}
+    given = {name: (draw_gradient(name, samples), factors) for name, (_, factors, _) in drawn_cases.items()}
+    compute = lambda given: {n: curvatures_along(g, structures_of(n), k) for n, (g, k) in given.items()}
+    found = jax.jit(compute)(given)
+    for name, (structures, _, matrices) in drawn_cases.items():
+        gradients = np.float64(given[name][0]).reshape(-1, *CASES[name][0])
+        for n, structure in enumerate(structures):
+            others = [np.eye(len(k)) if m == n else k.T for m, k in enumerate(matrices)]
+            z = np.moveaxis(multiplied(gradients, others), n + 1, 0).reshape(structure.dim, -1)
+            expected = z @ z.T * structure.dim / gradients.size
+            expected = np.diagonal(expected) if structure.is_diagonal else expected
+            [part] = found[name][n]
+            tolerance = 1e-5 if dtype == jnp.float32 else 3e-2
+            np.testing.assert_allclose(part, expected.reshape(part.shape), rtol=0, atol=tolerance * expected.max())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "counts"),
+    [((9, 64, 128), [2, 2, 1]), ((128, 64, 9), [1, 2, 2]), ((4, 5, 6, 7), [2, 2, 2, 2]), ((5, 6), [1, 1]), ((5,), [0])],
+)
+def test_axes_share_products_and_the_longest_has_the_fewest(lengths, counts):
+    structures = [dense(d) for d in lengths]
+    assert count_other_transposes(structures) == counts
+    factors = [(jnp.eye(d),) for d in lengths]
+    program = jax.make_jaxpr(lambda g: curvatures_along(g, structures, factors))(jnp.ones(lengths))
+    products = [equation for equation in program.eqns if equation.primitive.name == "dot_general"]
+    assert len(products) == sum(counts) + len(lengths)

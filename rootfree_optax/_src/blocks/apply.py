@@ -8,7 +8,7 @@ axis of length d₁d₂.
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,16 +52,23 @@ def fold(structures: Sequence[Structure], matrices: Sequence[Parts]) -> Folded:
       structures: the structure of each axis.
       matrices: the parts for each axis.
     """
+    groups = group_axes(structures, [parts[0].dtype for parts in matrices])
+    folded = [
+        matrices[group[0]] if len(group) == 1 else (functools.reduce(jnp.kron, [matrices[n][0] for n in group]),)
+        for group in groups
+    ]
+    return Folded(groups, fold_structures(structures, groups), tuple(folded))
 
-    def folded(group: tuple[int, ...]) -> tuple[Structure, Parts]:
-        if len(group) == 1:
-            return structures[group[0]], matrices[group[0]]
-        kronecker = functools.reduce(jnp.kron, [matrices[n][0] for n in group])
-        return dense(len(kronecker)), (kronecker,)
 
-    groups = _groups(structures, [parts[0].dtype for parts in matrices])
-    new_structures, new_matrices = zip(*map(folded, groups), strict=True)
-    return Folded(groups, new_structures, new_matrices)
+def fold_structures(structures: Sequence[Structure], groups: Groups) -> tuple[Structure, ...]:
+    """Returns the structures of the folded axes."""
+    length_of = [structure.dim for structure in structures]
+    return tuple(
+        [
+            structures[group[0]] if len(group) == 1 else dense(math.prod([length_of[n] for n in group]))
+            for group in groups
+        ]
+    )
 
 
 def fold_axes(tensor: jax.Array, axes: int, structures: Sequence[Structure]) -> jax.Array:
@@ -69,48 +76,66 @@ def fold_axes(tensor: jax.Array, axes: int, structures: Sequence[Structure]) -> 
     return tensor.reshape(*tensor.shape[: tensor.ndim - axes], *[structure.dim for structure in structures])
 
 
-def unfold_means(groups: Groups, structures: Sequence[Structure], outers: Sequence[Parts]) -> tuple[Parts, ...]:
+def unfold_means(
+    groups: Groups,
+    structures: Sequence[Structure],
+    outers: Sequence[Parts],
+    matrices: Sequence[Parts] | None = None,
+    *,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[Parts, ...]:
     """Returns for each axis what a mean over its group's other axes leaves of the group's matrix.
 
     Args:
       groups: the folded axes.
       structures: of the axes before folding.
       outers: the parts for each folded axis, X Xᵀ over the other folded axes' lengths.
+      matrices: the parts of each Kₘ, by whose transpose X is yet to be multiplied: the mean over an axis m of its group
+        is tr(X Xᵀ KₘKₘᵀ)/dₘ then. None: it was.
+      precision: of the products KₘKₘᵀ.
     """
-    return tuple(
-        parts if len(group) == 1 else _partial_mean(parts[0], [structures[n] for n in group], index)
-        for group, parts in zip(groups, outers, strict=True)
-        for index in range(len(group))
-    )
+    means: list[Parts] = []
+    for group, parts in zip(groups, outers, strict=True):
+        own, weights = [structures[n] for n in group], None
+        if matrices is not None and len(group) > 1:
+            weights = [structures[n].square(matrices[n], precision=precision)[0] for n in group]
+        means += [parts if len(group) == 1 else _partial_mean(parts[0], own, i, weights) for i in range(len(group))]
+    return tuple(means)
 
 
-def _groups(structures: Sequence[Structure], dtypes: Sequence[jnp.dtype]) -> Groups:
+def group_axes(structures: Sequence[Structure], dtypes: Sequence[jnp.dtype]) -> Groups:
+    """Returns which axes `fold` makes one, given the dtypes of their matrices."""
     size = math.prod([structure.dim for structure in structures])
-
-    def fits(group: tuple[int, ...]) -> bool:
-        length = math.prod([structures[n].dim for n in group])
-        one_dtype = len({dtypes[n] for n in group}) == 1
-        is_narrow = has_smaller_range(dtypes[group[0]], accumulation_dtype(dtypes[group[0]]))
-        are_dense = {structures[n].is_dense for n in group} == {True}
-        return are_dense and one_dtype and not is_narrow and length <= _LONGEST and length**3 <= size
-
     groups: list[tuple[int, ...]] = []
-    for axis in range(len(structures)):
-        if groups and fits((*groups[-1], axis)):
-            groups[-1] = (*groups[-1], axis)
+    for axis, dtype in enumerate(dtypes):
+        group = (*groups[-1], axis) if groups else (axis,)
+        length = math.prod([structures[n].dim for n in group])
+        are_alike = {(structures[n].is_dense, dtypes[n]) for n in group} == {(True, dtype)}
+        is_short = length <= _LONGEST and length**3 <= size
+        if len(group) > 1 and is_short and are_alike and not has_smaller_range(dtype, accumulation_dtype(dtype)):
+            groups[-1] = group
         else:
             groups.append((axis,))
     return tuple(groups)
 
 
-def _partial_mean(matrix: jax.Array, structures: Sequence[Structure], index: int) -> Parts:
-    """Returns the parts of the mean over equal indices of all axes but one of a matrix [Π lengths, Π lengths]."""
+def _partial_mean(
+    matrix: jax.Array, structures: Sequence[Structure], index: int, weights: Sequence[jax.Array] | None
+) -> Parts:
+    """Returns the parts of the mean over all axes but one of a matrix [Π lengths, Π lengths].
+
+    It is over equal indices of an axis, or over all pairs of them with the axis's weights.
+    """
     lengths = [structure.dim for structure in structures]
     rows = list(range(len(lengths)))
-    columns = [len(lengths) if n == index else n for n in rows]
-    others = math.prod(lengths) // lengths[index]
-    mean = jnp.einsum(matrix.reshape(*lengths, *lengths), [*rows, *columns], [index, len(lengths)]) / others
-    return (mean.reshape(structures[index].part_shapes[0]),)  # of an axis of length one, a diagonal's
+    columns = [len(lengths) + n if n == index or weights is not None else n for n in rows]
+    operands: list[Any] = [matrix.reshape(*lengths, *lengths), [*rows, *columns]]
+    for n, weight in enumerate(weights or ()):
+        if n != index:
+            operands += [weight.reshape(lengths[n], lengths[n]), [rows[n], columns[n]]]
+    mean = jnp.einsum(*operands, [index, len(lengths) + index]) / (math.prod(lengths) // lengths[index])
+    # A matrix of an axis of length one is a diagonal's, with one axis, here as in the weights.
+    return (mean.reshape(structures[index].part_shapes[0]),)
 
 
 def apply_transposes(
@@ -118,7 +143,7 @@ def apply_transposes(
     matrices: Sequence[Parts],
     *,
     structures: Sequence[Structure],
-    but: int | None = None,
+    axes: Sequence[int] | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
     """Returns a tensor multiplied along every axis n by Kₙᵀ.
@@ -127,17 +152,61 @@ def apply_transposes(
       tensor: [d₁, …, d_N], or [samples, d₁, …, d_N].
       matrices: the parts of each Kₙ.
       structures: the structure of each Kₙ.
-      but: an axis to leave as it is, from zero, samples not counted. None leaves none.
+      axes: those to multiply along, from zero, samples not counted. None: all.
       precision: of every product.
 
     Returns:
       The product, in the accumulation dtype, or the tensor itself if there is nothing to multiply by.
     """
     samples = tensor.ndim - len(structures)
-    for axis, (structure, parts) in enumerate(zip(structures, matrices, strict=True)):
-        if axis != but:
-            tensor = structure.apply(parts, tensor, samples + axis, transposed=True, precision=precision)
+    for axis in range(len(structures)) if axes is None else axes:
+        tensor = structures[axis].apply(matrices[axis], tensor, samples + axis, transposed=True, precision=precision)
     return tensor
+
+
+def apply_other_transposes(
+    tensor: jax.Array,
+    matrices: Sequence[Parts],
+    *,
+    structures: Sequence[Structure],
+    precision: jax.lax.PrecisionLike = None,
+) -> list[jax.Array]:
+    """Returns for each axis n the tensor multiplied along every other axis m by Kₘᵀ.
+
+    The axes are divided in two, again and again, and each half is given the other's products, which its axes share. So
+    N axes take about N·log₂N products in place of N·(N − 1), and the longest fewest.
+
+    Args:
+      tensor: [d₁, …, d_N], or [samples, d₁, …, d_N].
+      matrices: the parts of each Kₙ.
+      structures: the structure of each Kₙ.
+      precision: of every product.
+    """
+    steps = _divide_axes(structures)
+    products = {steps[0][0] if steps else (0,): tensor}
+    for axes, own, others in steps:
+        shared = products[axes]
+        products[own] = apply_transposes(shared, matrices, structures=structures, axes=others, precision=precision)
+    return [products[axis,] for axis in range(len(structures))]
+
+
+def count_other_transposes(structures: Sequence[Structure]) -> list[int]:
+    """Returns along each axis how many products `apply_other_transposes` takes."""
+    steps = _divide_axes(structures)
+    return [sum([axis in others for _, _, others in steps]) for axis in range(len(structures))]
+
+
+def _divide_axes(structures: Sequence[Structure]) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    """Returns, step by step down to single axes, some axes, one half of them, and the other: the short and the long."""
+    lengths = [structure.dim for structure in structures]
+    pending, steps = [tuple(sorted(range(len(lengths)), key=lengths.__getitem__))], []
+    while pending:
+        axes = pending.pop()
+        short, long = axes[: -(-len(axes) // 2)], axes[-(-len(axes) // 2) :]
+        if long:
+            steps += [(axes, short, long), (axes, long, short)]
+            pending += [short, long]
+    return steps
 
 
 def apply_factors(

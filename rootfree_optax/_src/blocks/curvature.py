@@ -28,7 +28,17 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rootfree_optax._src.blocks.apply import apply_factors, apply_transposes
+from rootfree_optax._src.blocks.apply import (
+    apply_factors,
+    apply_other_transposes,
+    apply_transposes,
+    count_other_transposes,
+    fold,
+    fold_axes,
+    fold_structures,
+    group_axes,
+    unfold_means,
+)
 from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step, Structures
 from rootfree_optax._src.common.schedules import StepSize
 from rootfree_optax._src.numerics.arithmetic import (
@@ -172,16 +182,17 @@ def curvatures_along(
     Returns:
       The parts for each axis, in the accumulation dtype.
     """
-    first_axis = gradient.ndim - len(structures)
-    curvatures = []
-    for n, structure in enumerate(structures):
-        z = apply_transposes(gradient, factors, structures=structures, but=n, precision=precision)
+    groups, folded, matrices = fold(structures, factors)
+    tensor = fold_axes(gradient, len(structures), folded)
+    products = apply_other_transposes(tensor, matrices, structures=folded, precision=precision)
+    outers = []
+    for axis, (z, structure, parts) in enumerate(zip(products, folded, matrices, strict=True)):
         # Rounded to what multiplies fast; but float16 may not hold Z, whose products are in float32 anyway.
-        narrow = factors[n][0].dtype
+        narrow = parts[0].dtype
         z = z if has_smaller_range(narrow, z.dtype) else z.astype(narrow)
-        outer = structure.project_outer(z, first_axis + n, precision=precision)
-        curvatures.append(times_scalar(outer, structure.dim / gradient.size))
-    return tuple(curvatures)
+        outer = structure.project_outer(z, tensor.ndim - len(folded) + axis, precision=precision)
+        outers.append(times_scalar(outer, structure.dim / gradient.size))
+    return unfold_means(groups, structures, outers, factors, precision=precision)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -526,12 +537,13 @@ class CurvatureRule(BlockRule):
     def flops(self, structures: Structures) -> BlockFlops:
         """Returns the operations of the products; those of diagonal structures count, too."""
         size = math.prod([structure.dim for structure in structures])
-        each = [structure.flops(size // structure.dim) for structure in structures]
-        applied = sum([flops.apply for flops in each])
+        folded = fold_structures(structures, group_axes(structures, [jnp.dtype(jnp.float32)] * len(structures)))
+        counts = count_other_transposes(folded)
+        each = [structure.flops(size // structure.dim) for structure in folded]
         return BlockFlops(
-            observe=(len(each) - 1) * applied + sum([flops.project_outer for flops in each]),
-            refresh=(_REFRESH_PRODUCTS + self.root_products) * sum([flops.matmul for flops in each]),
-            precondition=self.applications * applied,
+            observe=sum([count * f.apply + f.project_outer for count, f in zip(counts, each, strict=True)]),
+            refresh=(_REFRESH_PRODUCTS + self.root_products) * sum([s.flops(1).matmul for s in structures]),
+            precondition=self.applications * sum([flops.apply for flops in each]),
         )
 
     def supports(self, structure: Structure) -> str | None:

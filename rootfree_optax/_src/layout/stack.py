@@ -104,18 +104,18 @@ def unstack(
       numbers: zero and the positions of the first blocks, as returned by `opaque`. None: positions are constants of the
         program.
     """
-    return [_rows(arrays[place.stack], place, numbers) for place in placements]
-
-
-def _rows(array: jax.Array, place: Placement, numbers: Mapping[int, jax.Array] | None) -> jax.Array:
-    # A slice of everything would still be an operation of the program.
-    if place.count == array.shape[0]:
-        return array
-    if numbers is None:
-        return jax.lax.slice_in_dim(array, place.start, place.start + place.count)
-    # dynamic_slice_in_dim would create new zeros for the other axes in every call.
-    starts = (numbers[place.start], *(numbers[0] for _ in array.shape[1:]))
-    return jax.lax.dynamic_slice(array, starts, (place.count, *array.shape[1:]))
+    blocks = []
+    for place in placements:
+        array, last = arrays[place.stack], place.start + place.count
+        if place.count == array.shape[0]:  # a slice of everything would still be an operation of the program
+            blocks.append(array)
+        elif numbers is None:
+            blocks.append(jax.lax.slice_in_dim(array, place.start, last))
+        else:
+            # dynamic_slice_in_dim would create new zeros for the other axes in every call.
+            starts = [numbers[place.start], *[numbers[0]] * (array.ndim - 1)]
+            blocks.append(jax.lax.dynamic_slice(array, starts, (place.count, *array.shape[1:])))
+    return blocks
 
 
 def opaque(numbers: Iterable[int], array: jax.Array) -> dict[int, jax.Array]:

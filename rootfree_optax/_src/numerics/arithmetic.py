@@ -81,9 +81,17 @@ def einsum(subscripts: str, *operands: jax.Array, precision: PrecisionLike) -> j
     )
 
 
-def matmul(left: jax.Array, right: jax.Array, *, precision: PrecisionLike) -> jax.Array:
-    """Returns the product of matrices [..., i, j] and [..., j, k], in the accumulation dtype."""
-    return einsum("...ij,...jk->...ik", left, right, precision=precision)
+def matmul(left: jax.Array, right: jax.Array, *, dtype: DTypeLike | None = None, precision: PrecisionLike) -> jax.Array:
+    """Returns the product of matrices [..., i, j] and [..., j, k], in the accumulation dtype.
+
+    Args:
+      left: [..., i, j].
+      right: [..., j, k].
+      dtype: what both are rounded to first; None: nothing.
+      precision: of the product.
+    """
+    factors = (left, right) if dtype is None else (left.astype(dtype), right.astype(dtype))
+    return einsum("...ij,...jk->...ik", *factors, precision=precision)
 
 
 def exponent_of(number: jax.Array) -> jax.Array:

@@ -75,7 +75,7 @@ def times_inverse_root(
       [..., d, d], in the accumulation dtype. Non-finite if `excess` is.
     """
     table, a = inverse_root_table(), jnp.asarray(shift, excess.dtype)
-    multiply = lambda left, right: matmul(left.astype(factor.dtype), right.astype(factor.dtype), precision=precision)
+    multiply = functools.partial(matmul, dtype=factor.dtype, precision=precision)
     size, unit = size_and_unit(excess)
     square = multiply(unit, unit)
     largest = size * bound_norm(square)
