@@ -133,7 +133,14 @@ def test_curvatures_are_those_of_each_axis(dtype, samples):
 
 @pytest.mark.parametrize(
     ("lengths", "counts"),
-    [((9, 64, 128), [2, 2, 1]), ((128, 64, 9), [1, 2, 2]), ((4, 5, 6, 7), [2, 2, 2, 2]), ((5, 6), [1, 1]), ((5,), [0])],
+    [
+        ((9, 64, 128), [2, 2, 1]),
+        ((9, 64, 64), [2, 1, 2]),
+        ((128, 64, 9), [1, 2, 2]),
+        ((4, 5, 6, 7), [2, 2, 2, 2]),
+        ((5, 6), [1, 1]),
+        ((5,), [0]),
+    ],
 )
 def test_axes_share_products_and_the_longest_has_the_fewest(lengths, counts):
     structures = [dense(d) for d in lengths]
