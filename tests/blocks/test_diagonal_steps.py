@@ -54,7 +54,8 @@ def test_the_three_steps_are_numpys(shape, seed, is_complex, zeros, damping, siz
     wide, m_wide = np.asarray(s, np.float64), m.astype(np.complex128 if is_complex else np.float64)
     given_arrays = jnp.asarray(m), jnp.asarray(s)
     root_free = divide(m_wide, wide + damping * np.mean(wide))
-    root_free *= rms(divide(m_wide, np.sqrt(wide))) / rms(root_free)
+    length = rms(divide(m_wide, np.sqrt(wide))) / rms(root_free)
+    root_free *= min(length, 2.5 / np.max(np.abs(root_free)))
     close(root_free_step(*given_arrays, damping=damping), root_free)
     newton = divide(m_wide, 8 * (wide + damping * np.mean(wide)) + 0.5 * size**2)
     close(newton_step(*given_arrays, damping=damping, absolute_damping=0.5 * size**2, batch_size=8), newton)
@@ -108,11 +109,30 @@ def test_a_gradient_is_limited_to_what_has_a_square():
         np.testing.assert_array_equal(limit_to_squares(kept), kept)
 
 
-def test_an_undamped_step_of_huge_gradients_is_as_long_as_adams():
+def test_an_undamped_step_of_huge_gradients_is_at_its_bound():
     """The quotient m / s is 1e24 beside an entry of which s knows little: its square is no float32."""
     m, s = jnp.asarray([1e12, 1e15, 3e14]), jnp.asarray([1e-12, 1e30, 1e28])
-    root_free, adam = (np.float64(step) for step in (root_free_step(m, s, damping=0.0), adam_step(m, s, eps=0.0)))
-    np.testing.assert_allclose(rms(root_free), rms(adam), rtol=1e-5)
+    found = np.float64(root_free_step(m, s, damping=0.0))
+    np.testing.assert_allclose(found, [0, 2.5 / 30, 2.5], rtol=1e-5)
+
+
+def test_few_entries_beside_tiny_ones_make_no_long_step():
+    """Adam's step is as long for the tiny ones. One entry moved by 29 times Adam's step."""
+    rng = np.random.default_rng(0)
+    m = np.float32(1e-7 * rng.standard_normal((64, 64)))
+    m[3, 5] = 1
+    found = np.float64(root_free_step(jnp.asarray(m), jnp.square(jnp.asarray(m)), damping=0.1))
+    np.testing.assert_allclose(found[3, 5], 2.5, rtol=1e-5)
+    assert np.abs(np.delete(found.ravel(), 3 * 64 + 5)).max() < 0.1
+
+
+def test_eps_takes_tiny_entries_from_the_length():
+    m = jnp.asarray([1.0, 1e-6])
+    s = jnp.square(m)
+    root_mean = np.sqrt(0.5)
+    for eps in (0.0, 1e-3, 1.0):
+        adam = np.asarray([1 / (1 + eps * root_mean), 1e-6 / (1e-6 + eps * root_mean)])
+        np.testing.assert_allclose(rms(np.float64(root_free_step(m, s, damping=0.1, eps=eps))), rms(adam), rtol=1e-5)
 
 
 def test_gradients_whose_squares_vanish_make_no_long_step():

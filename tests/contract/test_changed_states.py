@@ -1,5 +1,6 @@
-"""States that a user changes by hand, and gradients of unusual dtypes or with few entries, on the main optimizers."""
+"""States that a user changes by hand, unusual gradients, curvature and containers, on the main optimizers."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -123,6 +124,35 @@ def test_where_few_entries_have_gradients_none_moves_far(make: Any, shape: tuple
             assert 0.3 < jnp.abs(updates).max() <= 2.5 + 1e-5
 
 
+@over_matrix_methods
+def test_an_entry_among_many_tiny_ones_does_not_move_far(make: Any) -> None:
+    """One of 256×256 moved by up to 124 learning rates."""
+    tx = make(1.0, weight_decay=0.0)
+    params = jnp.zeros((256, 256))
+    update, state = jax.jit(tx.update), tx.init(params)
+    tiny = 1e-7 * jax.random.normal(jax.random.key(0), (5, *params.shape))
+    for gradient in tiny:
+        updates, state = update(gradient.at[3, 5].multiply(1e7), state, params)
+        assert jnp.abs(updates).max() < 25.01
+    assert rf.info(state)["shortened"] > 0
+
+
+@over_matrix_methods
+def test_the_size_of_another_curvature_changes_no_length(make: Any) -> None:
+    """Of a mean, where the gradients are of a sum: steps were shorter in proportion."""
+    params = jnp.zeros((16, 16))
+    gradients = jax.random.normal(jax.random.key(0), (12, 16, 16))
+
+    def last(scale: float) -> jax.Array:
+        tx = make(1.0, weight_decay=0.0)
+        update, state = jax.jit(tx.update), tx.init(params)
+        for gradient in gradients:
+            updates, state = update(gradient, state, params, curvature=scale * gradient)
+        return updates
+
+    np.testing.assert_allclose(last(1e-3), last(1.0), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("silence", [in_contract("zeros"), "none"])
 @over_matrix_methods
 def test_a_matrix_that_fell_silent_does_not_hold_up_the_others(make: Any, silence: str) -> None:
@@ -163,3 +193,56 @@ def test_an_interval_beyond_its_counter_or_without_an_answer_is_refused() -> Non
         tx = rf.sirf_muon(1e-3, refresh_every=lambda count, answer=answer: answer)
         with pytest.raises(TypeError, match="a Boolean scalar, got"):
             tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Arrays:
+    """Parameters whose class holds nothing but arrays, as those of jaxtyping or beartype."""
+
+    kernel: jax.Array
+    bias: jax.Array
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(leaf, jax.Array) for leaf in (self.kernel, self.bias)):
+            raise TypeError(f"arrays are needed, got {self.kernel!r} and {self.bias!r}")
+
+
+@over_two
+def test_a_class_that_holds_nothing_but_arrays_may_hold_the_parameters(make: Any) -> None:
+    params, tx = Arrays(jnp.ones((4, 3)), jnp.ones(3)), make(1e-2)
+    state = tx.init(params)
+    for update in (tx.update, jax.jit(tx.update)):
+        updates, _ = update(params, state, params)
+        assert isinstance(updates, Arrays)
+    rf.check(state, tx, params)
+    assert rf.describe(tx, params, compile=True).compiled.flops > 0
+
+
+@over_all
+def test_eager_updates_make_no_infinity(make: Any) -> None:
+    tx = make(1e-2)
+    with jax.debug_infs(True):
+        state = tx.init(PARAMS)
+        for _ in range(2):
+            _, state = tx.update(PARAMS, state, PARAMS)
+
+
+def test_to_ascend_gradients_are_negated() -> None:
+    with pytest.raises(ValueError, match=r"learning_rate must be .* \(to ascend, negate the gradients\), got -0.001"):
+        rf.sirf_muon(-1e-3)
+
+
+def test_what_updates_the_rest_is_given_the_batch_size_and_the_curvature() -> None:
+    rest = rf.scale_by_rf_adam(step_size="newton", damping=0.0)
+    tx = rf.scale_by_sirf_shampoo(step_size="newton", layout=rf.Layout(), rest=rest)
+    samples = jax.tree.map(lambda leaf: jnp.stack([2 * leaf, 4 * leaf]), PARAMS)
+    found, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, batch_size=8, curvature=samples)
+    np.testing.assert_allclose(found["layer"]["bias"], 1 / (8 * 10 * PARAMS["layer"]["bias"]), rtol=1e-5)
+
+
+def test_a_description_compiles_with_the_arguments_that_a_chain_needs() -> None:
+    value_fn = lambda params: optax.tree.sum(jax.tree.map(jnp.sum, params))
+    tx = optax.chain(rf.sirf_muon(1.0), optax.scale_by_backtracking_linesearch(3))
+    given = {"value": 1.0, "grad": PARAMS, "value_fn": value_fn}
+    assert rf.describe(tx, PARAMS, compile=True, **given).compiled.flops > 0

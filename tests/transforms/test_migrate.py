@@ -69,6 +69,36 @@ def test_another_option_keeps_what_both_have() -> None:
     assert float(jnp.abs(migrated[0].rest.mu["embedding"]).max()) > 0
 
 
+@pytest.mark.parametrize("make", [in_contract(rf.sirf_muon), rf.rf_adamw], ids=["sirf_muon", "rf_adamw"])
+def test_a_new_parameter_with_the_old_name_of_another_starts_anew(make: Any) -> None:
+    """A layer in front of all: it got the state of the layer that had its name."""
+    tx = make(0.1)
+    old = {f"layer_{i}": tree(i)["layer_0/w"] for i in range(2)}
+    _, state = tx.update(old, tx.init(old), old)
+    new = {"layer_0": tree(2)["layer_0/w"], "layer_1": old["layer_0"], "layer_2": old["layer_1"]}
+    migrated = rf.migrate(state, tx, new, {"layer_0": "layer_1", "layer_1": "layer_2"})
+    found, before, fresh = (moments(s) for s in (migrated, state, tx.init(new)))
+    expected = {"layer_0": fresh["layer_0"], "layer_1": before["layer_0"], "layer_2": before["layer_1"]}
+    assert_close(found, expected, tolerance=0)
+
+
+def moments(state: Any) -> dict[str, Any]:
+    """Returns the momentum of each parameter: all are matrices of one shape."""
+    if hasattr(state[0], "mu"):
+        return dict(state[0].mu)
+    [stack] = state[0].stacks
+    return {f"layer_{i}": momentum for i, momentum in enumerate(stack.momentum)}
+
+
+def test_a_name_is_one_from_the_start() -> None:
+    """'a' is no part of 'inner/a'."""
+    tx = rf.rf_adamw(0.1)
+    old = {"a": {"x": jnp.ones(2)}, "inner": {"a": {"x": 3 * jnp.ones(2)}, "b": {"x": 5 * jnp.ones(2)}}}
+    _, state = tx.update(old, tx.init(old), old)
+    migrated = rf.migrate(state, tx, {"b": old["a"], "inner": old["inner"]}, {"a": "b"})
+    assert_close(migrated[0].nu, {"b": {"x": jnp.ones(2)}, "inner": state[0].nu["inner"]}, tolerance=0)
+
+
 def test_names_that_are_not_there_are_refused() -> None:
     tx = rf.sirf_muon(0.1)
     state = tx.init(tree(0))

@@ -39,7 +39,7 @@ from rootfree_optax._src.blocks.apply import (
     group_axes,
     unfold_means,
 )
-from rootfree_optax._src.blocks.rule import BlockFlops, BlockRule, Factors, Step, Structures
+from rootfree_optax._src.blocks.rule import NO_SCALE, BlockFlops, BlockRule, Factors, Step, Structures
 from rootfree_optax._src.common.schedules import StepSize
 from rootfree_optax._src.numerics.arithmetic import (
     accumulation_dtype,
@@ -47,9 +47,9 @@ from rootfree_optax._src.numerics.arithmetic import (
     has_smaller_range,
     is_low_precision,
     max_abs,
-    mean_sizes,
     power_of_two,
     round_dithered,
+    sizes_of,
     upcast,
 )
 from rootfree_optax._src.numerics.inverse_root import LARGEST_CONDITION
@@ -65,9 +65,12 @@ _LARGEST_POWER = 2.0**60
 # How far mean(x²) may be from one, as a power of two, so that float16 holds x between two refreshes.
 _LARGEST_DRIFT = 16
 # Of a direction's mean size, the most that its root mean square may be before the direction counts as sparse. One entry
-# then moves by one learning rate in noise, as with AdamW, and by this many at most. In the first 150 steps of a decoder
-# and 60 of a convolutional network all directions were below 2.3; numbers of a Gaussian are at 1.25.
+# alone then moves by one learning rate in noise, as with AdamW, and by this many at most. In the first 150 steps of a
+# decoder and 60 of a convolutional network all directions were below 2.3; numbers of a Gaussian are at 1.25.
 _DENSE = 2.5
+# Of its root mean square, the most that a direction's largest entry may be: one among many that are small, but not
+# zero, then moves by ten learning rates in noise. In such runs all were below 20, those of the spectral step below 10.
+_LARGEST_ENTRY = 25.0
 # A block whose gradients are below this part of the whole tree's is rounding noise.
 _LEAST_PART = 1e-6
 # Products of square matrices: KᵀS̃K, and K times an inverse root.
@@ -207,9 +210,9 @@ class CurvatureRule(BlockRule):
     half it gives the full length, in noise `rms`. A step is shorter, as AdamW's is, where the momentum is of the past:
     in proportion to it while a block's gradients are zero, and in inverse proportion where it is larger than they are
     by far, after they have fallen. So silence does not move a block by more than rms/(1 − momentum). It is shorter,
-    too, where few entries of a block move, so that they move about as far as with AdamW, and where a block's gradients
-    are rounding noise beside the tree's. With "newton" it is D itself for the curvature B·S, no longer than the trust
-    radius.
+    too, where few entries of a block move, so that they move about as far as with AdamW, or one far more than the
+    others, and where a block's gradients are rounding noise beside the tree's. With "newton" it is D itself for the
+    curvature B·S, no longer than the trust radius.
 
     Args:
       step_size: "adamw" or "newton".
@@ -238,9 +241,9 @@ class CurvatureRule(BlockRule):
         raise TypeError(f"{type(self).__name__} bounds its steps itself, and takes no trust_radius.")
 
     def scale(self, state: CurvatureState) -> jax.Array:
-        """Returns the base-2 logarithm of the root mean square of the block's gradients; −∞ before the first."""
+        """Returns the base-2 logarithm of the rms of the block's gradients; `NO_SCALE` before the first."""
         log = state.exponent.astype(jnp.float32) + 0.5 * jnp.log2(state.power)
-        return jnp.where(state.seen > 0, log, -jnp.inf)
+        return jnp.where(state.seen > 0, log, NO_SCALE)
 
     @abc.abstractmethod
     def precondition_momentum(self, state: CurvatureState, momentum: jax.Array, structures: Structures) -> jax.Array:
@@ -489,15 +492,15 @@ class CurvatureRule(BlockRule):
         last = jnp.where(is_silent | ~jnp.isfinite(size), state.last_momentum, size.astype(state.last_momentum.dtype))
         fading = jnp.where(is_silent, size / jnp.where(last > 0, last, 1).astype(size.dtype), 1)
         excess = size / (_LARGEST_MOMENTUM * jnp.sqrt(state.power).astype(size.dtype))
-        # Differences of infinities, before the first gradient, would make derivatives NaN.
+        excess = jnp.where(step.is_own_curvature, excess, 0)  # another's size tells nothing of the gradients'
         scale = self.scale(state)
-        is_known = jnp.isfinite(scale) & jnp.isfinite(step.largest_scale)
-        below = jnp.where(is_known, scale, 0) - jnp.where(is_known, step.largest_scale, 0)
+        below = jnp.where(scale > NO_SCALE, scale - step.largest_scale, 0)
         part = jnp.exp2(jnp.minimum(below, 0)) / _LEAST_PART
         shortening = jnp.minimum(jnp.minimum(fading, part.astype(size.dtype)), 1 / jnp.maximum(excess, 1))
-        mean, root = mean_sizes(direction)
+        mean, root, largest = sizes_of(direction)
         root = jnp.where(root > 0, root, 1)
         shortening = jnp.minimum(shortening, _DENSE * mean / root)
+        shortening = jnp.minimum(shortening, _LARGEST_ENTRY * root / jnp.where(largest > 0, largest, 1))
         return shortening * rms / root, shortening < 1, state._replace(last_momentum=last, agreement=agreement)
 
     @staticmethod

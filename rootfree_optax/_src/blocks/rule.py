@@ -15,6 +15,8 @@ BlockState: TypeAlias = Any
 Factors: TypeAlias = tuple[Parts, ...]  # one matrix for each axis of a block
 Structures: TypeAlias = Sequence[Structure]  # one for each axis of a block
 
+NO_SCALE = -1e6  # of a block that has no `BlockRule.scale` yet: finite, as debuggers stop at infinities
+
 
 class Step(NamedTuple):
     """The numbers of one step, the same for all blocks.
@@ -25,8 +27,10 @@ class Step(NamedTuple):
       damping: ρ ≥ 0, or λ ≥ 0 for rules whose damping is absolute. A scalar.
       absolute_damping: λ ≥ 0, a scalar, for rules whose damping is relative.
       batch_size: B > 0, how many terms the loss averages. A scalar.
-      largest_scale: the base-2 logarithm of the largest `BlockRule.scale` of all blocks, a scalar; −∞ without any.
+      largest_scale: the base-2 logarithm of the largest `BlockRule.scale` of all blocks, a scalar; `NO_SCALE` without
+        any.
       newest: the weight of this step's gradient in the momentum to precondition, a scalar in (0, 1]; 1 without any.
+      is_own_curvature: whether the curvature is estimated from the gradients, rather than from another tree.
     """
 
     count: jax.Array  # type: ignore[assignment]  # Optax names it so, and tuples have a method of that name
@@ -34,8 +38,9 @@ class Step(NamedTuple):
     damping: ArrayLike
     absolute_damping: ArrayLike = 0.0
     batch_size: ArrayLike = 1.0
-    largest_scale: ArrayLike = -jnp.inf
+    largest_scale: ArrayLike = NO_SCALE
     newest: ArrayLike = 1.0
+    is_own_curvature: ArrayLike = True
 
 
 class BlockFlops(NamedTuple):
@@ -172,6 +177,7 @@ class BlockRule(abc.ABC):
     def scale(self, state: BlockState) -> jax.Array | None:
         """Returns the base-2 logarithm of the usual size of the block's gradients, a scalar; None if it is not kept.
 
+        Before the first gradient it is `NO_SCALE`.
         Rules find the largest of all blocks as `step.largest_scale`: a block far below it is rounding noise.
         """
         del state

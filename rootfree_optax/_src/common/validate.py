@@ -23,6 +23,7 @@ class Range(NamedTuple):
 
 
 NON_NEGATIVE = Range("a finite number of at least 0", lambda x: 0 <= x < math.inf)
+LEARNING_RATE = Range(f"{NON_NEGATIVE.text} (to ascend, negate the gradients)", NON_NEGATIVE.contains)
 POSITIVE = Range("a finite positive number", lambda x: 0 < x < math.inf)
 FRACTION = Range("in [0, 1)", lambda x: 0 <= x < 1)
 BELOW_ONE = Range("in (0, 1)", lambda x: 0 < x < 1)

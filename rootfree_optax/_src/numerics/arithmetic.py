@@ -119,12 +119,12 @@ def max_abs(parts: tuple[jax.Array, ...]) -> jax.Array:
     return jax.lax.bitcast_convert_type(functools.reduce(jnp.maximum, largest), parts[0].dtype)
 
 
-def mean_sizes(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns mean(|a|) and √mean(|a|²), scalars, neither of which over- or underflows."""
+def sizes_of(array: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns mean(|a|), √mean(|a|²) and max(|a|), scalars, none of which over- or underflows."""
     size = jnp.abs(array)
     largest = jnp.max(size, initial=0)
     unit = jnp.where(largest > 0, largest, 1)
-    return jnp.mean(size / unit) * unit, jnp.sqrt(jnp.mean(jnp.square(size / unit))) * unit
+    return jnp.mean(size / unit) * unit, jnp.sqrt(jnp.mean(jnp.square(size / unit))) * unit, largest
 
 
 def all_finite(tree: object) -> jax.Array:

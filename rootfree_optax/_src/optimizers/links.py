@@ -169,10 +169,10 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
       learning_rate: at least 0. A number, a traced scalar or a schedule. The state is the same for all of these.
 
     Raises:
-      ValueError: for a negative or infinite number.
+      ValueError: for a negative or infinite number. To ascend, negate the gradients.
       TypeError: for anything else, such as a string.
     """
-    validate.require_number("learning_rate", learning_rate, validate.NON_NEGATIVE)
+    validate.require_number("learning_rate", learning_rate, validate.LEARNING_RATE)
 
     def update(
         updates: optax.Updates, state: LinkState, params: optax.Params | None = None, **extra_args: Any

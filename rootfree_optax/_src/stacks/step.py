@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rootfree_optax._src.blocks.momentum import add_scaled, average_heavy_ball, total_weight
-from rootfree_optax._src.blocks.rule import BlockRule, BlockState, Step
+from rootfree_optax._src.blocks.rule import NO_SCALE, BlockRule, BlockState, Step
 from rootfree_optax._src.common.schedules import Staggered
 from rootfree_optax._src.common.trees import Shape
 from rootfree_optax._src.layout.stack import Stack
@@ -256,8 +256,8 @@ def _take_turn(
 def measure_largest_scale(rule: BlockRule, states: tuple[StackState, ...], local_axes: tuple[str, ...]) -> jax.Array:
     """Returns the largest `BlockRule.scale` of all blocks whose last gradient was not all zero, a scalar.
 
-    It is −∞ if there is none, or if the rule keeps no scale. A block that has fallen silent keeps its scale, beside
-    which all others might be taken for rounding noise, for ever.
+    It is `NO_SCALE` if there is none, or if the rule keeps no scale. A block that has fallen silent keeps its scale,
+    beside which all others might be taken for rounding noise, for ever.
 
     Args:
       rule: what is done with a block.
@@ -265,8 +265,8 @@ def measure_largest_scale(rule: BlockRule, states: tuple[StackState, ...], local
       local_axes: the mesh axes over which the states are one device's own parts, inside `jax.shard_map`.
     """
     if type(rule).scale is BlockRule.scale:
-        return jnp.asarray(-jnp.inf, jnp.float32)
+        return jnp.asarray(NO_SCALE, jnp.float32)
     scale_of: Any = jax.vmap(rule.scale)
-    active = [jnp.where(state.largest_gradient != 0, scale_of(state.block), -jnp.inf) for state in states]
+    active = [jnp.where(state.largest_gradient != 0, scale_of(state.block), NO_SCALE) for state in states]
     largest = jnp.max(jnp.stack([jnp.max(scales) for scales in active]))
     return jax.lax.pmax(largest, local_axes) if local_axes else largest

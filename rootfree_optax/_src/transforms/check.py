@@ -42,16 +42,19 @@ def check(
       Traceback (most recent call last):
       ValueError: ...power was 0.25 and is 0.5. Go back to those, carry over ...
     """
+    expected: list[str] = []
     with use_mesh_of(params):
-        expected = list(find_origins(jax.eval_shape(lambda params: tx.init(params), params)))
+        jax.eval_shape(
+            lambda params: expected.extend([origin.text for origin in find_origins(tx.init(params))]), params
+        )
     found = list(find_origins(state))
     if len(found) != len(expected):
         raise ValueError(
             f"the state must be one of this optimizer, with {len(expected)} states of this package's transformations, "
             f"got {len(found)}. Restore it into tx.init(params)."
         )
-    for origin, wanted in zip(found, expected, strict=True):
-        require_origin(origin, wanted.text)
+    for origin, text in zip(found, expected, strict=True):
+        require_origin(origin, text)
     if saved_checksum is not None and int(saved_checksum) != (now := int(checksum((params, state)))):
         raise ValueError(
             f"params and state must have the checksum that they were saved with, {int(saved_checksum)}, got {now}: the "

@@ -25,7 +25,9 @@ from rootfree_optax._src.transforms.kronecker import find_kronecker_states
 from rootfree_optax._src.transforms.reports import KroneckerReport, collect_reports
 
 
-def describe(tx: optax.GradientTransformation, params: optax.Params, *, compile: bool = False) -> Description:
+def describe(
+    tx: optax.GradientTransformation, params: optax.Params, *, compile: bool = False, **extra_args: Any
+) -> Description:
     """Describes an optimizer: what it keeps for each parameter, and what its steps cost.
 
     For every chain of Optax's transformations and these, also under wrappers such as `optax.partition`. The numbers are
@@ -36,6 +38,7 @@ def describe(tx: optax.GradientTransformation, params: optax.Params, *, compile:
       tx: the optimizer.
       params: the parameters: arrays or `jax.ShapeDtypeStruct`s.
       compile: whether to compile one update and tell its memory, too. That takes as long as it does in training.
+      **extra_args: of `tx.update`, for `compile`, such as `value=0.0`; by default a batch size, if it takes any.
 
     Returns:
       A description to print; its numbers are attributes, see `Description`.
@@ -60,24 +63,31 @@ def describe(tx: optax.GradientTransformation, params: optax.Params, *, compile:
       >>> description.state_bytes, description.flops.refresh
       (777368, 34411008)
     """
-    # Not tx.init itself: JAX does not call again what it has traced.
-    init = lambda params: tx.init(params)
+    tree = params.fast if isinstance(params, optax.LookaheadParams) else params
+    facts: list[tuple[int, Mapping[str, int], Any]] = []
+
+    def init(params: optax.Params) -> list[jax.Array]:
+        """Returns the state's arrays alone, as a class of the user's may refuse to hold shapes."""
+        state = tx.init(params)
+        facts.append((len(find_kronecker_states(state)), _bytes_outside_stacks(state, tree), jax.tree.structure(state)))
+        return jax.tree.leaves(state)
+
     with collect_reports() as reports, use_mesh_of(params):
-        state = jax.eval_shape(init, params)
-    if (found := len(find_kronecker_states(state))) != len(reports):
+        arrays = jax.eval_shape(init, params)
+    [(found, outside, structure)] = facts
+    if found != len(reports):
         raise ValueError(
             f"tx must call init of its Kronecker transformations when it is traced, but of {found} only {len(reports)} "
             "did. Describe it before its init is wrapped in jax.jit."
         )
-    tree = params.fast if isinstance(params, optax.LookaheadParams) else params
     leaves = {path: leaf for path, leaf in trees.named_leaves(tree).items() if leaf is not None}
     stacks = [(report.rule, stack) for report in reports for stack in report.plan.stacks]
     with_blocks = [report for report in reports if report.plan.stacks]
     return Description(
-        rows=tuple(_rows(_items(reports, leaves, _bytes_outside_stacks(state, tree)))),
+        rows=tuple(_rows(_items(reports, leaves, outside))),
         parameters=sum(math.prod(jnp.shape(leaf)) for leaf in leaves.values()),
         blocks=sum(stack.count for _, stack in stacks),
-        state_bytes=_bytes(state),
+        state_bytes=_bytes(arrays),
         adam_bytes=2 * _bytes(leaves),
         flops=_total([(rule.flops(stack.structures), stack.count) for rule, stack in stacks]),
         refresh_every=_in_words([report.refresh_every for report in with_blocks]),
@@ -86,7 +96,7 @@ def describe(tx: optax.GradientTransformation, params: optax.Params, *, compile:
         received_bytes=None
         if any(report.axes and report.received_bytes is None for report in reports)
         else sum(report.received_bytes or 0 for report in reports),
-        compiled=_compile(tx, tree, state, params) if compile else None,
+        compiled=_compile(tx, tree, (arrays, structure), params, extra_args) if compile else None,
     )
 
 
@@ -192,17 +202,26 @@ def _bytes_outside_stacks(state: Any, params: Any) -> Mapping[str, int]:
     return total
 
 
-def _compile(tx: optax.GradientTransformation, gradients: Any, state: Any, params: Any) -> Compiled:
-    """Returns what the compiler says of one update."""
+def _compile(
+    tx: optax.GradientTransformation,
+    gradients: Any,
+    state: tuple[list[Any], Any],
+    params: Any,
+    extra_args: Mapping[str, Any],
+) -> Compiled:
+    """Returns what the compiler says of one update, given the shapes of the state's arrays, and its structure."""
+    arrays, structure = state
     takes_any = inspect.Parameter.VAR_KEYWORD in [p.kind for p in inspect.signature(tx.update).parameters.values()]
-    extra = {"batch_size": 1.0} if takes_any else {}  # of no influence on the program
+    extra = extra_args or ({"batch_size": 1.0} if takes_any else {})  # of no influence on the program
     is_sharded = any(isinstance(getattr(leaf, "sharding", None), NamedSharding) for leaf in jax.tree.leaves(params))
     if is_sharded:
         with_sharding = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        state = jax.tree.map(with_sharding, state, state_shardings(tx, params))
+        arrays = list(map(with_sharding, arrays, jax.tree.leaves(state_shardings(tx, params))))
     with use_mesh_of(params):
-        update = jax.jit(lambda gradients, state, params: tx.update(gradients, state, params, **extra))
-        compiled = update.lower(gradients, state, params).compile()
+        given, structures = zip(*map(jax.tree.flatten, (gradients, params)), strict=True)
+        structures = structures[0], structure, structures[1]
+        update = jax.jit(lambda *leaves: tx.update(*map(jax.tree.unflatten, structures, leaves), **extra))
+        compiled = update.lower(given[0], arrays, given[1]).compile()  # lists, as classes may hold nothing but arrays
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
     return Compiled(
         temporary_bytes=getattr(memory, "temp_size_in_bytes", None),

@@ -18,7 +18,8 @@ def info(state: Any) -> dict[str, jax.Array]:
     """Returns scalars that tell how the Kronecker transformations in a state are doing, to be logged at any step.
 
     They are sums, or extremes, over the blocks of all Kronecker transformations in the state. Some passes over the
-    factors and no product: cheap beside a step. Works in `jax.jit`, and on sharded states.
+    factors and no product: cheap beside a step. Works in `jax.jit`, and on sharded states. For a population of states,
+    such as `jax.vmap(tx.init)` makes, use `jax.vmap(rf.info)`.
 
     Args:
       state: the state of a Kronecker transformation, or any tree that holds some, such as the state of a whole

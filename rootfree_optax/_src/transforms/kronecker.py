@@ -182,7 +182,6 @@ def scale_by_kronecker(
         curvature: optax.Updates | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByKroneckerState]:
-        batch_size = schedules.resolve_batch_size(batch_size, at_construction)
         count = optax.safe_increment(state.count)
         plan = layout.plan(updates) if params is None else layout.plan(params, updates)
         is_own = _require_own(state, describe_origin(options, plan.summary), updates, params)
@@ -190,7 +189,10 @@ def scale_by_kronecker(
         if plan.rest:
             others = None if params is None else _select_rest(plan, trees.named_leaves(params), rest)
             own = _select_rest(plan, plan.named_leaves(updates, "gradients"), rest)
-            by_name, rest_state = for_rest.update(own, rest_state, others, **extra_args)
+            if curvature is not None:
+                given = plan.named_leaves(curvature, "curvature", sample_axis=True)
+                extra_args["curvature"] = _select_rest(plan, given, rest)
+            by_name, rest_state = for_rest.update(own, rest_state, others, batch_size=batch_size, **extra_args)
             rest_updates = {parameter.path: by_name[parameter.name] for parameter in plan.rest}
         if not plan.stacks:
             updates = plan.unpack((), updates, rest=rest_updates)
@@ -204,7 +206,8 @@ def scale_by_kronecker(
                 schedules.value_at("weight", weight, state.count),
                 schedules.value_at("damping", damping, state.count),
                 schedules.value_at("absolute_damping", absolute_damping, state.count),
-                batch_size,
+                schedules.resolve_batch_size(batch_size, at_construction),
+                is_own_curvature=curvature is None,
             ),
             observe=None if statistics_every is None else schedules.is_due(statistics_every, state.count),
             refresh=schedules.is_due(refresh_every, state.count),
@@ -284,7 +287,9 @@ def _require_supported(rule: BlockRule, plan: Plan) -> None:
 
 def _widest_dtypes(plan: Plan, params: optax.Params) -> list[jnp.dtype]:
     """Returns for each stack the widest dtype of its parameters."""
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params)
+    # By key path, as a class of the user's may refuse to hold anything but arrays.
+    leaves = {path: leaf for path, leaf in trees.named_leaves(params).items() if leaf is not None}
+    shapes = {path: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for path, leaf in leaves.items()}
     return [packed.dtype for packed in jax.eval_shape(plan.pack, shapes)]
 
 

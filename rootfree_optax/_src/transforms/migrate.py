@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rootfree_optax._src.common import trees
 from rootfree_optax._src.common.trees import path_of
 from rootfree_optax._src.transforms.origin import Origin
 
@@ -26,7 +27,8 @@ def migrate(
       state: a state of arrays, with Optax's wrappers where `tx` has them.
       tx: the optimizer that is to go on.
       params: its parameters.
-      renamed: from old key paths to new ones: of parameters, or of all that is below, such as {"layer_0": "block_0"}.
+      renamed: from old key paths to new ones: of parameters, or of all that is below, such as {"layer_0": "block_0"}. A
+        parameter that has the old path of a renamed one is new, unless it is renamed, too.
 
     Returns:
       The state.
@@ -46,7 +48,10 @@ def migrate(
       >>> bool((old_k == new_k).all()) and int(migrated[0].count) == 1
       True
     """
-    names = _Names(dict(renamed or {}))
+    names = _Names(
+        {_plain(old): _plain(new) for old, new in (renamed or {}).items()},
+        frozenset(trees.named_leaves(params)),
+    )
     fresh = tx.init(params)
     old, new = _origins(state), _origins(fresh)
     if not old.keys() & new.keys():
@@ -73,7 +78,7 @@ def migrate(
             source, index = stacks[place]
             found = None if source is None else arrays.get(source + path.removeprefix(place))
             return fresh if found is None else _take(found, index, fresh)
-        candidates = [arrays[name] for name in names.before(path) if name in arrays]
+        candidates = [arrays[name] for name in names.before_leaf(path) if name in arrays]
         return candidates[0].astype(fresh.dtype) if candidates and candidates[0].shape == fresh.shape else fresh
 
     def carry_beside(keys: Any, fresh: Any) -> Any:
@@ -86,18 +91,33 @@ def migrate(
 
 
 class _Names(NamedTuple):
-    """From old key paths to new ones."""
+    """From old key paths to new ones.
+
+    Attributes:
+      renamed: without a leading "params/".
+      parameters: the new key paths.
+    """
 
     renamed: dict[str, str]
+    parameters: frozenset[str]
 
-    def before(self, path: str) -> Iterator[str]:
-        """Yields what a key path, or the end of one, may have been, and at last the path itself."""
+    def before(self, name: str) -> Iterator[str]:
+        """Yields what the key path of a parameter, or the name of a group, may have been."""
+        plain = _plain(name)
+        head, below = name.removesuffix(plain), f"{plain}/"
+        for old, new in self.renamed.items():
+            if below.startswith(f"{new}/"):
+                yield head + old + plain.removeprefix(new)
+        if not any(below.startswith(f"{old}/") for old in self.renamed):  # else another has its old name now
+            yield name
+
+    def before_leaf(self, path: str) -> Iterator[str]:
+        """Yields what the key path of what a state keeps may have been: it ends as the parameter's, if it is of one."""
         parts = path.split("/")
         for start in range(len(parts)):
-            head, tail = "/".join(parts[:start]), "/".join(parts[start:])
-            for old, new in self.renamed.items():
-                if tail == new or tail.startswith(new + "/"):
-                    yield "/".join(filter(None, (head, old + tail.removeprefix(new))))
+            if (name := "/".join(parts[start:])) in self.parameters or f"params/{name}" in self.parameters:
+                yield from (path.removesuffix(name) + before for before in self.before(name))
+                return
         yield path
 
     def require(self, old: Any, new: Any) -> None:
@@ -107,6 +127,10 @@ class _Names(NamedTuple):
             for name in names:
                 if not any(f"{path}/".find(f"{name}/") in (0, len("params/")) for path in paths):
                     raise ValueError(f"renamed must map parameters to parameters, got {name!r}: there is none.")
+
+
+def _plain(path: str) -> str:
+    return path.removeprefix("params/")
 
 
 def _origins(tree: Any) -> dict[str, dict[str, Any]]:
