@@ -26,8 +26,18 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 
+EXPENSIVE_EXAMPLES = {"optimizers", "transforms", "published.py"}  # folders and files of the package
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves the examples in docstrings that compile whole updates to `pytest -m contract`."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem) and {item.path.parent.name, item.path.name} & EXPENSIVE_EXAMPLES:
+            item.add_marker("contract")
 
 
 @pytest.fixture(scope="module", autouse=True)

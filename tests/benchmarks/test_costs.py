@@ -87,6 +87,7 @@ def test_a_diagonal_step_overwrites_its_donated_accumulators(method: str) -> Non
     assert "copy(" not in text
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     ("diagonal", "growth_over_adamws"), [(rf.EMBEDDINGS, 1.0), (None, 0.3)], ids=["matrices", "everything"]
 )
