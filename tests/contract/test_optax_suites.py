@@ -2,8 +2,8 @@
 
 Each file is read, its tables of optimizers are replaced by one of ours, and what remains is executed as a module:
 the test classes then are Optax's, word for word. Tests that do not use the tables are left out, for they are not
-about us. By default one of them runs, on one optimizer; with `pytest -m contract` all, on all. A file in which a table is
-no longer found is an error, never an empty suite.
+about us. By default one of them runs, on one optimizer; with `pytest -m contract` all, on all. A file in which a table
+is no longer found is an error, never an empty suite.
 """
 
 import ast
