@@ -107,7 +107,8 @@ def rf_adamw(
       learning_rate: a number, a traced scalar or a schedule: AdamW's.
       b1: decay of the gradient's average m, in [0, 1).
       b2: decay of the curvature's average s, in [0, 1).
-      eps: ε ≥ 0 of the AdamW whose length the steps have, relative to the root of the mean of s.
+      eps: ε ≥ 0 of the AdamW whose length the steps have, relative to the root of the mean of s; for
+        `step_size="adamw"`.
       mu_dtype: floating-point dtype of m; by default each parameter's own.
       nu_dtype: floating-point dtype of s; by default each parameter's own, float32 for float16.
       weight_decay: κ ≥ 0, decoupled, as AdamW's.

@@ -122,8 +122,8 @@ def scale_by_rf_adam(
     Args:
       b1: decay of m, in [0, 1). A number or a traced scalar.
       b2: decay of s, in [0, 1). A number, a traced scalar or a schedule.
-      eps: ε ≥ 0 of the Adam whose length the direction has, relative to the root of the mean of s. A number or a traced
-        scalar.
+      eps: ε ≥ 0 of the Adam whose length the direction has, relative to the root of the mean of s, for
+        `step_size="adamw"`. A number or a traced scalar.
       damping: ρ ≥ 0, relative to the mean of s over the parameter. A number, a traced scalar or a schedule.
       absolute_damping: λ ≥ 0, as the paper's, for `step_size="newton"`. A number, a traced scalar or a schedule.
       step_size: "adamw", so that AdamW's learning rate serves, or "newton".

@@ -189,10 +189,12 @@ def scale_by_kronecker(
         if plan.rest:
             others = None if params is None else _select_rest(plan, trees.named_leaves(params), rest)
             own = _select_rest(plan, plan.named_leaves(updates, "gradients"), rest)
+            if batch_size is not None:
+                extra_args["batch_size"] = batch_size
             if curvature is not None:
                 given = plan.named_leaves(curvature, "curvature", sample_axis=True)
                 extra_args["curvature"] = _select_rest(plan, given, rest)
-            by_name, rest_state = for_rest.update(own, rest_state, others, batch_size=batch_size, **extra_args)
+            by_name, rest_state = for_rest.update(own, rest_state, others, **extra_args)
             rest_updates = {parameter.path: by_name[parameter.name] for parameter in plan.rest}
         if not plan.stacks:
             updates = plan.unpack((), updates, rest=rest_updates)
