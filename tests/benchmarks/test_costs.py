@@ -26,8 +26,8 @@ PUBLISHED = {
 }
 # Likewise; the length of AdamW's steps takes means over each parameter, which are passes of their own.
 SCALE_FREE = {
-    "rf_rmsprop": (rf.rf_rmsprop(1e-3, momentum=None), 1.0, 1.75),
-    "rf_rmsprop, momentum": (rf.rf_rmsprop(1e-3), 2.0, 2.11),
+    "rf_rmsprop": (rf.rf_rmsprop(1e-3, momentum=None), 1.0, 1.85),
+    "rf_rmsprop, momentum": (rf.rf_rmsprop(1e-3), 2.0, 2.25),
     "rf_adamw": (rf.rf_adamw(1e-3), 2.0, 2.21),
 }
 DIAGONAL = {f"published {name}": case for name, case in PUBLISHED.items()} | SCALE_FREE

@@ -146,8 +146,8 @@ def damp_relatively(s: jax.Array, *, damping: ArrayLike) -> tuple[jax.Array, jax
     return jnp.where(is_zero, 1, relative), mean
 
 
-def root_free_step(m: jax.Array, s: jax.Array, *, damping: ArrayLike, eps: ArrayLike = 0.0) -> jax.Array:
-    """Returns D = m / (s + ρ·mean(s)), as long as Adam's m / (√s + ε·√mean(s)): both have one root mean square.
+def root_free_step(m: jax.Array, s: jax.Array, *, damping: ArrayLike) -> jax.Array:
+    """Returns D = m / (s + ρ·mean(s)), as long as Adam's m / √s: both have one root mean square.
 
     It is shorter where that would make an entry longer than 2.5: a few entries beside many that are smaller by far, but
     not zero, have almost all of D's length, and hardly any of Adam's. An entry of zero over zero is zero.
@@ -156,7 +156,6 @@ def root_free_step(m: jax.Array, s: jax.Array, *, damping: ArrayLike, eps: Array
       m: an average of gradients, real or complex, in at least single precision.
       s: an average of their squares, of m's shape.
       damping: ρ ≥ 0, relative to the mean of s.
-      eps: ε ≥ 0, relative to the root of that mean.
     """
     # In units in which mean(s) is one, and with no entry above 2⁶⁰: m / s itself, or its square, may leave the range.
     # An entry whose squares have all vanished counts for nothing in the length, whatever is left of it in m.
@@ -166,10 +165,8 @@ def root_free_step(m: jax.Array, s: jax.Array, *, damping: ArrayLike, eps: Array
     root = jnp.sqrt(upcast(s) / jnp.where(mean == 0, 1, mean))
     direction = _divide(adam * root.astype(adam.dtype), jnp.maximum(relative, _LEAST_ROOT**2))
     rms = lambda array: jnp.sqrt(jnp.mean(squared_magnitude(array)))
-    damped_root = own_root + (jnp.asarray(eps, mean.dtype) * jnp.sqrt(mean)).astype(own_root.dtype)
-    length = rms(adam * (own_root / jnp.where(damped_root == 0, 1, damped_root)).astype(adam.dtype))
-    size, largest = rms(direction), jnp.sqrt(jnp.max(squared_magnitude(direction), initial=0))
-    scale = jnp.minimum(length / jnp.where(size == 0, 1, size), _LONGEST / jnp.where(largest == 0, 1, largest))
+    size, largest = rms(direction), jnp.max(jnp.abs(direction), initial=0)
+    scale = jnp.minimum(rms(adam) / jnp.where(size == 0, 1, size), _LONGEST / jnp.where(largest == 0, 1, largest))
     return direction * scale.astype(direction.dtype)
 
 

@@ -84,7 +84,6 @@ def rf_adamw(
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
     b2: optax.ScalarOrSchedule = 0.95,
-    eps: ArrayLike = 1e-8,
     *,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
@@ -98,17 +97,16 @@ def rf_adamw(
     """RF-AdamW: AdamW without the square root, at AdamW's learning rate, schedule and weight decay.
 
         m ← b1·m + (1 − b1)·g        s ← b2·s + (1 − b2)·g²
-        d = m̂ / (s + ρ·mean(s)), as long as Adam's m̂ / (√s + ε·√mean(s))
+        d = m̂ / (s + ρ·mean(s)), as long as Adam's m̂ / √s
         θ ← θ − learning_rate·(d + weight_decay·θ)
 
-    See `scale_by_rf_adam`. `rf.published.rf_adamw` is the paper's form.
+    There is no ε: the damping keeps s + ρ·mean(s) from zero, at any scale of the loss. See `scale_by_rf_adam`.
+    `rf.published.rf_adamw` is the paper's form.
 
     Args:
       learning_rate: a number, a traced scalar or a schedule: AdamW's.
       b1: decay of the gradient's average m, in [0, 1).
       b2: decay of the curvature's average s, in [0, 1).
-      eps: ε ≥ 0 of the AdamW whose length the steps have, relative to the root of the mean of s; for
-        `step_size="adamw"`.
       mu_dtype: floating-point dtype of m; by default each parameter's own.
       nu_dtype: floating-point dtype of s; by default each parameter's own, float32 for float16.
       weight_decay: κ ≥ 0, decoupled, as AdamW's.
@@ -146,7 +144,6 @@ def rf_adamw(
     rescaled = scale_by_rf_adam(
         b1,
         b2,
-        eps=eps,
         damping=damping,
         absolute_damping=absolute_damping,
         step_size=step_size,

@@ -102,7 +102,6 @@ def scale_by_rf_adam(
     b1: ArrayLike = 0.9,
     b2: optax.ScalarOrSchedule = 0.95,
     *,
-    eps: ArrayLike = 1e-8,
     damping: optax.ScalarOrSchedule = 0.1,
     absolute_damping: optax.ScalarOrSchedule = 0.0,
     step_size: StepSize = "adamw",
@@ -113,7 +112,7 @@ def scale_by_rf_adam(
     """Rescales the gradient's moving average by a moving average of its squares, without the square root.
 
         m ← b1·m + (1 − b1)·g        s ← b2·s + (1 − b2)·g²
-        direction = m̂ / (s + ρ·mean(s)), as long as Adam's m̂ / (√s + ε·√mean(s))
+        direction = m̂ / (s + ρ·mean(s)), as long as Adam's m̂ / √s
 
     m̂ is m corrected for its start at zero. See `scale_by_rf_rms` for the mean, for `step_size="newton"`, the
     arithmetic, complex and non-finite gradients, and gradients of zero. A non-finite gradient shows in one direction,
@@ -122,8 +121,6 @@ def scale_by_rf_adam(
     Args:
       b1: decay of m, in [0, 1). A number or a traced scalar.
       b2: decay of s, in [0, 1). A number, a traced scalar or a schedule.
-      eps: ε ≥ 0 of the Adam whose length the direction has, relative to the root of the mean of s, for
-        `step_size="adamw"`. A number or a traced scalar.
       damping: ρ ≥ 0, relative to the mean of s over the parameter. A number, a traced scalar or a schedule.
       absolute_damping: λ ≥ 0, as the paper's, for `step_size="newton"`. A number, a traced scalar or a schedule.
       step_size: "adamw", so that AdamW's learning rate serves, or "newton".
@@ -153,11 +150,10 @@ def scale_by_rf_adam(
     """
     validate.require_number("b1", b1, validate.FRACTION, schedule=False)
     validate.require_number("b2", b2, validate.FRACTION)
-    validate.require_number("eps", eps, validate.NON_NEGATIVE, schedule=False)
     dtypes = {"mu_dtype": dtype_name(mu_dtype), "nu_dtype": dtype_name(nu_dtype)}
     options = {"transformation": "scale_by_rf_adam", **dtypes}
     return _scale_by_rf(
-        options, b1, b2, damping, absolute_damping, step_size, batch_size, eps, mu_dtype=mu_dtype, nu_dtype=nu_dtype
+        options, b1, b2, damping, absolute_damping, step_size, batch_size, mu_dtype=mu_dtype, nu_dtype=nu_dtype
     )
 
 
@@ -169,7 +165,6 @@ def _scale_by_rf(
     absolute_damping: optax.ScalarOrSchedule,
     step_size: StepSize,
     at_construction: ArrayLike | None,
-    eps: ArrayLike = 0.0,
     *,
     mu_dtype: DTypeLike | None,
     nu_dtype: DTypeLike | None,
@@ -202,7 +197,7 @@ def _scale_by_rf(
         average = functools.partial(_average_square, 1 - schedules.value_at(name, b2, state.count), count)
         nu = update_squares(average, state.nu, updates, curvature)
         rho = nan_unless(is_own, schedules.value_at("damping", damping, state.count))
-        step = _step(step_size, rho, absolute_damping, eps, batch_size, at_construction, state.count)
+        step = _step(step_size, rho, absolute_damping, batch_size, at_construction, state.count)
         if b1 is None:
             direction, mu = trees.map_gradients(functools.partial(_rescale, step), updates, nu), None
         else:
@@ -217,14 +212,13 @@ def _step(
     step_size: StepSize,
     rho: ArrayLike,
     absolute_damping: optax.ScalarOrSchedule,
-    eps: ArrayLike,
     batch_size: ArrayLike | None,
     at_construction: ArrayLike | None,
     count: jax.Array,
 ) -> Any:
     """Returns the function of an average and an accumulator that makes a step."""
     if step_size == "adamw":
-        return jax.tree_util.Partial(root_free_step, damping=rho, eps=eps)
+        return jax.tree_util.Partial(root_free_step, damping=rho)
     return jax.tree_util.Partial(
         newton_step,
         damping=rho,
