@@ -10,6 +10,8 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from rootfree_optax._src.blocks.diagonal import (
+    LONGEST_OF_AVERAGES,
+    LONGEST_OF_GRADIENTS,
     average_square,
     first_moment,
     limit_to_squares,
@@ -197,7 +199,8 @@ def _scale_by_rf(
         average = functools.partial(_average_square, 1 - schedules.value_at(name, b2, state.count), count)
         nu = update_squares(average, state.nu, updates, curvature)
         rho = nan_unless(is_own, schedules.value_at("damping", damping, state.count))
-        step = _step(step_size, rho, absolute_damping, batch_size, at_construction, state.count)
+        longest = LONGEST_OF_GRADIENTS if b1 is None else LONGEST_OF_AVERAGES
+        step = _step(step_size, rho, longest, absolute_damping, batch_size, at_construction, state.count)
         if b1 is None:
             direction, mu = trees.map_gradients(functools.partial(_rescale, step), updates, nu), None
         else:
@@ -211,6 +214,7 @@ def _scale_by_rf(
 def _step(
     step_size: StepSize,
     rho: ArrayLike,
+    longest: float,
     absolute_damping: optax.ScalarOrSchedule,
     batch_size: ArrayLike | None,
     at_construction: ArrayLike | None,
@@ -218,7 +222,7 @@ def _step(
 ) -> Any:
     """Returns the function of an average and an accumulator that makes a step."""
     if step_size == "adamw":
-        return jax.tree_util.Partial(root_free_step, damping=rho)
+        return jax.tree_util.Partial(root_free_step, damping=rho, longest=longest)
     return jax.tree_util.Partial(
         newton_step,
         damping=rho,
