@@ -4,7 +4,7 @@
     python examples/train_digits.py --methods sirf_muon adamw --seeds 5
 
 The seeds of one method train side by side, as one `jax.vmap`ped program. It prints a table, and writes the table and a
-figure of the curves to results/. All of it takes about two and a half minutes on two processor cores.
+figure of the curves to results/. All of it takes about three minutes on two processor cores.
 """
 
 import argparse
