@@ -295,6 +295,23 @@ def test_what_is_no_evidence_leaves_the_curvature_bit_for_bit(bad):
         np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.parametrize("power", [2.0**40, 2.0**-40])
+def test_units_far_from_the_gradients_come_nearer_and_nothing_else_changes(power):
+    """Half the way at each step: S, mean(x²) and the momentum are the same numbers in other units."""
+    structures = [dense(3), diagonal(2)]
+    rng = np.random.default_rng(0)
+    before = advance(RootFree(), structures, [jnp.asarray(g, jnp.float32) for g in rng.standard_normal((2, 3, 2))])
+    before = before._replace(power=jnp.float32(power), last_momentum=jnp.float32(3))
+    after = compiled(RootFree(), structures).observe(before, jnp.zeros((3, 2)))
+    assert int(after.exponent - before.exponent) == np.log2(power) / 2
+    for degree, names in ((4.0, ("statistics", "power")), (2.0, ("last_momentum",))):
+        in_units = lambda state, names=names, degree=degree: [
+            leaf * degree ** float(state.exponent) for name in names for leaf in jax.tree.leaves(getattr(state, name))
+        ]
+        for old, new in zip(in_units(before), in_units(after), strict=True):
+            np.testing.assert_allclose(new, old, rtol=1e-6)
+
+
 def test_an_untouched_row_of_a_diagonal_axis_keeps_its_curvature():
     structures = [diagonal(4), dense(3)]
     rng = np.random.default_rng(0)

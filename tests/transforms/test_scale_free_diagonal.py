@@ -107,3 +107,12 @@ def test_float16_holds_no_squares_so_that_they_are_kept_in_single_precision(make
     np.testing.assert_allclose(directions, usual, rtol=0, atol=0.03)
     assert make(nu_dtype=jnp.float16).init(jnp.zeros(2)).nu.dtype == jnp.float16
     assert make().init(jnp.zeros(2, jnp.bfloat16)).nu.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("tx", "longest"), [(rf.scale_by_rf_adam(), 2.5), (rf.scale_by_rf_rms(), 10.0)])
+def test_an_entry_among_many_tiny_ones_is_bounded(tx, longest):
+    """A surprise is four times as long along a gradient as along an average. It was 64 learning rates long."""
+    gradient = 1e-7 * jax.random.normal(jax.random.key(0), (64, 64))
+    gradient = gradient.at[3, 5].set(1)
+    direction, _ = tx.update(gradient, tx.init(gradient))
+    np.testing.assert_allclose(jnp.max(jnp.abs(direction)), longest, rtol=1e-5)

@@ -90,8 +90,8 @@ def unfold_means(
       groups: the folded axes.
       structures: of the axes before folding.
       outers: the parts for each folded axis, X Xᵀ over the other folded axes' lengths.
-      matrices: the parts of each Kₘ, by whose transpose X is yet to be multiplied: the mean over an axis m of its group
-        is tr(X Xᵀ KₘKₘᵀ)/dₘ then. None: it was.
+      matrices: the parts of each Kₘ, where X was not multiplied by the transposes of its own group's: the mean over an
+        axis m of the group is tr(X Xᵀ KₘKₘᵀ)/dₘ then. None: X was multiplied by them.
       precision: of the products KₘKₘᵀ.
     """
     means: list[Parts] = []
@@ -182,32 +182,42 @@ def apply_other_transposes(
       structures: the structure of each Kₙ.
       precision: of every product.
     """
-    steps = _divide_axes(structures)
-    products = {steps[0][0] if steps else (0,): tensor}
-    for axes, own, others in steps:
-        shared = products[axes]
-        products[own] = apply_transposes(shared, matrices, structures=structures, axes=others, precision=precision)
+    divisions = _divide_axes(structures)
+    if not divisions:
+        return [tensor]
+    products = {divisions[0].whole: tensor}
+    for whole, half, others in divisions:
+        shared = products[whole]
+        products[half] = apply_transposes(shared, matrices, structures=structures, axes=others, precision=precision)
     return [products[axis,] for axis in range(len(structures))]
 
 
 def count_other_transposes(structures: Sequence[Structure]) -> list[int]:
     """Returns along each axis how many products `apply_other_transposes` takes."""
-    steps = _divide_axes(structures)
-    return [sum([axis in others for _, _, others in steps]) for axis in range(len(structures))]
+    divisions = _divide_axes(structures)
+    return [sum([axis in division.others for division in divisions]) for axis in range(len(structures))]
 
 
-def _divide_axes(structures: Sequence[Structure]) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    """Returns, step by step down to single axes, some axes, one half of them, and the other: the short and the long."""
+class _Division(NamedTuple):
+    """Some axes, one half of them, and the other half."""
+
+    whole: tuple[int, ...]
+    half: tuple[int, ...]
+    others: tuple[int, ...]
+
+
+def _divide_axes(structures: Sequence[Structure]) -> list[_Division]:
+    """Returns in order how all axes are divided, down to single ones: the short from the long."""
     lengths = [structure.dim for structure in structures]
     # Of equal lengths the last count as the shortest: along the last axis, as it lies in memory, products are fastest.
-    pending, steps = [tuple(sorted(range(len(lengths) - 1, -1, -1), key=lengths.__getitem__))], []
+    pending, divisions = [tuple(sorted(range(len(lengths) - 1, -1, -1), key=lengths.__getitem__))], []
     while pending:
-        axes = pending.pop()
-        short, long = axes[: -(-len(axes) // 2)], axes[-(-len(axes) // 2) :]
+        whole = pending.pop()
+        short, long = whole[: -(-len(whole) // 2)], whole[-(-len(whole) // 2) :]
         if long:
-            steps += [(axes, short, long), (axes, long, short)]
+            divisions += [_Division(whole, short, long), _Division(whole, long, short)]
             pending += [short, long]
-    return steps
+    return divisions
 
 
 def apply_factors(

@@ -47,9 +47,9 @@ from rootfree_optax._src.numerics.arithmetic import (
     has_smaller_range,
     is_low_precision,
     max_abs,
+    measure_entries,
     power_of_two,
     round_dithered,
-    sizes_of,
     upcast,
 )
 from rootfree_optax._src.numerics.inverse_root import LARGEST_CONDITION
@@ -69,7 +69,8 @@ _LARGEST_DRIFT = 16
 # decoder and 60 of a convolutional network all directions were below 2.3; numbers of a Gaussian are at 1.25.
 _DENSE = 2.5
 # Of its root mean square, the most that a direction's largest entry may be: one among many that are small, but not
-# zero, then moves by ten learning rates in noise. In such runs all were below 20, those of the spectral step below 10.
+# zero, then moves by ten learning rates in noise. In such runs, and in 40 steps of a decoder of 3 million, all were
+# below 23, those of the spectral step below 10.
 _LARGEST_ENTRY = 25.0
 # A block whose gradients are below this part of the whole tree's is rounding noise.
 _LEAST_PART = 1e-6
@@ -497,7 +498,7 @@ class CurvatureRule(BlockRule):
         below = jnp.where(scale > NO_SCALE, scale - step.largest_scale, 0)
         part = jnp.exp2(jnp.minimum(below, 0)) / _LEAST_PART
         shortening = jnp.minimum(jnp.minimum(fading, part.astype(size.dtype)), 1 / jnp.maximum(excess, 1))
-        mean, root, largest = sizes_of(direction)
+        mean, root, largest = measure_entries(direction)
         root = jnp.where(root > 0, root, 1)
         shortening = jnp.minimum(shortening, _DENSE * mean / root)
         shortening = jnp.minimum(shortening, _LARGEST_ENTRY * root / jnp.where(largest > 0, largest, 1))

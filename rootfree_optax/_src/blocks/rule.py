@@ -15,7 +15,7 @@ BlockState: TypeAlias = Any
 Factors: TypeAlias = tuple[Parts, ...]  # one matrix for each axis of a block
 Structures: TypeAlias = Sequence[Structure]  # one for each axis of a block
 
-NO_SCALE = -1e6  # of a block that has no `BlockRule.scale` yet: finite, as debuggers stop at infinities
+NO_SCALE = -1e6  # of a block that has no `BlockRule.scale` yet
 
 
 class Step(NamedTuple):
@@ -177,7 +177,7 @@ class BlockRule(abc.ABC):
     def scale(self, state: BlockState) -> jax.Array | None:
         """Returns the base-2 logarithm of the usual size of the block's gradients, a scalar; None if it is not kept.
 
-        Before the first gradient it is `NO_SCALE`.
+        Before the first gradient it is −10⁶: finite, as debuggers stop at infinities.
         Rules find the largest of all blocks as `step.largest_scale`: a block far below it is rounding noise.
         """
         del state

@@ -119,7 +119,7 @@ def max_abs(parts: tuple[jax.Array, ...]) -> jax.Array:
     return jax.lax.bitcast_convert_type(functools.reduce(jnp.maximum, largest), parts[0].dtype)
 
 
-def sizes_of(array: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def measure_entries(array: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns mean(|a|), √mean(|a|²) and max(|a|), scalars, none of which over- or underflows."""
     size = jnp.abs(array)
     largest = jnp.max(size, initial=0)

@@ -42,7 +42,7 @@ def check(
       Traceback (most recent call last):
       ValueError: ...power was 0.25 and is 0.5. Go back to those, carry over ...
     """
-    expected: list[str] = []
+    expected: list[str] = []  # read while it is traced, as a class of the user's may refuse to hold shapes
     with use_mesh_of(params):
         jax.eval_shape(
             lambda params: expected.extend([origin.text for origin in find_origins(tx.init(params))]), params

@@ -218,10 +218,10 @@ def _compile(
         with_sharding = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         arrays = list(map(with_sharding, arrays, jax.tree.leaves(state_shardings(tx, params))))
     with use_mesh_of(params):
-        given, structures = zip(*map(jax.tree.flatten, (gradients, params)), strict=True)
-        structures = structures[0], structure, structures[1]
+        # Lists of arrays, as a class of the user's may refuse to hold what `lower` knows of them.
+        structures = jax.tree.structure(gradients), structure, jax.tree.structure(params)
         update = jax.jit(lambda *leaves: tx.update(*map(jax.tree.unflatten, structures, leaves), **extra))
-        compiled = update.lower(given[0], arrays, given[1]).compile()  # lists, as classes may hold nothing but arrays
+        compiled = update.lower(jax.tree.leaves(gradients), arrays, jax.tree.leaves(params)).compile()
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
     return Compiled(
         temporary_bytes=getattr(memory, "temp_size_in_bytes", None),

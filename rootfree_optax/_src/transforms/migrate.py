@@ -10,7 +10,6 @@ import numpy as np
 import optax
 
 from rootfree_optax._src.common import trees
-from rootfree_optax._src.common.trees import path_of
 from rootfree_optax._src.transforms.origin import Origin
 
 
@@ -60,8 +59,8 @@ def migrate(
             f"at {sorted(old)}. Give both the same wrappers."
         )
     names.require(old.values(), new.values())
-    arrays = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(state)}
-    ends = [path_of(keys[-1:]) for keys, _ in jax.tree_util.tree_leaves_with_path((state, fresh))]
+    arrays = {trees.path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    ends = [trees.path_of(keys[-1:]) for keys, _ in jax.tree_util.tree_leaves_with_path((state, fresh))]
     if "number" in ends:  # of the blocks, where shards order them
         raise ValueError(
             "migrate needs blocks in the order of the parameters, but shards order these. Move the state to parameters "
@@ -84,7 +83,7 @@ def migrate(
     def carry_beside(keys: Any, fresh: Any) -> Any:
         if isinstance(fresh, Origin):
             return fresh
-        carried = carry(path_of(keys), fresh)
+        carried = carry(trees.path_of(keys), fresh)
         return jax.device_put(carried, fresh.sharding) if fresh.committed else carried
 
     return jax.tree.map_with_path(carry_beside, fresh, is_leaf=lambda node: isinstance(node, Origin))
@@ -112,7 +111,7 @@ class _Names(NamedTuple):
             yield name
 
     def before_leaf(self, path: str) -> Iterator[str]:
-        """Yields what the key path of what a state keeps may have been: it ends as the parameter's, if it is of one."""
+        """Yields the key paths that a leaf of the state may have had. Its path ends with that of its parameter."""
         parts = path.split("/")
         for start in range(len(parts)):
             if (name := "/".join(parts[start:])) in self.parameters or f"params/{name}" in self.parameters:
@@ -138,7 +137,7 @@ def _origins(tree: Any) -> dict[str, dict[str, Any]]:
     is_origin = lambda node: isinstance(node, Origin)
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_origin)
     return {
-        path_of(keys).removesuffix("origin"): json.loads(node.text)["parameters"]
+        trees.path_of(keys).removesuffix("origin"): json.loads(node.text)["parameters"]
         for keys, node in found
         if is_origin(node)
     }
